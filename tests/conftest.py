@@ -1,0 +1,104 @@
+"""What the tests share: start a script as its user does, a loopback Hub, tiny settings. `--demos` runs the demos whole."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+# The demo preset made smaller still: seconds a run. Flags after these win.
+TINY = "--demo --base 8 --frames 4 --batch_size 4 --sample_steps 1 --log_every 1 --save_every 2".split()
+OURS = (
+    "HF_",
+    "HUGGING",
+    "WANDB",
+    "MANIFEST",
+    "OUTDIR",
+    "STEPS",
+    "BS",
+    "FRAMES",
+    "SIZE",
+    "LR",
+    "CUDA_",
+    "PYTHON_RUN",
+    "RANK",
+    "WORLD",
+)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--demos", action="store_true", help="run the demos whole and check their scores (minutes each)")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "demo: runs a demo whole; only with --demos")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--demos"):
+        for item in items:
+            if "demo" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="minutes; run with --demos"))
+
+
+def environment(**variables) -> dict[str, str]:
+    """This process's environment without what would change a run, plus `variables`."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(OURS)}
+    clean |= {"OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PATH": scripts_path()}
+    return clean | {k: str(v) for k, v in variables.items()}
+
+
+def scripts_path() -> str:
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+
+
+def command(script, *flags, ranks=1, launcher="torchrun") -> list[str]:
+    """python for one rank, else torchrun or deepspeed, as a user types them."""
+    port = str(20_000 + (os.getpid() * 7 + time.time_ns() // 1000) % 20_000)
+    start = {
+        "python": [sys.executable],
+        "torchrun": ["torchrun", "--nproc_per_node", str(ranks), "--master_port", port],
+        "deepspeed": ["deepspeed", "--num_gpus", str(ranks), "--master_port", port],
+    }["python" if ranks == 1 and launcher == "torchrun" else launcher]
+    return [*start, str(ROOT / script), *map(str, flags)]
+
+
+def start(arguments, cwd, **variables) -> subprocess.Popen:
+    """A process group of its own, with SIGINT back to normal: CI shells hand it down ignored."""
+    return subprocess.Popen(
+        arguments, cwd=cwd, env=environment(**variables), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen, timeout: float = 240) -> tuple[int, str]:
+    """(exit code, everything printed). A process that hangs is killed with its group and fails the test."""
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        pytest.fail(f"no end after {timeout} s:\n{output}")
+    return process.returncode, output
+
+
+def run(script, *flags, cwd, expect=0, ranks=1, launcher="torchrun", **variables) -> str:
+    """Run to the end -> what it printed; fails, showing that, on another exit code than `expect`."""
+    code, output = finish(start(command(script, *flags, ranks=ranks, launcher=launcher), cwd, **variables))
+    assert code == expect, f"exit code {code}, wanted {expect}:\n{output}"
+    return output
+
+
+def wait_for(condition, timeout: float = 120, what: str = "condition"):
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if result := condition():
+            return result
+        time.sleep(0.02)
+    pytest.fail(f"{what}: not seen in {timeout} s")

