@@ -1,0 +1,993 @@
+"""What the scripts of this folder share: flags, run folder, frames, DeepSpeed, checkpoints, Hub.
+
+Copying one script into another project? Take this file and the JSON files with it. Functions only; each needs just what it
+imports inside, so a script that never opens a video needs no OpenCV.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import http.client
+import itertools
+import json
+import logging
+import os
+import platform
+import re
+import secrets
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import numpy as np
+
+T = TypeVar("T")
+HERE = Path(__file__).resolve().parent
+GB = 1e9  # memory is printed in units of 10^9 bytes, as GPU vendors do
+
+log = logging.getLogger("video")
+
+# ---------------------------------------------------------------------------
+# Start and end of a run
+# ---------------------------------------------------------------------------
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def refuse(message: str) -> NoReturn:
+    """A check failed: say it once, with value and next move, and end with exit code 2 before anything is written."""
+    if rank() == 0:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def read_flags(config: type[T], doc: str, demo: dict, variables: dict[str, str]) -> T:
+    """The command line as a `config` dataclass: defaults < --demo < environment variables < flags.
+
+    `demo` holds the fields that --demo sets, `variables` maps an environment variable to the flag it stands for. Accepts the
+    --local_rank=N that the deepspeed launcher adds. A bad value or flag ends the process with exit code 2.
+    """
+    import tyro
+
+    flags = [flag for flag in sys.argv[1:] if not re.match("--local[_-]rank=", flag)]
+    given = [part for name, flag in variables.items() if os.environ.get(name) for part in (flag, os.environ[name])]
+    default = config(**demo) if "--demo" in flags else config()
+    return tyro.cli(config, args=given + flags, default=default, description=doc, use_underscores=True)
+
+
+def run(main: Callable[[], Any]) -> NoReturn:
+    """Run `main`, then end with the exit code that all scripts share (see README.md) and leave no process group behind.
+
+    Under run.sh, rank 0 also writes the code to the file $PYTHON_RUN_STATUS: launchers do not hand codes on reliably.
+    """
+    quiet_libraries()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda n, _: sys.exit(128 + n))  # the training loop replaces this by a checkpoint
+    code = 1
+    try:
+        main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 1
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr, flush=True)
+    finally:
+        end_distributed(agreed=code in (0, 3))
+        if rank() == 0 and os.environ.get("PYTHON_RUN_STATUS"):
+            Path(os.environ["PYTHON_RUN_STATUS"]).write_text(str(code))
+    sys.exit(code)
+
+
+def quiet_libraries() -> None:
+    """Plain lines on stdout from rank 0, only warnings from the others; no library chatter that a user cannot act on."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s" if rank() == 0 else f"[rank {rank()}] %(message)s"))
+    log.handlers = [handler]
+    log.setLevel(logging.INFO if rank() == 0 else logging.WARNING)
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|deepspeed|huggingface_hub|matplotlib)\b")
+    for name in ("DeepSpeed", "transformers", "huggingface_hub", "httpx2", "httpx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+# ---------------------------------------------------------------------------
+# Ranks
+# ---------------------------------------------------------------------------
+
+
+def init_distributed(timeout_minutes: float = 30):
+    """Join the other ranks under deepspeed, torchrun or plain python -> this rank's torch.device.
+
+    A collective that waits longer than `timeout_minutes` ends the run: a hung rank must not hold the machine for ever.
+    """
+    import torch
+
+    if "RANK" not in os.environ:  # plain python: DeepSpeed would look for MPI and die
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))  # a free port, so that two debug runs can share the machine
+            port = free.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    import deepspeed.ops
+
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    else:
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo does; else the first run compiles C++
+    deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), verbose=False)
+    control_group()
+    return device
+
+
+@functools.cache
+def control_group():
+    """A gloo group for small messages between hosts' CPUs. It waits for a day: rank 0 may be decoding or downloading."""
+    import torch.distributed as dist
+
+    return dist.new_group(backend="gloo", timeout=timedelta(days=1))
+
+
+def end_distributed(agreed: bool) -> None:
+    """Leave the process group; `agreed`: all ranks get here, so wait for them (else a rank may abort after its work)."""
+    dist = sys.modules.get("torch.distributed")
+    if dist and dist.is_available() and dist.is_initialized():
+        if agreed:
+            dist.barrier(group=control_group())
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    import torch.distributed as dist
+
+    dist.barrier(group=control_group())
+
+
+def over_ranks(value: float, how: str) -> float:
+    """The "max" or "mean" of a number over all ranks, the same on each."""
+    import torch
+    import torch.distributed as dist
+
+    box = torch.tensor(float(value), dtype=torch.float64)
+    dist.all_reduce(box, op=dist.ReduceOp.MAX if how == "max" else dist.ReduceOp.SUM, group=control_group())
+    return box.item() if how == "max" else box.item() / world_size()
+
+
+def on_rank0(call: Callable[[], T]) -> T:
+    """call() on rank 0 alone; its result, or its refusal, on every rank."""
+    import torch.distributed as dist
+
+    outcome: list = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = call()
+        except SystemExit as stop:
+            outcome[1] = stop.code
+    dist.broadcast_object_list(outcome, src=0, group=control_group())
+    if outcome[1] is not None:
+        raise SystemExit(outcome[1])
+    return outcome[0]
+
+
+@contextlib.contextmanager
+def catch_signals() -> Iterator[list[int]]:
+    """Inside, SIGINT, SIGTERM and SIGHUP only add their number to the list, for the loop to look at between two steps."""
+    caught: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, lambda n, _: caught.append(n)) for number in numbers]
+    try:
+        yield caught
+    finally:
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
+
+
+# ---------------------------------------------------------------------------
+# Run folder
+# ---------------------------------------------------------------------------
+
+# A run may go on with other values of these; any other difference makes it another run.
+MAY_CHANGE = set(
+    "output_dir cache_dir check prompt steps epochs log_every eval_every save_every keep resume push_to_hub hub_model_id public "
+    "report_to num_workers max_bad deepspeed gradient_checkpointing".split()
+)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Whole or not at all: written aside, then renamed."""
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(json.dumps(value, indent=2, default=str) + "\n")
+    os.replace(aside, path)
+
+
+def write_lines(path: Path, rows: list[dict]) -> None:
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text("".join(json.dumps(row, default=str) + "\n" for row in rows))
+    os.replace(aside, path)
+
+
+def append_json(path: Path, row: dict) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(row, default=str) + "\n")
+
+
+def open_run_folder(cfg: Any, script: str) -> None:
+    """Rank 0: take `cfg.output_dir` for this run (exit 2 if another run has it, or it holds another configuration) and write
+    what made the run: config.json, environment.json and the code itself."""
+    folder, now = cfg.output_dir, json.loads(json.dumps(dataclasses.asdict(cfg), default=str))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)  # held until the process ends
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        refuse(f"another run is writing to {folder}; wait for it, or give another --output_dir")
+    except OSError as error:
+        refuse(f"--output_dir {folder}: {error.strerror}")
+    if (folder / "config.json").exists():
+        was = json.loads((folder / "config.json").read_text())
+        other = [f"  {k}: {was.get(k)} there, {v} here" for k, v in now.items() if k not in MAY_CHANGE and was.get(k) != v]
+        if other:
+            refuse(
+                f"{folder} holds a run with another configuration:\n" + "\n".join(other) + "\ngive the same flags to go on with "
+                "it, or another --output_dir to start anew"
+            )
+    (folder / "SUCCESS").unlink(missing_ok=True)
+    write_json(folder / "config.json", now)
+    write_json(folder / "environment.json", environment())
+    shutil.copyfile(script, folder / Path(script).name)
+
+
+def prepare_run_folder(folder: Path, step: int, bad: list[dict], config: dict) -> None:
+    """Rank 0, once `step` to go on from is known: forget metrics of later steps, write the ledger and the DeepSpeed config."""
+    (folder / "samples").mkdir(exist_ok=True)
+    write_json(folder / "deepspeed.json", config)
+    write_lines(folder / "bad_samples.jsonl", bad)
+    metrics = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines() if line.endswith("}")] if metrics.exists() else []
+    write_lines(metrics, [row for row in rows if row["step"] <= step])
+
+
+def environment() -> dict:
+    """What a reader needs to repeat the run: versions, device, revision, command. No variables: they hold secrets."""
+    import torch
+
+    def version(name: str) -> str | None:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return None
+
+    names = "torch deepspeed transformers huggingface_hub safetensors numpy opencv-python-headless av".split()
+    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=12"]
+    revision = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() if shutil.which("git") else ""
+    return {
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "python": platform.python_version(),
+        "versions": {name: found for name in names if (found := version(name))},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})",
+        "world_size": world_size(),
+        "git_revision": revision,
+    }
+
+
+def finish(folder: Path) -> None:
+    """Rank 0: SUCCESS, the very last file of a run."""
+    (folder / "SUCCESS").write_text(time.strftime("%Y-%m-%dT%H:%M:%S%z\n"))
+
+
+def tracker(report_to: str, folder: Path, name: str) -> Callable[[dict, int], Any]:
+    """-> log(values, step) for `none`, `tensorboard` or `wandb`; rank 0 alone. A resumed run goes on in the same W&B run."""
+    if report_to == "wandb":
+        import wandb
+
+        same = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]
+        wandb.init(project=name, name=folder.name, dir=folder, id=same, resume="allow")
+        return lambda values, step: wandb.log(values, step=step)
+    if report_to == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(folder / "tensorboard")
+        return lambda values, step: [writer.add_scalar(key, value, step) for key, value in values.items() if value is not None]
+    return lambda values, step: None
+
+
+# ---------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------
+
+
+def read_json_lines(path: Path) -> list[tuple[int, dict]]:
+    """[(line number, object)] of a file of JSON lines, blank lines skipped; exit 2 with the number of a line that is none."""
+    rows = []
+    for number, line in enumerate(
+        path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), 1
+    ):  # bytes: one bad line must not hide
+        if line.strip():
+            try:
+                value = json.loads(line)  # UTF-8 as well
+            except ValueError as error:
+                refuse(f"{path}:{number}: not JSON ({error}): {line[:80]!r}")
+            if not isinstance(value, dict):
+                refuse(f"{path}:{number}: a JSON object is wanted: {line[:80]!r}")
+            rows.append((number, value))
+    return rows
+
+
+MAX_PIXELS = 8192 * 4320  # a header can declare any picture and so claim all memory: refused before decoding
+# Only real containers are opened: ffmpeg's playlist formats (hls, concat, dash, sdp) would open other files and URLs.
+CONTAINERS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,h264,hevc,m4v,gif,flv,asf,ogg,ivf"
+
+
+class BadSample(ValueError):
+    """A clip that cannot be used; the message is the reason, on one line."""
+
+
+def frame_indices(total: int, k: int) -> list[int]:
+    """k evenly spaced frames of total: floor((total - 1) * j / (k - 1)), both ends included; k = 1: the middle one.
+
+    Raises ValueError for k < 1 or total < 0, BadSample for total < k: a frame is never repeated.
+    """
+    if k < 1 or total < 0:
+        raise ValueError(f"frame_indices(total={total}, k={k}): needs total >= 0 and k >= 1")
+    if total < k:
+        raise BadSample(f"{total} frames, {k} needed")
+    return [(total - 1) // 2] if k == 1 else [(total - 1) * j // (k - 1) for j in range(k)]
+
+
+def _fit(frame: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
+    """frame (H, W, 3) -> (h, w, 3): the largest centred crop of that shape, scaled; size None: as it is."""
+    import cv2
+
+    if size is None:
+        return frame
+    (height, width), (h, w) = frame.shape[:2], size
+    crop_h, crop_w = min(height, max(1, round(width * h / w))), min(width, max(1, round(height * w / h)))
+    top, left = (height - crop_h) // 2, (width - crop_w) // 2
+    return cv2.resize(frame[top : top + crop_h, left : left + crop_w], (w, h), interpolation=cv2.INTER_AREA)
+
+
+def _grabs(cap) -> Iterator[float]:
+    """Grab to the end; yields times in ms. A damaged frame fails and the next may be whole: 64 failures are the end."""
+    failed = 0
+    while failed < 64:
+        failed = 0 if cap.grab() else failed + 1
+        if not failed:
+            yield cap.get(0)  # CAP_PROP_POS_MSEC
+
+
+def _rgb(cap, size: tuple[int, int] | None) -> np.ndarray | None:
+    """The frame just grabbed, turned upright by OpenCV; None if it has no picture."""
+    import cv2
+
+    ok, frame = cap.retrieve()
+    return _fit(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB), size) if ok else None
+
+
+def _cv_frames(path: str, size: tuple[int, int] | None) -> Iterator[Callable]:
+    """Decode from start to end with OpenCV; each item, when called at once, converts its frame."""
+    import cv2
+
+    cap = cv2.VideoCapture(path, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
+    for _ in _grabs(cap):
+        yield lambda: _rgb(cap, size)
+
+
+def _av_frames(path: str, size: tuple[int, int] | None) -> Iterator[Callable]:
+    """The same with PyAV, which does not turn the picture by itself."""
+    import av
+
+    options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
+    try:
+        with av.open(path, options=options, metadata_errors="ignore") as container:
+            stream = next(iter(container.streams.video), None)
+            if stream is None or stream.codec_context is None:
+                raise BadSample("no decoder for the video stream" if stream else "no video stream")
+            if stream.width * stream.height > MAX_PIXELS:  # OpenCV may not have got as far as its own check
+                raise BadSample(f"picture of {stream.width}x{stream.height}, more than {MAX_PIXELS} pixels")
+            for packet in container.demux(stream):
+                try:
+                    decoded = packet.decode()
+                except av.error.InvalidDataError:  # one damaged packet
+                    continue
+                for frame in decoded:
+                    yield lambda f=frame: _fit(np.rot90(f.to_ndarray(format="rgb24"), f.rotation // 90), size)
+    except av.error.FFmpegError as error:
+        raise BadSample(f"not a video: {error.strerror}") from error
+
+
+def _all_frames(read: Callable, path: str, k: int, size, total: int) -> list | None:
+    """The k frames by one full pass, by a second one if `total` was a wrong guess; None when nothing decodes."""
+    for _ in range(2):
+        wanted, frames, count = set(frame_indices(total, k) if total >= k else ()), [], 0
+        for convert in read(path, size):
+            if count in wanted:
+                frames.append(convert())
+            count += 1
+        if count == 0:
+            return None
+        frame_indices(count, k)  # too short: raises
+        if count == total:
+            return frames
+        total = count
+    raise BadSample(f"decodes to {count} frames, then to another number")
+
+
+def _seek_frames(path: str, k: int, size, times: list[float], keys: list[int], has_index: bool) -> list | None:
+    """The k frames by seeking; None as soon as the decoder's times are not the packets' times (edit list, damage, ...).
+
+    Every frame grabbed must be the next of `times`; the first and the last are among them and nothing may follow.
+    """
+    import cv2
+
+    place = {time: i for i, time in enumerate(times)}
+    if len(place) < max(k, len(times)):
+        return None
+    cap = cv2.VideoCapture(path, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
+    fps, header_count = cap.get(cv2.CAP_PROP_FPS), cap.get(cv2.CAP_PROP_FRAME_COUNT)
+    frames, current, wanted = {}, -1, frame_indices(len(times), k)
+    for target in sorted({0, *wanted, len(times) - 1}):
+        # set(n) goes to a keyframe at or before n - 16 and decodes up to n - 1, a frame's number being its time * fps:
+        # ask for 16 past the keyframe that we want, and expect to be as many frames after it (or an earlier one).
+        key = max((i for i in keys if i + 16 <= target), default=0)
+        number = int(np.ceil(times[key] * fps / 1000 - 1e-3)) + 16
+        if has_index and key > current >= 0 and number <= header_count:
+            cap.set(cv2.CAP_PROP_POS_FRAMES, number)
+            current = place.get(cap.get(cv2.CAP_PROP_POS_MSEC), len(times))
+            landings = {i + number - 1 - int(times[i] * fps / 1000 + 0.5) for i in keys if i <= key}
+            if current > target or current not in landings:
+                return None
+        while current < target:
+            current += 1
+            if not cap.grab() or place.get(cap.get(cv2.CAP_PROP_POS_MSEC)) != current:
+                return None
+        if target in wanted:
+            frames[target] = _rgb(cap, size)
+    return None if cap.grab() else [frames[i] for i in wanted]
+
+
+def extract_frames(path: str | Path, k: int, size: tuple[int, int] | None = None) -> np.ndarray:
+    """K evenly spaced frames of a video file -> (K, H, W, 3) RGB uint8, upright; exact on the frames that decode.
+
+    size (h, w) scales the short side and crops the centre, with cv2 INTER_AREA, as each frame is decoded. One thread:
+    loaders have workers. Raises BadSample with the reason, ValueError for k < 1; never repeats or drops a frame.
+    """
+    # Read when cv2 loads: no warning for each bad clip, none of ffmpeg's chatter about damaged frames.
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+    import cv2
+
+    frame_indices(k, k)  # a wrong k is the caller's fault, not the clip's
+    path = os.path.abspath(path)  # no "concat:" or "http:" survives
+    if not os.path.isfile(path):
+        raise BadSample("not a regular file" if os.path.exists(path) else "no such file")
+    with open(path, "rb") as file:
+        head = file.read(1024)
+    if b"\0" not in head:  # every container has zero bytes in its header
+        raise BadSample("text or HTML, not a video" if head else "empty file")
+    # MP4, MOV, Matroska and WebM list their keyframes; elsewhere (MPEG-TS) a seek can land in the middle of a group.
+    has_index = head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free") or head.startswith(b"\x1a\x45\xdf\xa3")
+    # OpenCV takes ffmpeg's options from the environment alone, at each open.
+    os.environ["OPENCV_FFMPEG_CAPTURE_OPTIONS"] = f"format_whitelist;{CONTAINERS}|protocol_whitelist;file"
+    cap = cv2.VideoCapture(path, cv2.CAP_FFMPEG, [cv2.CAP_PROP_FORMAT, -1])  # raw packets: nothing is decoded
+    width, height = cap.get(cv2.CAP_PROP_FRAME_WIDTH), cap.get(cv2.CAP_PROP_FRAME_HEIGHT)
+    if width * height > MAX_PIXELS:
+        raise BadSample(f"picture of {width:.0f}x{height:.0f}, more than {MAX_PIXELS} pixels")
+    packets = sorted((time, cap.get(cv2.CAP_PROP_LRF_HAS_KEY_FRAME)) for time in _grabs(cap))
+    times, keys = [time for time, _ in packets], [i for i, (_, is_key) in enumerate(packets) if is_key]
+    frames = _seek_frames(path, k, size, times, keys, has_index)
+    # PyAV has the codecs that OpenCV's wheel lacks (AV1) and, where that does not help either, the reason.
+    for read in (_cv_frames, _av_frames) if times else (_av_frames,):
+        frames = frames or _all_frames(read, path, k, size, len(times))
+    if not frames or any(frame is None or frame.shape != frames[0].shape for frame in frames):
+        raise BadSample("pictures that cannot be decoded, or change their size" if frames else "no frame decodes")
+    return np.stack(frames)
+
+
+# ---------------------------------------------------------------------------
+# DeepSpeed
+# ---------------------------------------------------------------------------
+
+
+def ds_config(source: Path | dict, batch_size: int, accum: int, clip: float, dtype: str) -> dict:
+    """A DeepSpeed JSON, or a plan's dict, with every "auto" filled in; exit 2 for one that nobody would fill in.
+
+    DeepSpeed drops "auto" without a word (bf16 "auto" trains in fp32) and ignores keys that it does not know: both are refused.
+    """
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    if isinstance(source, dict):
+        config, name = json.loads(json.dumps(source)), "DeepSpeed config"
+    else:
+        name = str(source)
+        try:
+            config = json.loads(source.read_text())
+        except (OSError, ValueError) as error:
+            refuse(f"--deepspeed {source}: {error}")
+    numbers = {
+        "train_micro_batch_size_per_gpu": batch_size,
+        "gradient_accumulation_steps": accum,
+        "train_batch_size": batch_size * accum * world_size(),
+        "gradient_clipping": clip,
+        "bf16.enabled": dtype == "bf16",
+        "fp16.enabled": dtype == "fp16",
+    }
+
+    def fill(value: Any, key: str) -> Any:
+        if isinstance(value, dict):
+            return {k: fill(v, f"{key}.{k}".lstrip(".")) for k, v in value.items()}
+        if value == "auto":
+            return numbers[key] if key in numbers else refuse(f'{name}: "{key}": "auto" has no value here; write a number')
+        return value
+
+    config = fill(config, "")
+    zero = config.get("zero_optimization", {})
+    if zero.get("stage") not in (1, 2, 3):
+        refuse(f"{name}: zero_optimization.stage {zero.get('stage')}; take 1, 2 or 3")
+    known = set(DeepSpeedZeroConfig.model_fields) | {f.alias for f in DeepSpeedZeroConfig.model_fields.values() if f.alias}
+    if unknown := sorted(set(zero) - known):
+        refuse(f"{name}: this DeepSpeed does not know zero_optimization.{unknown[0]} and would ignore it")
+    for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"):
+        if config.get(key, numbers[key]) != numbers[key]:
+            refuse(f'{name}: {key} is {config[key]}, the flags say {numbers[key]}; write "auto" there')
+        config[key] = numbers[key]
+    return config
+
+
+def memory_plan(trained: int, frozen: int, activations: int, dtype: str, devices: int) -> list[dict]:
+    """GB per GPU and of host RAM for each memory layout, least offloading first, each with its DeepSpeed config.
+
+    trained, frozen: parameters. activations: bytes one micro-batch keeps for backward on one GPU. devices: GPUs in all; the host
+    part counts those of this machine. Adam in mixed precision keeps fp32 master weights and two moments: 12 bytes a parameter.
+    The formulas are those of ZeRO (Rajbhandari et al. 2020, section 3) plus DeepSpeed's reduce bucket.
+    """
+    low = 4 if dtype == "fp32" else 2
+    zero2, zero3 = (json.loads((HERE / f"ds_{name}.json").read_text()) for name in ("zero2", "zero3_offload"))
+    local = min(devices, int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or devices))
+
+    def offload(config: dict, **where: bool) -> dict:
+        zero = {k: v for k, v in config["zero_optimization"].items() if not k.startswith("offload_")}
+        zero |= {f"offload_{what}": {"device": "cpu", "pin_memory": True} for what, on in where.items() if on}
+        return config | {"zero_optimization": zero, "zero_force_ds_cpu_optimizer": False}
+
+    weights, gradients, states = low * (trained + frozen), low * trained, 12 * trained
+    bucket = 2 * low * min(trained, int(zero2["zero_optimization"]["reduce_bucket_size"]))
+    rows = [
+        ("ZeRO-2", zero2, weights + (gradients + states) / devices, 0),
+        ("ZeRO-2, optimizer on CPU", offload(zero2, optimizer=True), weights + gradients / devices, states / devices),
+        ("ZeRO-3", offload(zero3), (weights + gradients + states) / devices, 0),
+        ("ZeRO-3, optimizer on CPU", offload(zero3, optimizer=True), (weights + gradients) / devices, states / devices),
+        ("ZeRO-3, all on CPU", zero3, gradients / devices, (weights + states) / devices),
+    ]
+    return [
+        {"layout": name, "config": config, "gpu_gb": (gpu + bucket + activations) / GB, "host_gb": host * local / GB}
+        for name, config, gpu, host in rows
+    ]
+
+
+def memory_here() -> tuple[float, float]:
+    """(GB of the smallest visible GPU, 0 without one; GB of host RAM that this container may use)."""
+    import torch
+
+    gpus = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
+    ram = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroup 2 and 1: a container often has less than its host
+        path = Path("/sys/fs/cgroup") / limit
+        if path.exists() and (text := path.read_text().strip()).isdigit():
+            ram = min(ram, int(text))
+    return min(gpus, default=0) / GB, ram / GB
+
+
+# ---------------------------------------------------------------------------
+# Checkpoints: whole or absent
+# ---------------------------------------------------------------------------
+
+
+def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None], keep: int, **facts: Any) -> None:
+    """Every rank: `write(path)` into a folder aside, then check in all files and rename it to folder/step_000200.
+
+    checkpoint.json lists each file with size and sha256 and holds `facts`; only after it is on disk are older checkpoints beyond
+    `keep` removed. A full disk ends the run (exit 1) and leaves the checkpoints that were there.
+    """
+    final, aside = folder / f"step_{step:06d}", folder / f".step_{step:06d}.partial"
+    if rank() == 0:
+        for old in folder.glob(".step_*.partial"):
+            shutil.rmtree(old)
+        aside.mkdir(parents=True)
+    barrier()
+    with told_of_full_disk(final, aside):
+        write(aside)
+        barrier()
+        if rank() == 0:
+            write_json(aside / "checkpoint.json", {"step": step, **facts, "files": check_in(aside)})
+            sync(aside / "checkpoint.json")
+            sync(aside)
+            if final.exists():  # a broken one that was skipped: kept, under another name
+                final.rename(final.with_name(f"{final.name}.broken-{time.time_ns()}"))
+            aside.rename(final)
+            sync(folder)
+            for old in numbered(folder, "step_")[:-keep]:
+                shutil.rmtree(old)
+    barrier()
+
+
+def numbered(folder: Path, prefix: str, suffix: str = "") -> list[Path]:
+    """folder/step_000200 and the like, lowest number first; no other name: what is not ours must not be pruned."""
+    found = (path for path in folder.glob(f"{prefix}*{suffix}") if path.name[len(prefix) :].removesuffix(suffix).isdigit())
+    return sorted(found, key=lambda path: int(path.name[len(prefix) :].removesuffix(suffix)))
+
+
+@contextlib.contextmanager
+def told_of_full_disk(target: Path, aside: Path) -> Iterator[None]:
+    """Turn a failed write into one line and exit code 1, and give the half-written space back."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        shutil.rmtree(aside) if aside.is_dir() else aside.unlink(missing_ok=True)
+        free = shutil.disk_usage(target.parent).free / GB
+        raise SystemExit(
+            f"error: cannot save {target} ({free:.2f} GB free): {error}\n"
+            "earlier checkpoints are kept; make room and run the same command again"
+        ) from error
+
+
+def write_whole(target: Path, write: Callable[[Path], None]) -> None:
+    """`write(path)` aside, then flush and rename to `target`: whole or absent."""
+    aside = target.with_name(f".{target.name}.partial")
+    with told_of_full_disk(target, aside):
+        write(aside)
+        sync(aside)
+        aside.rename(target)
+
+
+def check_in(folder: Path) -> dict[str, dict]:
+    """{relative name: {"bytes", "sha256"}} of all files below `folder`; files and folders are flushed to disk first."""
+    paths = sorted(folder.rglob("*"))
+    files = [path for path in paths if path.is_file()]
+    with ThreadPoolExecutor() as pool:  # hashlib and fsync release the GIL
+        list(pool.map(sync, paths))
+        sums = pool.map(sha256, files)
+        return {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": s} for path, s in zip(files, sums)}
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint in `folder` whose files are all there, with their sizes and checksums; broken ones are named."""
+    for path in reversed(numbered(folder, "step_")):
+        try:
+            listed = json.loads((path / "checkpoint.json").read_text())["files"]
+            wrong = [name for name, was in listed.items() if (path / name).stat().st_size != was["bytes"]]
+            wrong = wrong or [name for name, was in listed.items() if sha256(path / name) != was["sha256"]]
+        except (OSError, ValueError, KeyError) as error:
+            wrong = [str(error)]
+        if not wrong:
+            return path
+        log.warning(f"warning: {path} is broken ({wrong[0]}): skipped, kept")
+    return None
+
+
+def resume_checkpoint(folder: Path, resume: bool, **facts: Any) -> tuple[Path | None, int]:
+    """Every rank: (newest whole checkpoint or None, its step or 0). Exit 2 when its facts (number of ranks, ZeRO stage) differ
+    from this run's, since DeepSpeed cannot load it then, and when there is one that must not be resumed."""
+
+    def look() -> tuple[Path | None, int]:
+        path = newest_checkpoint(folder)
+        if path is None:
+            return None, 0
+        if not resume:
+            refuse(f"{path} is there: leave out --no_resume to go on from it, or give another --output_dir to start anew")
+        marker = json.loads((path / "checkpoint.json").read_text())
+        for name, value in facts.items():
+            if marker.get(name) != value:
+                refuse(
+                    f"{path} was saved with {name} {marker.get(name)}, this run has {value}: go on with {name} "
+                    f"{marker.get(name)}, or start anew with another --output_dir"
+                )
+        return path, marker["step"]
+
+    return on_rank0(look)
+
+
+# ---------------------------------------------------------------------------
+# Retry
+# ---------------------------------------------------------------------------
+
+
+def causes(error: BaseException | None) -> list[BaseException]:
+    """`error` and what it came from, outermost first: libraries wrap the HTTP answer, sometimes twice."""
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return chain
+
+
+def brief(error: BaseException) -> str:
+    """One line for people: the HTTP answer if there is one, without the secrets of a signed url or a token."""
+    told = next((e for e in causes(error) if getattr(e, "response", None) is not None), error)
+    text = re.sub(r"\?\S+", "?...", " ".join(f"{type(told).__name__}: {told}".split()))
+    if token := os.environ.get("HF_TOKEN", "").strip():
+        text = text.replace(token, "***")
+    return re.sub(r"hf_[A-Za-z0-9]{20,}", "***", text)[:400]
+
+
+def passing(error: BaseException) -> tuple[bool, float]:
+    """(can `error` pass by waiting, seconds the server asks for).
+
+    The first error in the chain that says something decides. Recognised by what they carry, not by their class: the
+    Hub's client changes its HTTP library with its major version, and all its HTTP errors are OSErrors.
+    """
+    for e in causes(error):
+        answer = e if isinstance(e, urllib.error.HTTPError) else getattr(e, "response", None)
+        status = getattr(answer, "status_code", None) or getattr(answer, "status", None)
+        headers = answer.headers if status else {}
+        if text := re.search(r"HTTP status (?:client|server) error \((\d{3})", str(e)):
+            status = int(text[1])  # hf_xet: a builtin ConnectionError for every status, 401 too
+        if status:
+            after = re.fullmatch(r"\s*(\d+)\s*", headers.get("retry-after") or "")
+            window = re.search(r"\br\s*=\s*0\s*;\s*t\s*=\s*(\d+)", headers.get("ratelimit") or "")  # "api";r=0;t=55
+            seconds = max(float(found[1]) if found else 0.0 for found in (after, window))
+            if status in (409, 412):  # another writer's commit came in between; anywhere else a conflict stays
+                return "/commit/" in str(getattr(answer, "url", "")), seconds
+            return status in (408, 429) or status >= 500, seconds
+        if type(e).__name__ == "OfflineModeIsEnabled":  # a ConnectionError, but the user asked for it
+            return False, 0.0
+        if isinstance(e, socket.gaierror):  # a name that does not exist now will not exist in a minute
+            return e.errno == socket.EAI_AGAIN, 0.0
+        if isinstance(e, (ConnectionError, TimeoutError, http.client.IncompleteRead, json.JSONDecodeError)):
+            return True, 0.0  # JSON: a gateway answered with its own page
+        names = {c.__name__ for c in type(e).__mro__ if c.__module__.startswith("httpx")}  # httpx, httpx2
+        if names & {"TimeoutException", "NetworkError", "RemoteProtocolError", "ProxyError"}:
+            return True, 0.0
+    return False, 0.0
+
+
+def retry(
+    call: Callable[[], T],
+    what: str,
+    *,
+    attempts: int = 36,  # the Hub counts in 5-minute windows: 11 attempts outlast one, 36 fill the deadline
+    base: float = 1.0,
+    maximum: float = 60.0,
+    deadline: float = 1800.0,
+    sleep: Callable[[float], None] = time.sleep,
+    clock: Callable[[], float] = time.monotonic,
+) -> T:
+    """`call()`, repeated after errors that can pass; it must be safe to repeat.
+
+    Wait n (from 0) is min(base * 2**n, maximum) seconds, or what the server asks for (600 at most) when that is longer.
+    None begins that would end after `deadline` seconds. Without jitter, for one rank alone writes. An error that cannot
+    pass is raised as it is; giving up raises ConnectionError, with the last error as its cause.
+    """
+    start = clock()
+    for n in itertools.count():
+        try:
+            return call()
+        except Exception as error:  # passing() decides: the errors of the HTTP libraries share no base class
+            may_pass, seconds = passing(error)
+            if not may_pass:
+                raise
+            wait = max(min(base * 2**n, maximum), min(seconds, 600.0))
+            if n + 1 >= attempts or clock() - start + wait > deadline:
+                tried = f"gave up after {n + 1} attempts in {clock() - start:.0f} s (the next wait: {wait:.0f} s)"
+                raise ConnectionError(f"{what}: {tried}: {brief(error)}") from error
+            log.warning("%s: %s; attempt %d of %d in %.0f s", what, brief(error), n + 2, attempts, wait)
+        sleep(wait)
+
+
+# ---------------------------------------------------------------------------
+# Hub
+# ---------------------------------------------------------------------------
+
+# What a finished model consists of; never optimizer state, logs, .env, or training_args.bin, which pickles the token.
+PUSHED = "*.safetensors *.json *.txt *.model *.jinja *.py README.md *.png *.gif *.mp4 *.wav".split()
+TOKEN_PAGE = "https://huggingface.co/settings/tokens"
+
+
+def hub_api(timeout: float):
+    """A Hub client with HF_TOKEN (a login stored on the machine is not used); ValueError without a usable one.
+
+    The default client has no timeout: a server that accepts and never answers would hang the run for ever.
+    """
+    from huggingface_hub import HfApi, set_client_factory
+    from huggingface_hub.utils._http import default_client_factory
+
+    token = os.environ.get("HF_TOKEN", "").strip()
+    if not token:
+        raise ValueError(f"HF_TOKEN is not set: export a token with write access ({TOKEN_PAGE})")
+    if not re.fullmatch(r"[!-~]+", token):  # the HTTP library would quote it in its error
+        raise ValueError(f"HF_TOKEN ({len(token)} characters) has a space or a non-ASCII one inside: copy it again")
+
+    def client():
+        made = default_client_factory()
+        made.timeout = (10.0, timeout, timeout, 10.0)  # connect, read, write, pool
+        return made
+
+    set_client_factory(client)
+    return HfApi(token=token)
+
+
+def hub_check(repo_id: str, public: bool, create: bool) -> str:
+    """The full name of the repo to push to, after making sure, before a GPU is paid for, that the push will work.
+
+    create=True makes the repo (private unless `public`) and proves write access; create=False changes nothing.
+    Ends the run with exit code 2 when the push could not work.
+    """
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    def ask(what: str, call: Callable[[], T]) -> T:
+        try:
+            return retry(call, f"Hub, {what}", deadline=60.0)  # short: nothing is lost yet
+        except (OSError, ValueError, RuntimeError) as error:
+            move = f"check HF_TOKEN ({TOKEN_PAGE}), the name and the network, or use --no_push_to_hub"
+            refuse(f"Hub, {what}: {brief(error)}: {move}")
+
+    def look():
+        try:
+            return api.model_info(full)
+        except RepositoryNotFoundError:
+            return None
+
+    try:
+        api = hub_api(timeout=30.0)
+    except ValueError as error:
+        refuse(f"{error}, or use --no_push_to_hub")
+    me = ask("whose token is HF_TOKEN", api.whoami)
+    if me.get("auth", {}).get("accessToken", {}).get("role") == "read":  # fineGrained: the commit below tells
+        refuse(f"HF_TOKEN of {me['name']} has the role read: a push needs one with the role write ({TOKEN_PAGE})")
+    full = repo_id if "/" in repo_id else f"{os.environ.get('HF_USER_ID', '').strip() or me['name']}/{repo_id}"
+    owner, names = full.split("/")[0], [me["name"], *(org["name"] for org in me.get("orgs", []))]
+    if owner not in names:
+        refuse(f"{full}: HF_TOKEN writes to {', '.join(names)}, not to {owner}: change HF_USER_ID or --hub_model_id")
+
+    info = ask(f"look up {full}", look)
+    if info is None:
+        if not create:
+            log.info("Hub: would create %s (%s)", full, "public" if public else "private")
+            return full
+        ask(f"create {full}", lambda: api.create_repo(full, private=not public, exist_ok=True))
+        info = ask(f"read back {full}", lambda: api.model_info(full))
+    if not info.private and not public:
+        refuse(f"{full} is public: add --public, make it private on the Hub, or choose another --hub_model_id")
+    if info.private and public:
+        log.warning("Hub: %s is private and stays so; --public is for new repositories", full)
+    if not create:
+        log.info("Hub: would push to %s, which exists", full)
+        return full
+    if "README.md" in {file.rfilename for file in info.siblings or []}:
+        # The same card again makes no commit, but the Hub asks for the right to write before it compares.
+        card = ask(f"read the card of {full}", lambda: Path(api.hf_hub_download(full, "README.md"))).read_bytes()
+    else:
+        card = f"---\ntags:\n- video\n---\n# {full}\n\nIn training; the model and its card will follow.\n".encode()
+    write = partial(api.upload_file, path_or_fileobj=card, path_in_repo="README.md", repo_id=full)
+    ask(f"write to {full}", partial(write, commit_message="Start training"))
+    return full
+
+
+def hub_push(folder: Path, repo_id: str, message: str) -> str:
+    """Uploads the model files of `folder` (PUSHED) in one commit and returns the url of the repo.
+
+    Raises ValueError if the folder must not be pushed, OSError or RuntimeError if the Hub did not take it; calling it
+    again sends what is missing.
+    """
+    from huggingface_hub.utils import filter_repo_objects
+
+    api = hub_api(timeout=120.0)
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() or path.is_symlink())
+    if links := [str(path) for path in paths if path.is_symlink()]:
+        raise ValueError(f"{', '.join(links)}: the target of a link would be published: remove it or put a copy there")
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    chosen = {"allow_patterns": PUSHED, "ignore_patterns": [".*", "*/.*"]}
+    pushed = list(filter_repo_objects(names, **chosen))
+    if not pushed:
+        raise ValueError(f"{folder}: no model files to push")
+    if left := sorted(set(names) - set(pushed)):
+        log.info("Hub: not part of a model, not pushed: %s", ", ".join(left))
+    for path in map(folder.joinpath, pushed):
+        if path.stat().st_size <= 64 * 2**20:  # larger ones are weights and clips, not text
+            data = path.read_bytes()
+            if api.token.encode() in data or re.search(rb"hf_[A-Za-z0-9]{20,}", data):
+                raise ValueError(f"{path} contains a Hugging Face token: remove it there, then push again")
+    call = partial(api.upload_folder, repo_id=repo_id, folder_path=folder, commit_message=message, **chosen)
+    retry(call, f"Hub, push to {repo_id}")
+    return f"{api.endpoint}/{repo_id}"
+
+
+# ---------------------------------------------------------------------------
+# Download
+# ---------------------------------------------------------------------------
+
+
+def download(url: str, folder: Path, max_bytes: int = 2 * 2**30, timeout: float = 600.0) -> Path:
+    """The file behind an http(s) url, fetched once into `folder`; whole or absent, also after a crash.
+
+    By urllib and not by the Hub's client: it knows neither the token nor .netrc, and the urls of a manifest are
+    strangers. Raises OSError if the file cannot be had within `timeout` seconds, ValueError if it is none that we take.
+    """
+    address = urllib.parse.urlsplit(url)
+    if address.scheme not in ("http", "https"):
+        raise ValueError(f"{url}: only http and https are downloaded")
+    suffix = re.search(r"(\.[A-Za-z0-9]{1,8})?$", address.path)[0]
+    target = folder / (hashlib.sha256(url.encode()).hexdigest()[:32] + suffix)
+    if target.exists():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f"{target.name}.{secrets.token_hex(4)}.part")  # several ranks may want the same url
+    opener = urllib.request.OpenerDirector()  # build_opener() would open ftp: too, after a redirect
+    for kind in ("ProxyHandler", "HTTPHandler", "HTTPSHandler", "HTTPRedirectHandler", "HTTPDefaultErrorHandler",
+                 "HTTPErrorProcessor", "UnknownHandler"):  # fmt: skip
+        opener.add_handler(getattr(urllib.request, kind)())
+    quoted = urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]")  # manifests have blanks and umlauts
+    request = urllib.request.Request(quoted, headers={"User-Agent": "Mozilla/5.0 (compatible; video training)"})
+    end = time.monotonic() + timeout
+
+    def fetch() -> None:
+        with opener.open(request, timeout=min(30.0, timeout)) as response, part.open("wb") as file:
+            if response.headers.get_content_type() == "text/html":
+                raise ValueError(f"{url}: a web page, not a file (moved, expired, or behind a login)")
+            length = int(response.headers.get("content-length") or -1)
+            size = 0
+            while max(size, length) <= max_bytes and (block := response.read1(2**20)):  # read() would wait for 1 MiB
+                size += file.write(block)
+                if time.monotonic() > end:
+                    raise TimeoutError(f"{url}: only {size} bytes in {timeout:.0f} s")
+            if max(size, length) > max_bytes:
+                raise ValueError(f"{url}: {max(size, length)} bytes or more; the limit is {max_bytes}")
+            if size < length:
+                raise ConnectionError(f"{url}: ended after {size} of {length} bytes")
+            file.flush()
+            os.fsync(file.fileno())  # a power cut must not leave an empty file under the final name
+        part.replace(target)
+
+    try:
+        retry(fetch, f"download {url}", attempts=5, deadline=timeout)
+    except http.client.HTTPException as error:  # an impossible url or answer
+        raise OSError(f"{url}: {brief(error)}") from error
+    finally:
+        part.unlink(missing_ok=True)
+    return target
