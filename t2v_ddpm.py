@@ -1,0 +1,1325 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#   "av", "deepspeed", "einops", "huggingface_hub", "matplotlib", "numpy", "opencv-python-headless", "pillow", "safetensors",
+#   "torch", "tqdm", "transformers", "tyro",
+# ]
+# ///
+"""Text to video by diffusion on pixels: a 3-D U-Net with FiLM on CLIP text, cosine DDPM, DDIM sampling.
+
+    python t2v_ddpm.py --demo                          # minutes on 2 CPU cores: moving shapes, scored by what the samples show
+    MANIFEST=clips.jsonl python t2v_ddpm.py            # one GPU (or a CPU): the debugging path
+    MANIFEST=clips.jsonl ./run.sh t2v_ddpm.py 4        # four GPUs, logged, pushed to the Hub at the end
+    python t2v_ddpm.py --prompt "a dog runs"           # sample the finished model: mp4, gif and png
+
+MANIFEST is a file of JSON lines, {"video": "dog.mp4", "caption": "a dog runs"} (or "captions": [...]), MSR-VTT's annotation
+JSON, or a folder of x.mp4 beside x.json with a "description". Without one the model trains, at its real size, on generated
+clips. The variables MANIFEST, OUTDIR, STEPS, BS, FRAMES, SIZE and LR stand for the flags --manifest, --output_dir, --steps,
+--batch_size, --frames, --size and --lr; a flag wins.
+
+Writes the run folder described in README.md, with ckpt_000200.pt = {step, model, ema} and samples/preview_step000200.png at
+every --save_every. The same command again goes on from the newest whole checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from einops import rearrange
+from torch import Tensor, nn
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from common import (
+    GB,
+    BadSample,
+    append_json,
+    catch_signals,
+    download,
+    ds_config,
+    extract_frames,
+    finish,
+    hub_check,
+    hub_push,
+    init_distributed,
+    log,
+    memory_here,
+    memory_plan,
+    numbered,
+    on_rank0,
+    open_run_folder,
+    over_ranks,
+    prepare_run_folder,
+    rank,
+    read_flags,
+    read_json_lines,
+    refuse,
+    resume_checkpoint,
+    retry,
+    run,
+    save_checkpoint,
+    tracker,
+    world_size,
+    write_json,
+    write_whole,
+)
+
+TIMESTEPS = 1000  # of the diffusion, as DDPM has
+STAND_IN = "stand-in"  # for CLIP: see stand_in_text
+
+# ---------------------------------------------------------------------------
+# Config
+# ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    demo: bool = False  # a tiny model on clips made on the spot: minutes on 2 CPU cores, no network
+    check: bool = False  # all checks and the plan, no training
+    output_dir: Path = Path("runs/t2v_ddpm")  # run folder; the same folder again resumes the run
+    seed: int = 0
+
+    # data
+
+    manifest: Path | None = None  # JSON lines, MSR-VTT's JSON or a folder; without one: generated clips
+    frames: int = 8  # per clip, spread evenly over the video
+    size: int = 64  # height and width, pixels
+    max_bad: float = 0.05  # share of unusable samples above which the run refuses
+    cache_dir: Path = Path("cache")  # decoded frames, encoded captions, downloads
+    num_workers: int = os.cpu_count() or 1  # threads that decode
+
+    # model
+
+    base: int = 64  # channels of the first level; the levels have 1, 2 and 4 times as many
+    levels: int = 3  # of the U-Net, each half as high and wide
+    blocks: int = 2  # residual blocks per level
+    patch: int = 1  # pixels of a patch x patch square enter as channels
+    text_encoder: str = "openai/clip-vit-base-patch32"  # CLIP, a Hub id or a folder
+    caption_dropout: float = 0.1  # share of captions left out, for guidance
+
+    # diffusion
+
+    prediction: Literal["noise", "v"] = "noise"  # what the model predicts
+    shift: float = 1.0  # divides alpha_bar / (1 - alpha_bar) by its square: above 1, more steps see mostly noise
+    timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"  # of the training loss
+
+    # optimisation
+
+    steps: int = 1000  # optimizer steps in all, over all resumes
+    batch_size: int = 2  # clips per GPU per micro-step; lower this first when memory runs out
+    accum: int = 1  # micro-steps per optimizer step
+    lr: float = 1e-4
+    warmup_steps: int = 100
+    lr_decay: bool = False  # to 0 at the last step, along a cosine
+    weight_decay: float = 0.0
+    beta2: float = 0.999  # of AdamW
+    clip: float = 1.0  # gradient norm limit
+    ema: float = 0.999  # decay of the averaged weights, which are sampled and pushed
+    dtype: Literal["bf16", "fp16", "fp32"] | None = None  # default: bf16, fp16 on GPUs without it, fp32 on a CPU
+    deepspeed: Annotated[str, tyro.conf.arg(aliases=["--deepspeed_config"])] = "auto"  # JSON file, or auto: what fits
+
+    # sampling
+
+    prompt: str = ""  # sample this caption from --model and stop
+    model: str = ""  # for --prompt, a folder or a Hub id; default: <output_dir>/model
+    sampler: Literal["ddim", "ddpm"] = "ddim"  # ddpm: all 1000 steps, ancestral
+    sample_steps: int = 50  # of ddim
+    guidance: float = 3.0  # 1 = none
+
+    # watching and saving
+
+    log_every: int = 20
+    eval_every: int = 1000
+    save_every: int = 200
+    keep: int = 3  # newest checkpoints (and ckpt_*.pt) kept
+    resume: bool = True  # --no_resume: refuse a folder that has checkpoints
+    report_to: Literal["none", "tensorboard", "wandb"] = "wandb" if os.environ.get("WANDB_API_KEY") else "none"
+
+    # Hub
+
+    push_to_hub: bool = False  # needs HF_TOKEN, and HF_USER_ID or a full --hub_model_id
+    hub_model_id: str = "t2v_ddpm"
+    public: bool = False  # visibility of a new repository
+
+    def __post_init__(self) -> None:
+        for name in ("frames", "base", "levels", "blocks", "patch", "steps", "batch_size", "accum", "sample_steps", "log_every",
+                     "eval_every", "save_every", "keep", "num_workers"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: at least 1")
+        if self.size < 1 or self.size % self.multiple:
+            raise ValueError(
+                f"--size {self.size} must be a multiple of {self.multiple} (--patch {self.patch} x 2 for each of "
+                f"{self.levels - 1} downsamplings): take {max(1, round(self.size / self.multiple)) * self.multiple}"
+            )
+        if self.base % 8:
+            raise ValueError(f"--base {self.base} must be a multiple of 8, the groups of the normalisation")
+        for name in ("lr", "shift", "clip", "guidance"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name} {getattr(self, name)}: above 0")
+        for name in ("caption_dropout", "ema", "max_bad"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: from 0 to below 1")
+        if self.sample_steps > TIMESTEPS:
+            raise ValueError(f"--sample_steps {self.sample_steps}: at most {TIMESTEPS}")
+        if self.report_to != "none" and not importlib.util.find_spec(self.report_to):
+            raise ValueError(f"--report_to {self.report_to}: pip install {self.report_to}, or --report_to none")
+        if self.demo and self.manifest:
+            raise ValueError(f"--demo makes its own clips: leave out --manifest {self.manifest} (or unset MANIFEST)")
+
+    @property
+    def multiple(self) -> int:
+        return self.patch * 2 ** (self.levels - 1)
+
+
+# The demo is a preset: the same code with other numbers. Recipe and scores: README.md and benchmarks/RESULTS.md.
+DEMO = dict(
+    demo=True, output_dir=Path("runs/t2v_ddpm_demo"), size=16, base=32, levels=2, blocks=1, patch=2, text_encoder=STAND_IN,
+    report_to="none", prediction="v", shift=3.0, timestep_sampling="logit_normal", steps=2000, batch_size=8, lr=1.5e-3,
+    warmup_steps=50, lr_decay=True, beta2=0.99, ema=0.98, sample_steps=20, log_every=100, eval_every=500, save_every=500,
+)  # fmt: skip
+VARIABLES = {
+    "MANIFEST": "--manifest", "OUTDIR": "--output_dir", "STEPS": "--steps", "BS": "--batch_size", "FRAMES": "--frames",
+    "SIZE": "--size", "LR": "--lr",
+}  # fmt: skip
+
+# ---------------------------------------------------------------------------
+# Data: generated clips
+# ---------------------------------------------------------------------------
+
+SHAPES = ("circle", "square", "triangle")
+COLOURS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1, 1, 0), "magenta": (1, 0, 1), "cyan": (0, 1, 1)}
+MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # x to the right, y downwards
+SPEEDS = {"slowly": 0.22, "quickly": 0.40}  # travel over the clip, in frame widths
+SIZES = {"small": 0.20, "large": 0.30}  # radius of the circle of equal area, in frame widths
+NUM_GENERATED = 4096
+ATTRIBUTES = {"shape": SHAPES, "colour": COLOURS, "move": MOVES, "speed": SPEEDS, "size": SIZES}
+
+
+def all_captions() -> list[dict[str, str]]:
+    """The 288 combinations of attributes; caption_of makes a sentence of one."""
+    rows: list[dict[str, str]] = [{}]
+    for name, values in ATTRIBUTES.items():
+        rows = [row | {name: value} for row in rows for value in values]
+    return rows
+
+
+def caption_of(a: dict[str, str]) -> str:
+    return f"a {a['size']} {a['colour']} {a['shape']} moving {a['move']} {a['speed']}"
+
+
+def is_held_out(a: dict[str, str]) -> bool:
+    """A seventh of the combinations of shape, colour and move are never trained on."""
+    shape, colour, move = (list(ATTRIBUTES[name]).index(a[name]) for name in ("shape", "colour", "move"))
+    return (2 * shape + 5 * colour + 3 * move) % 7 == 0
+
+
+def coverage(centres: np.ndarray, radius: float, shape: str, size: int) -> np.ndarray:
+    """How much of each pixel the shape covers: centres (F, 2) in frame widths -> (F, size, size) in [0, 1]."""
+    pixel = (np.arange(size) + 0.5) / size
+    dx = pixel[None, None, :] - centres[:, 0, None, None]
+    dy = pixel[None, :, None] - centres[:, 1, None, None]
+    if shape == "circle":  # signed distances to the edge; all three have the area pi radius^2
+        distance = np.sqrt(dx**2 + dy**2) - radius
+    elif shape == "square":
+        distance = np.maximum(abs(dx), abs(dy)) - radius * math.sqrt(math.pi) / 2
+    else:
+        inner = radius * math.sqrt(math.pi / math.sqrt(3)) / math.sqrt(3)  # of the equilateral triangle
+        distance = np.maximum(dy - inner, (math.sqrt(3) * abs(dx) - dy) / 2 - inner)
+    return np.clip(0.5 - distance * size, 0, 1)
+
+
+def draw_clip(a: dict[str, str], frames: int, size: int, rng: np.random.Generator) -> np.ndarray:
+    """One moving shape on black; the whole path lies inside the picture. -> uint8 (F, H, W, 3)"""
+    radius, travel = SIZES[a["size"]], np.array(MOVES[a["move"]]) * SPEEDS[a["speed"]]
+    low, high = radius + np.maximum(-travel, 0), 1 - radius - np.maximum(travel, 0)
+    start = low + (high - low) * rng.uniform(0.2, 0.8, 2)
+    centres = start + travel * np.linspace(0, 1, frames)[:, None]
+    clip = coverage(centres, radius, a["shape"], size)[..., None] * np.array(COLOURS[a["colour"]])
+    return (clip * 255).round().astype(np.uint8)
+
+
+def read_clip(clip: np.ndarray) -> dict[str, str]:
+    """The attributes seen in a uint8 (F, H, W, 3) clip; {} unless it shows one compact object of plausible size throughout."""
+    x = clip.astype(np.float64) / 255
+    frames, size = x.shape[:2]
+    weight = np.clip((x.max(-1) - 0.25) / 0.5, 0, 1)  # foreground, without the noise floor
+    area = weight.sum((1, 2)) + 1e-6
+    pixel = (np.arange(size) + 0.5) / size
+    centres = np.stack([(weight * pixel).sum((1, 2)), (weight * pixel[:, None]).sum((1, 2))], 1) / area[:, None]
+    radius = math.sqrt(area.mean() / size**2 / math.pi)
+    around = (pixel - centres[:, 0, None, None]) ** 2 + (pixel[:, None] - centres[:, 1, None, None]) ** 2
+    spread = ((weight * around).sum((1, 2)) / area).mean()
+    small, large = SIZES.values()
+    if not (0.6 * small < radius < 1.5 * large and spread < 1.6 * radius**2 and area.min() > 0.3 * area.max()):
+        return {}
+    clock = np.linspace(-0.5, 0.5, frames)
+    travel = (centres * clock[:, None]).sum(0) / (clock**2).sum()  # least squares over the clip
+    colour = (x * weight[..., None]).sum((0, 1, 2)) / area.sum()
+    errors = {shape: ((coverage(centres, radius, shape, size) - weight) ** 2).mean() for shape in SHAPES}
+    distance = np.linalg.norm(travel)
+    still = distance < min(SPEEDS.values()) / 2
+    return {
+        "shape": min(errors, key=errors.get),
+        "colour": min(COLOURS, key=lambda name: ((colour - COLOURS[name]) ** 2).sum()),
+        "move": "none" if still else max(MOVES, key=lambda name: travel @ np.array(MOVES[name])),
+        "speed": "quickly" if distance > np.mean(list(SPEEDS.values())) else "slowly",
+        "size": "large" if radius > np.mean(list(SIZES.values())) else "small",
+    }
+
+
+def asked_is_made(clips: np.ndarray, asked: list[dict[str, str]]) -> dict[str, float]:
+    """Share of uint8 (N, F, H, W, 3) clips that show what was asked, per attribute and for all five at once."""
+    seen = [read_clip(clip) for clip in clips]
+    hits = {name: [s.get(name) == a[name] for s, a in zip(seen, asked)] for name in ATTRIBUTES}
+    hits["all_five"] = [all(hit) for hit in zip(*hits.values())]
+    return {name: float(np.mean(values)) for name, values in hits.items()}
+
+
+# ---------------------------------------------------------------------------
+# Data: videos
+# ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    video: str  # path or http(s) URL
+    captions: tuple[str, ...]
+    where: str  # manifest and line, for messages
+
+
+def read_manifest(manifest: Path) -> tuple[list[Row], list[dict]]:
+    """-> (rows, bad samples) of JSON lines, MSR-VTT's JSON or a folder. Exit 2 when it is missing, empty or not JSON."""
+    if manifest.is_dir():
+        pairs = [
+            (path, path.with_suffix(".json")) for path in sorted(manifest.iterdir()) if path.suffix.lower() in VIDEO_SUFFIXES
+        ]
+        found = []
+        for video, side in pairs:
+            description = read_json(side).get("description") if side.exists() else None
+            found.append((str(side), {"video": video.name, "caption": description}))
+    elif not manifest.is_file():
+        refuse(f"--manifest {manifest} does not exist")
+    elif is_msr_vtt(manifest):
+        found = msr_vtt_rows(manifest)
+    else:
+        found = [(f"{manifest}:{number}", row) for number, row in read_json_lines(manifest)]
+    folder = manifest if manifest.is_dir() else manifest.parent
+    rows, bad = [], []
+    for where, row in found:
+        video = next((row[key] for key in ("video", "video_path", "path", "file") if row.get(key)), None)
+        captions = next((row[key] for key in ("caption", "captions", "text") if row.get(key)), None)
+        captions = [captions] if isinstance(captions, str) else captions
+        if not isinstance(video, str):
+            bad.append({"where": where, "reason": 'no video path ("video", "video_path", "path" or "file")'})
+        elif not (isinstance(captions, list) and all(isinstance(c, str) and c.strip() for c in captions)):
+            bad.append({"where": where, "video": video, "reason": 'no caption ("caption", "captions" or "text")'})
+        else:
+            source = video if video.startswith(("http://", "https://")) else str(folder / video)
+            rows.append(Row(source, tuple(c.strip() for c in captions), where))
+    if not found:
+        refuse(f"--manifest {manifest} is empty")
+    return rows, bad
+
+
+VIDEO_SUFFIXES = {".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif"}
+
+
+def read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        refuse(f"{path} is not JSON: {error}")
+    return value if isinstance(value, dict) else refuse(f"{path}: a JSON object is wanted, this is a {type(value).__name__}")
+
+
+def is_msr_vtt(manifest: Path) -> bool:
+    """MSR-VTT has one JSON object with the keys `videos` and `sentences`; JSON lines have an object a line."""
+    with manifest.open("rb") as file:
+        start = file.read(1 << 16).lstrip(b"\xef\xbb\xbf \t\r\n")
+    if not start.startswith(b"{") or not re.search(rb'"(videos|sentences|info)"\s*:\s*[\[{]', start):
+        return False
+    return {"videos", "sentences"} <= read_json(manifest).keys()
+
+
+def msr_vtt_rows(manifest: Path) -> list[tuple[str, dict]]:
+    """The training split, with all sentences of a video; video0.mp4 lies anywhere below the annotation's folder."""
+    annotation = read_json(manifest)
+    sentences: dict[str, list[str]] = {}
+    for row in annotation["sentences"]:
+        sentences.setdefault(row["video_id"], []).append(row["caption"])
+    files = {path.stem: path for path in sorted(manifest.parent.rglob("*.mp4"))}
+    rows = []
+    for video in annotation["videos"]:
+        if video.get("split", "train") == "train":
+            name = video["video_id"]
+            path = files.get(name, Path(f"{name}.mp4")).relative_to(manifest.parent) if name in files else f"{name}.mp4"
+            rows.append((f"{manifest} {name}", {"video": str(path), "captions": sentences.get(name)}))
+    return rows
+
+
+def cached_frames(row: Row, cfg: Config) -> Path:
+    """Decode once: a .npy file of uint8 (F, H, W, 3) frames. Raises BadSample."""
+    path = Path(row.video)
+    if row.video.startswith(("http://", "https://")):
+        path = download(row.video, cfg.cache_dir / "downloads")
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise BadSample(error.strerror) from error
+    key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{cfg.frames}|{cfg.size}|1"  # 1: version of the reader
+    target = cfg.cache_dir / "frames" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
+    if not target.exists():
+        frames = extract_frames(path, cfg.frames, (cfg.size, cfg.size))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = target.with_suffix(f".{os.getpid()}.partial")
+        with aside.open("wb") as file:
+            np.save(file, frames)
+        aside.rename(target)
+    return target
+
+
+def decode_all(cfg: Config) -> tuple[list[Path], list[tuple[str, ...]], list[dict]]:
+    """Rank 0: -> (cached clips, their captions, bad samples). Exit 2 when too many samples are bad, or all."""
+    rows, bad = read_manifest(cfg.manifest)
+    clips, captions = [], []
+
+    def decode(row: Row) -> Path | dict:
+        try:
+            return cached_frames(row, cfg)
+        except BadSample as error:
+            return {"where": row.where, "video": row.video, "reason": str(error)}
+
+    with ThreadPoolExecutor(cfg.num_workers) as pool:  # the decoders release the GIL
+        for row, result in zip(rows, tqdm(pool.map(decode, rows), "decode", len(rows), unit="clip", disable=None)):
+            if isinstance(result, dict):
+                bad.append(result)
+            else:
+                clips.append(result)
+                captions.append(row.captions)
+    first = "".join(f"\n  {b['where']}: {b.get('video', '')}: {b['reason']}" for b in bad[:5])
+    total = len(clips) + len(bad)
+    if not clips:
+        refuse(f"{cfg.manifest}: none of {total} samples is usable:{first}")
+    if len(bad) > cfg.max_bad * total:
+        refuse(f"{cfg.manifest}: {len(bad)} of {total} samples are bad, more than --max_bad {cfg.max_bad}:{first}")
+    if bad:
+        log.warning(f"warning: {len(bad)} of {total} samples are left out:{first}")
+    return clips, captions, bad
+
+
+# ---------------------------------------------------------------------------
+# Data: text
+# ---------------------------------------------------------------------------
+
+
+def stand_in_text(captions: list[str], width: int = 512) -> Tensor:
+    """Instead of CLIP where there is no network: each word a fixed random direction, averaged. It knows words, not meaning.
+    -> (N, width)"""
+
+    @functools.cache
+    def direction(word: str) -> np.ndarray:
+        seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "big")
+        vector = np.random.default_rng(seed).standard_normal(width)
+        return vector / np.linalg.norm(vector) * math.sqrt(width)
+
+    means = [np.mean([direction(word) for word in caption.lower().split()], axis=0) for caption in captions]
+    return torch.tensor(np.stack(means), dtype=torch.float32)
+
+
+def clip_text(captions: list[str], source: str, device: torch.device) -> Tensor:
+    """Last hidden states of a frozen CLIP text encoder, averaged over the real tokens. -> (N, D), D = 512 for ViT-B/32.
+
+    Raises OSError when `source`, a folder or a Hub id, has no such model or cannot be reached.
+    """
+    from huggingface_hub import model_info
+    from huggingface_hub.errors import HfHubHTTPError
+    from transformers import AutoTokenizer, CLIPTextModel
+
+    offline = Path(source).is_dir()
+    if not offline:
+        try:
+            retry(lambda: model_info(source, timeout=10), f"look up {source}", attempts=2)
+        except (HfHubHTTPError, OSError) as error:  # no network: perhaps an earlier run downloaded it
+            log.info(f"{source} cannot be looked up ({type(error).__name__}): trying the local cache")
+            offline = True
+    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline)
+    encoder = CLIPTextModel.from_pretrained(source, local_files_only=offline).to(device).eval()
+    length, pooled = encoder.config.max_position_embeddings, []
+    cut = sum(len(ids) > length for ids in tokenizer(captions).input_ids)
+    if cut:
+        log.warning(f"warning: {cut} of {len(captions)} captions are longer than {length} tokens; their ends are not read")
+    with torch.no_grad():
+        for start in tqdm(range(0, len(captions), 256), "encode captions", disable=None):
+            tokens = tokenizer(
+                captions[start : start + 256], padding=True, truncation=True, max_length=length, return_tensors="pt"
+            )
+            states = encoder(**tokens.to(device)).last_hidden_state.float()  # (N, T, D)
+            mask = tokens.attention_mask[..., None]  # (N, T, 1)
+            pooled.append(((states * mask).sum(1) / mask.sum(1)).cpu())
+    return torch.cat(pooled)
+
+
+def encode_text(captions: list[str], cfg: Config, device: torch.device) -> tuple[Tensor, str]:
+    """Rank 0: each caption encoded once and cached on disk; the encoder is gone from the GPU afterwards.
+    -> ((N, D), the encoder that was used)"""
+    if cfg.text_encoder == STAND_IN:
+        return stand_in_text(captions), STAND_IN
+    weights = Path(cfg.text_encoder) / "model.safetensors"
+    key = [cfg.text_encoder, weights.stat().st_mtime_ns if weights.exists() else 0, captions]
+    cached = cfg.cache_dir / "text" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.npy"
+    if not cached.exists():
+        try:
+            table = clip_text(captions, cfg.text_encoder, device).numpy()
+        except OSError as error:
+            reason = str(error).splitlines()[0]
+            if cfg.manifest:
+                refuse(f"--text_encoder {cfg.text_encoder}: {reason}\ndownload it where there is network, and give its folder")
+            log.warning(
+                f"warning: {cfg.text_encoder} is out of reach ({reason}); a stand-in encodes the captions: "
+                "it knows words, not meaning"
+            )
+            return stand_in_text(captions), STAND_IN
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with (aside := cached.with_suffix(f".{os.getpid()}.partial")).open("wb") as file:
+            np.save(file, table)
+        aside.rename(cached)
+    return torch.from_numpy(np.load(cached)), cfg.text_encoder
+
+
+@dataclass(frozen=True)
+class Clips:
+    """Clip i is frames[i], uint8 (F, H, W, 3) or a .npy file of it; its captions are the rows[i] of `text` (captions, D)."""
+
+    frames: list[np.ndarray | Path]
+    captions: list[tuple[str, ...]]
+    rows: list[list[int]]
+    text: Tensor
+
+    def batch(self, indices: list[int], draws: list[int]) -> tuple[Tensor, Tensor]:
+        """-> uint8 (B, F, H, W, 3), text (B, D). A clip of n captions takes number draw % n."""
+        frames = [np.load(f) if isinstance(f := self.frames[i], Path) else f for i in indices]
+        text = [self.rows[i][draw % len(self.rows[i])] for i, draw in zip(indices, draws)]
+        return torch.from_numpy(np.stack(frames)), self.text[text]
+
+    def part(self, keep: list[int]) -> Clips:
+        frames, captions, rows = ([values[i] for i in keep] for values in (self.frames, self.captions, self.rows))
+        return Clips(frames, captions, rows, self.text)
+
+    def some_captions(self, count: int) -> tuple[list[str], Tensor]:
+        """Up to `count` different captions, and their encodings (count, D)"""
+        rows = {several[0]: numbers[0] for several, numbers in zip(self.captions, self.rows)}
+        chosen = list(rows)[:: max(1, len(rows) // count)][:count]
+        return chosen, self.text[[rows[caption] for caption in chosen]]
+
+
+@dataclass(frozen=True)
+class Data:
+    train: Clips
+    held_out: Clips
+    encoder: str  # that made the text table: CLIP or the stand-in
+    bad: list[dict]  # samples that were left out, and why
+
+
+def load_data(cfg: Config, device: torch.device) -> Data:
+    """Every rank. Exit 2 when there is nothing to train on."""
+    if cfg.manifest:
+        frames, captions, bad = on_rank0(lambda: decode_all(cfg))
+        held_out = set(range(0, len(frames), 20)) if len(frames) >= 20 else set()  # every 20th video
+    else:
+        rng, attributes, bad = np.random.default_rng(cfg.seed), all_captions(), []
+        drawn = [attributes[i] for i in rng.integers(len(attributes), size=NUM_GENERATED)]
+        frames = [draw_clip(a, cfg.frames, cfg.size, rng) for a in drawn]
+        captions = [(caption_of(a),) for a in drawn]
+        held_out = {i for i, a in enumerate(drawn) if is_held_out(a)}
+    unique = {caption: row for row, caption in enumerate(dict.fromkeys(c for several in captions for c in several))}
+    text, encoder = on_rank0(lambda: encode_text(list(unique), cfg, device))
+    clips = Clips(frames, captions, [[unique[c] for c in several] for several in captions], text)
+    train = [i for i in range(len(frames)) if i not in held_out]
+    return Data(clips.part(train), clips.part(sorted(held_out) or train), encoder, bad)
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def get_batch(clips: Clips, cfg: Config, micro_step: int) -> tuple[Tensor, Tensor]:
+    """This rank's clips at a micro-step: a pure function of (seed, micro-step, rank), so that a resumed run repeats the order."""
+    first = (micro_step * world_size() + rank()) * cfg.batch_size
+    places = [divmod(place, len(clips.frames)) for place in range(first, first + cfg.batch_size)]
+    return clips.batch([int(epoch_order(len(clips.frames), cfg.seed, e)[i]) for e, i in places], [e for e, _ in places])
+
+
+# ---------------------------------------------------------------------------
+# Model
+# ---------------------------------------------------------------------------
+
+
+def sinusoids(x: Tensor, width: int) -> Tensor:
+    """Positions or timesteps (N,) -> (N, width), as in Attention Is All You Need, section 3.5."""
+    angles = x.float()[:, None] * torch.exp(torch.arange(width // 2, device=x.device) * (-math.log(10_000) / (width // 2)))
+    return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+def places(clips: int, frames: int, height: int, width: int) -> Tensor:
+    """Frame, row and column of each pixel, evenly from -sqrt(3) to sqrt(3) (unit variance), as in CoordConv (Liu et al. 2018):
+    without them a convolution learns late that things move. -> (B*F, 3, H, W)"""
+    axes = [torch.linspace(-1, 1, n) * math.sqrt(3) if n > 1 else torch.zeros(n) for n in (frames, height, width)]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), 1).repeat(clips, 1, 1, 1)
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions on every frame; FiLM (Perez et al. 2018) by time and text between them."""
+
+    def __init__(self, c_in: int, c_out: int, c_film: int) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(8, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.film = nn.Linear(c_film, 2 * c_out)
+        self.norm2, self.conv2 = nn.GroupNorm(8, c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x: Tensor, film: Tensor, frames: int) -> Tensor:
+        """x (B*F, C, H, W), film (B*F, D) -> (B*F, C', H, W)"""
+        h = self.conv1(F.silu(self.norm1(x)))
+        scale, shift = self.film(film)[..., None, None].chunk(2, 1)  # (B*F, C', 1, 1) each
+        return self.skip(x) + self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
+
+
+class Attention(nn.Module):
+    """Self-attention along time (each pixel over the frames) or over space (each frame over its pixels)."""
+
+    def __init__(self, c: int, axis: Literal["time", "space"]) -> None:
+        super().__init__()
+        self.axis, self.heads = axis, max(1, c // 32)
+        self.norm, self.qkv, self.out = nn.GroupNorm(8, c), nn.Linear(c, 3 * c), nn.Linear(c, c)
+        nn.init.zeros_(self.out.weight)  # starts as the identity
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Tensor, film: Tensor, frames: int) -> Tensor:
+        """x (B*F, C, H, W) -> the same shape"""
+        h, w = x.shape[-2:]
+        if self.axis == "time":
+            u = rearrange(self.norm(x), "(b f) c h w -> (b h w) f c", f=frames)
+            u = u + sinusoids(torch.arange(frames, device=x.device), u.shape[-1]).to(u.dtype)
+        else:
+            u = rearrange(self.norm(x), "n c h w -> n (h w) c")
+        q, k, v = rearrange(self.qkv(u), "n t (three heads d) -> three n heads t d", three=3, heads=self.heads)
+        u = self.out(rearrange(F.scaled_dot_product_attention(q, k, v), "n heads t d -> n t (heads d)"))
+        if self.axis == "time":
+            return x + rearrange(u, "(b h w) f c -> (b f) c h w", h=h, w=w)
+        return x + rearrange(u, "n (h w) c -> n c h w", h=h)
+
+
+class Resize(nn.Module):
+    """Half or twice the height and width, by a convolution."""
+
+    def __init__(self, c: int, up: bool) -> None:
+        super().__init__()
+        self.up, self.conv = up, nn.Conv2d(c, c, 3, padding=1, stride=1 if up else 2)
+
+    def forward(self, x: Tensor, film: Tensor, frames: int) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest") if self.up else x)
+
+
+class UNet3DCond(nn.Module):
+    """3-D U-Net on pixels: frames folded into the batch for 2-D convolutions in channels_last, attention along time between
+    them. Of the blocks measured in benchmarks/RESULTS.md the fastest per step."""
+
+    def __init__(self, base: int = 64, levels: int = 3, blocks: int = 2, patch: int = 1, text_dim: int = 512) -> None:
+        super().__init__()
+        self.config = {"base": base, "levels": levels, "blocks": blocks, "patch": patch, "text_dim": text_dim}
+        self.patch, self.base, width = patch, base, 4 * base
+        self.time = nn.Sequential(nn.Linear(base, width), nn.SiLU(), nn.Linear(width, width))
+        self.register_buffer("text_mean", torch.zeros(text_dim))  # see standardise
+        self.register_buffer("text_std", torch.ones(()))
+        self.text = nn.Linear(text_dim, width)
+        self.no_text = nn.Parameter(torch.zeros(width))  # stands for a caption that was left out
+
+        def stage(c_in: int, c_out: int, level: int) -> nn.ModuleList:
+            return nn.ModuleList([ResBlock(c_in, c_out, width), *([Attention(c_out, "time")] if level else [])])
+
+        channels = [base * 2**level for level in range(levels)]
+        self.enter = nn.Conv2d(3 * patch**2 + 3, base, 3, padding=1)  # the pixels and where they are
+        self.down, self.up, skips, c = nn.ModuleList(), nn.ModuleList(), [base], base
+        for level, c_out in enumerate(channels):
+            for _ in range(blocks):
+                self.down.append(stage(c, c_out, level))
+                skips.append(c := c_out)
+            if level < levels - 1:
+                self.down.append(nn.ModuleList([Resize(c, up=False)]))
+                skips.append(c)
+        around = [Attention(c, "space"), Attention(c, "time")]
+        self.middle = nn.ModuleList([ResBlock(c, c, width), *around, ResBlock(c, c, width)])
+        for level, c_out in reversed(list(enumerate(channels))):
+            for block in range(blocks + 1):
+                parts = stage(c + skips.pop(), c_out, level)
+                if level > 0 and block == blocks:
+                    parts.append(Resize(c_out, up=True))
+                self.up.append(parts)
+                c = c_out
+        self.leave = nn.Sequential(nn.GroupNorm(8, c), nn.SiLU(), nn.Conv2d(c, 3 * patch**2, 3, padding=1))
+        nn.init.zeros_(self.leave[-1].weight)
+        nn.init.zeros_(self.leave[-1].bias)
+
+    def standardise(self, text: Tensor) -> None:
+        """Take mean and spread of the training captions' encodings (N, D): what all captions share says nothing."""
+        self.text_mean.copy_(text.mean(0))
+        self.text_std.copy_(text.std(0, correction=0).square().mean().sqrt().clamp(min=1e-6))
+
+    def forward(self, x: Tensor, timesteps: Tensor, text: Tensor, drop: Tensor | None = None) -> Tensor:
+        """x (B, F, 3, H, W), timesteps (B,) in [0, 1000), text (B, D); drop (B,) bool leaves captions out. -> x's shape"""
+        frames, dtype = x.shape[1], self.enter.weight.dtype
+        text = self.text(((text - self.text_mean) / self.text_std).to(dtype))  # (B, W)
+        if drop is not None:
+            text = torch.where(drop[:, None], self.no_text, text)
+        film = F.silu(self.time(sinusoids(timesteps, self.base).to(dtype)) + text)
+        film = film.repeat_interleave(frames, 0)  # (B*F, W)
+        h = F.pixel_unshuffle(x.flatten(0, 1).to(dtype), self.patch)  # (B*F, 3pp, H/p, W/p)
+        h = torch.cat([h, places(len(x), frames, *h.shape[-2:]).to(h)], 1)
+        h = self.enter(h.contiguous(memory_format=torch.channels_last))
+        skips = [h]
+        for parts in self.down:
+            for part in parts:
+                h = part(h, film, frames)
+            skips.append(h)
+        for part in self.middle:
+            h = part(h, film, frames)
+        for parts in self.up:
+            h = torch.cat([h, skips.pop()], 1)
+            for part in parts:
+                h = part(h, film, frames)
+        h = F.pixel_shuffle(self.leave(h), self.patch)
+        return h.unflatten(0, (-1, frames)).to(x.dtype)
+
+
+# ---------------------------------------------------------------------------
+# Diffusion
+# ---------------------------------------------------------------------------
+
+
+def cosine_alpha_bar(shift: float = 1.0) -> Tensor:
+    """alpha_bar (1000,) float32 of the cosine schedule (Nichol and Dhariwal 2021, equation 17, betas at most 0.999).
+
+    `shift` divides the signal-to-noise ratio alpha_bar / (1 - alpha_bar) by its square: larger pictures and motion, seen only at
+    high noise, want more of it (Hoogeboom et al. 2023, equation 5).
+    """
+    u = torch.arange(TIMESTEPS + 1, dtype=torch.float64) / TIMESTEPS
+    f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+    alpha_bar = torch.cumprod(1 - (1 - f[1:] / f[:-1]).clamp(max=0.999), 0)
+    ratio = alpha_bar / (1 - alpha_bar) / shift**2
+    return (ratio / (1 + ratio)).float()
+
+
+def add_noise(x: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
+    """q(x_t | x_0), Ho et al. 2020, equation 4; alpha_bar (B,)"""
+    a = alpha_bar.view(-1, 1, 1, 1, 1)
+    return a.sqrt() * x + (1 - a).sqrt() * noise
+
+
+def diffusion_target(x: Tensor, noise: Tensor, alpha_bar: Tensor, prediction: str) -> Tensor:
+    """What the model predicts: the noise, or v = sqrt(a) noise - sqrt(1 - a) x (Salimans and Ho 2022, appendix D)."""
+    a = alpha_bar.view(-1, 1, 1, 1, 1)
+    return noise if prediction == "noise" else a.sqrt() * noise - (1 - a).sqrt() * x
+
+
+def clean_and_noise(x: Tensor, output: Tensor, alpha_bar: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
+    """The inverse: (x_0 clipped to [-1, 1], the noise that goes with it) from a noisy x and the model's output; alpha_bar ()"""
+    a, b = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    clean = (x - b * output) / a if prediction == "noise" else a * x - b * output
+    clean = clean.clamp(-1, 1)
+    return clean, (x - a * clean) / b
+
+
+def diffusion_loss(
+    model: nn.Module, frames: Tensor, text: Tensor, alpha_bar: Tensor, cfg: Config, generator: torch.Generator
+) -> Tensor:
+    """Mean squared error of the prediction. frames uint8 (B, F, H, W, 3), text (B, D), alpha_bar (1000,)"""
+    x = to_unit(frames)
+    count, device = len(x), x.device
+    if cfg.timestep_sampling == "uniform":
+        t = torch.randint(TIMESTEPS, (count,), generator=generator, device=device)
+    else:  # more often in the middle (Esser et al. 2024, section 3.1)
+        t = (torch.randn(count, generator=generator, device=device).sigmoid() * TIMESTEPS).long()
+    noise = torch.randn(x.shape, generator=generator, device=device)
+    drop = torch.rand(count, generator=generator, device=device) < cfg.caption_dropout
+    output = model(add_noise(x, noise, alpha_bar[t]), t, text, drop)
+    return F.mse_loss(output, diffusion_target(x, noise, alpha_bar[t], cfg.prediction))
+
+
+def to_unit(frames: Tensor) -> Tensor:
+    """uint8 (B, F, H, W, 3) -> float32 (B, F, 3, H, W) in [-1, 1]"""
+    return rearrange(frames, "b f h w c -> b f c h w").float() / 127.5 - 1
+
+
+def to_pixels(clips: Tensor) -> np.ndarray:
+    """float (B, F, 3, H, W) in [-1, 1] -> uint8 (B, F, H, W, 3)"""
+    return rearrange(((clips.clamp(-1, 1) + 1) * 127.5).round(), "b f c h w -> b f h w c").to(torch.uint8).cpu().numpy()
+
+
+# ---------------------------------------------------------------------------
+# Sample and evaluate
+# ---------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def sample(model: UNet3DCond, text: Tensor, shape: tuple[int, ...], cfg: Config, seed: int = 0) -> Tensor:
+    """Clips (N, *shape) in [-1, 1] for text (N, D); shape = (F, 3, H, W).
+
+    DDIM (Song et al. 2021, equation 12) with eta 0 over `sample_steps` evenly spaced timesteps that end at the noisiest, or with
+    eta 1 over all 1000, which is DDPM's ancestral sampler. Guidance after Ho and Salimans 2022; x_0 is clipped in each step.
+    """
+    device = next(model.parameters()).device
+    generator, text = torch.Generator(device).manual_seed(seed), text.to(device)
+    alpha_bar = cosine_alpha_bar(cfg.shift).to(device)
+    steps, eta = (TIMESTEPS, 1.0) if cfg.sampler == "ddpm" else (cfg.sample_steps, 0.0)
+    timesteps = (TIMESTEPS - torch.arange(steps) * TIMESTEPS / steps).round().long() - 1  # 999 first
+    x = torch.randn(len(text), *shape, generator=generator, device=device)
+    both = torch.arange(2 * len(text), device=device) >= len(text)  # second half without captions
+    for i, t in enumerate(timesteps.tolist()):
+        if cfg.guidance == 1:
+            output = model(x, torch.full((len(x),), t, device=device), text)
+        else:
+            output = model(x.repeat(2, 1, 1, 1, 1), torch.full((2 * len(x),), t, device=device), text.repeat(2, 1), both)
+            with_text, without = output.chunk(2)
+            output = without + cfg.guidance * (with_text - without)
+        a = alpha_bar[t]
+        a_next = alpha_bar[timesteps[i + 1]] if i + 1 < steps else torch.ones_like(a)
+        clean, noise = clean_and_noise(x, output, a, cfg.prediction)
+        sigma = eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)).sqrt()
+        x = a_next.sqrt() * clean + (1 - a_next - sigma**2).clamp(min=0).sqrt() * noise
+        if eta and i + 1 < steps:
+            x = x + sigma * torch.randn(x.shape, generator=generator, device=device)
+    return x
+
+
+def slices(count: int, size: int) -> Iterator[slice]:
+    return (slice(start, start + size) for start in range(0, count, size))
+
+
+def held_out_loss(model: UNet3DCond, clips: Clips, cfg: Config) -> dict[str, float]:
+    """Loss at 8 fixed timesteps with fixed noise, on up to 64 clips; the same with each clip's caption replaced by another's."""
+    device, alpha_bar = next(model.parameters()).device, cosine_alpha_bar(cfg.shift)
+    count = min(64, len(clips.frames))
+    frames, text = clips.batch(list(range(count)), [0] * count)
+    other = text[[(i + count // 2) % count for i in range(count)]]
+    generator, sums = torch.Generator().manual_seed(cfg.seed), {"loss": 0.0, "captions_swapped": 0.0, "power": 0.0}
+    for t in range(TIMESTEPS // 16, TIMESTEPS, TIMESTEPS // 8):
+        noise = torch.randn(to_unit(frames).shape, generator=generator)
+        for part in slices(count, cfg.batch_size):
+            x, e = to_unit(frames[part]), noise[part]
+            a = alpha_bar[t].expand(len(x))
+            target = diffusion_target(x, e, a, cfg.prediction)
+            noisy, when = add_noise(x, e, a).to(device), torch.full((len(x),), t, device=device)
+            for name, captions in (("loss", text), ("captions_swapped", other)):
+                with torch.no_grad():
+                    output = model(noisy, when, captions[part].to(device)).cpu()
+                sums[name] += F.mse_loss(output, target, reduction="sum").item()
+            sums["power"] += target.square().sum().item()
+    return {name: value / (8 * count * x[0].numel()) for name, value in sums.items()}
+
+
+def sample_pixels(model: UNet3DCond, text: Tensor, cfg: Config, seed: int) -> np.ndarray:
+    """-> uint8 (N, F, H, W, 3), in batches that need no more memory than training"""
+    shape, size = (cfg.frames, 3, cfg.size, cfg.size), max(8, cfg.batch_size)
+    return np.concatenate([to_pixels(sample(model, text[p], shape, cfg, seed + p.start)) for p in slices(len(text), size)])
+
+
+def evaluate(model: UNet3DCond, held_out: Clips, cfg: Config) -> dict:
+    """The score of results.json. Generated clips: asked = made on held-out captions, read back from the sampled pixels, next to
+    the same clips held against each other's captions. Videos: 1 - loss / power of the target, on held-out videos."""
+    loss = held_out_loss(model, held_out, cfg)
+    if cfg.manifest:
+        score = 1 - loss["loss"] / loss["power"]
+        return {"score": score, "score_is": "share of the target explained on held-out videos", "controls": {}, "held_out": loss}
+    asked = [a for a in all_captions() if is_held_out(a)]
+    asked = asked * max(1, 96 // len(asked))
+    table = {caption: held_out.text[rows[0]] for (caption,), rows in zip(held_out.captions, held_out.rows)}
+    clips = sample_pixels(model, torch.stack([table[caption_of(a)] for a in asked]), cfg, cfg.seed)
+    made, other = asked_is_made(clips, asked), asked_is_made(clips, asked[7:] + asked[:7])
+    return {
+        "score": made["all_five"],
+        "score_is": f"asked = made for all five attributes, {len(asked)} clips of {len(table)} held-out captions",
+        "controls": {"captions_shuffled": other["all_five"]},
+        "asked_is_made": made,
+        "captions_shuffled": other,
+        "held_out": loss,
+    }
+
+
+# ---------------------------------------------------------------------------
+# Pictures
+# ---------------------------------------------------------------------------
+
+
+def enlarge(clip: np.ndarray, least: int = 256) -> np.ndarray:
+    """Whole-numbered enlargement of uint8 (F, H, W, 3) to at least `least` pixels, with even sides as H.264 wants them."""
+    factor = max(1, -(-least // clip.shape[1]))
+    clip = clip.repeat(factor, 1).repeat(factor, 2)
+    return clip[:, : clip.shape[1] // 2 * 2, : clip.shape[2] // 2 * 2]
+
+
+def write_video(clip: np.ndarray, path: Path | str, fps: int = 8) -> None:
+    """uint8 (F, H, W, 3) -> path.mp4 (H.264, yuv420p: every browser plays it) and path.gif"""
+    import av
+    from PIL import Image
+
+    clip, path = enlarge(clip), Path(path)
+    with av.open(str(path.with_suffix(".mp4")), "w", options={"movflags": "+faststart"}) as file:
+        stream = file.add_stream("libx264", rate=fps, options={"crf": "18"})
+        stream.height, stream.width, stream.pix_fmt = clip.shape[1], clip.shape[2], "yuv420p"
+        for picture in clip:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        file.mux(stream.encode())
+    first, *rest = (Image.fromarray(picture) for picture in clip)
+    first.save(path.with_suffix(".gif"), save_all=True, append_images=rest, duration=1000 // fps, loop=0)
+
+
+def write_grid(clips: np.ndarray, captions: list[str], path: Path) -> None:
+    """One row a clip, its caption above it, one column a frame: uint8 (N, F, H, W, 3) -> a png"""
+    from matplotlib.figure import Figure
+
+    rows, columns = clips.shape[:2]
+    figure = Figure(figsize=(1.2 * columns, 1.45 * rows), layout="constrained")
+    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - 0.15 / rows))  # room for the first caption
+    for axes_row, clip, caption in zip(figure.subplots(rows, columns, squeeze=False), clips, captions):
+        shown = caption if len(caption) < 18 * columns else caption[: 18 * columns] + "..."
+        axes_row[0].text(0, 1.06, shown, transform=axes_row[0].transAxes, fontsize=9, in_layout=False)  # runs over all columns
+        for axes, picture in zip(axes_row, clip):
+            axes.imshow(picture, interpolation="nearest")
+            axes.set_axis_off()
+    figure.savefig(path, dpi=100)
+
+
+def write_loss_curve(folder: Path) -> None:
+    from matplotlib.figure import Figure
+
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
+    for name in ("loss", "held_out_loss"):
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        axes.plot(*zip(*points) if points else ((), ()), label=name.replace("_", "-"), linewidth=1)
+    axes.set(xlabel="step", ylabel="mean squared error", yscale="log")
+    axes.legend()
+    figure.savefig(folder / "loss.png", dpi=100)
+
+
+# ---------------------------------------------------------------------------
+# Train
+# ---------------------------------------------------------------------------
+
+
+def pick_dtype(cfg: Config) -> str:
+    if cfg.dtype:
+        return cfg.dtype
+    if not torch.cuda.is_available():
+        return "fp32"
+    return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
+
+
+def activation_bytes(model: UNet3DCond, cfg: Config, dtype: str) -> int:
+    """What one micro-batch keeps for the backward pass, counted on the meta device: no memory, no arithmetic."""
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    with torch.device("meta"):
+        twin = UNet3DCond(**model.config).to(kinds[dtype])
+        weights = {p.untyped_storage()._cdata for p in twin.parameters()}
+        kept: dict[int, Tensor] = {}  # by storage, alive so that no address is used twice
+
+        def keep(t: Tensor) -> Tensor:
+            kept[t.untyped_storage()._cdata] = t
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            batch = (cfg.batch_size, cfg.frames, 3, cfg.size, cfg.size)
+            out = twin(torch.empty(batch), torch.empty(cfg.batch_size), torch.empty(cfg.batch_size, model.config["text_dim"]))
+        del out
+    return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in weights)
+
+
+def memory_advice(model: UNet3DCond, cfg: Config, dtype: str) -> str:
+    now = activation_bytes(model, cfg, dtype)
+    less = [
+        ("BS", "batch_size", cfg.batch_size // 2),
+        ("FRAMES", "frames", cfg.frames // 2),
+        ("SIZE", "size", cfg.size // 2 // cfg.multiple * cfg.multiple),
+    ]
+    lines = [f"activations of a micro-batch: {now / GB:.2f} GB at BS={cfg.batch_size} FRAMES={cfg.frames} SIZE={cfg.size}"]
+    for name, field, value in less:
+        if value >= 1:
+            saved = now - activation_bytes(model, dataclasses.replace(cfg, **{field: value}), dtype)
+            lines.append(f"  {name}={value} saves {saved / GB:.2f} GB")
+    return "\n".join(lines)
+
+
+def plan(cfg: Config, model: UNet3DCond, data: Data, dtype: str, device: torch.device) -> dict | Path:
+    """Print what this run is going to do, and check that it fits. -> the DeepSpeed JSON file, or the layout that `auto` takes"""
+    parameters, world = sum(p.numel() for p in model.parameters()), world_size()
+    gpu, ram = memory_here()
+    rows = memory_plan(parameters, 0, activation_bytes(model, cfg, dtype), dtype, world)
+    for row in rows:  # without a GPU everything lies in RAM, once a rank
+        in_ram = row["host_gb"] + (0 if gpu else row["gpu_gb"] * world)
+        row["fits"] = in_ram < 0.9 * ram and (not gpu or row["gpu_gb"] < 0.92 * gpu)
+    taken = next((row for row in rows if row["fits"]), None)
+    free, need = disk_free(cfg.output_dir) / GB, 28 * (cfg.keep + 2) * parameters / GB  # 28: see save()
+    where = torch.cuda.get_device_name() if gpu else f"{torch.get_num_threads()} threads"
+    many = "GPU" if gpu else "CPU process"
+    lines = [
+        f"Out: {cfg.output_dir} | Device: {device} ({where}), {dtype}",
+        f"data     {cfg.manifest or 'generated clips of moving shapes, no --manifest given'}: {len(data.train.frames)} clips to "
+        f"train on, {len(data.held_out.frames)} to evaluate, {len(data.bad)} left out as bad; {cfg.frames} frames of "
+        f"{cfg.size}x{cfg.size}",
+        f"text     {data.encoder}{' for CLIP: it knows words, not meaning' if data.encoder == STAND_IN else ''}, "
+        f"{data.train.text.shape[1]} numbers a caption",
+        f"model    UNet3DCond, base {cfg.base}, {parameters / 1e6:.2f} M parameters, all trained; predicts {cfg.prediction}",
+        f"steps    {cfg.steps} of {world} {many} x {cfg.batch_size} clips x {cfg.accum} accum = "
+        f"{world * cfg.batch_size * cfg.accum} samples per step",
+        f"disk     {need:.2f} GB for checkpoints and model, {free:.1f} GB free",
+        f"memory   estimated; there are {f'{gpu:.1f} GB per GPU and ' if gpu else ''}{ram:.1f} GB of RAM",
+    ]
+    for row in rows:
+        mark = "<- auto takes this" if row is taken and cfg.deepspeed == "auto" else "" if row["fits"] else "does not fit"
+        lines.append(f"  {row['layout']:<26}{row['gpu_gb']:8.2f} GB per {many}{row['host_gb']:8.2f} GB of RAM  {mark}")
+    log.info("\n".join(lines))
+    if need > free:
+        refuse(f"--output_dir {cfg.output_dir}: {free:.2f} GB free, the run writes {need:.2f} GB; make room or lower --keep")
+    if cfg.deepspeed != "auto":
+        return Path(cfg.deepspeed)
+    return taken["config"] if taken else refuse(f"no memory layout fits this machine\n{memory_advice(model, cfg, dtype)}")
+
+
+def disk_free(folder: Path) -> int:
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free
+
+
+def full_weights(module: nn.Module) -> dict[str, Tensor]:
+    """Every rank: the weights in fp32 on the CPU; under ZeRO-3 they are gathered first."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    parameters = list(module.parameters())
+    with GatheredParameters(parameters, enabled=hasattr(parameters[0], "ds_id")):
+        named = [*module.named_parameters(), *module.named_buffers()]
+        return {name: value.detach().to("cpu", torch.float32, copy=True) for name, value in named}
+
+
+def update_ema(ema: dict[str, Tensor], module: nn.Module, decay: float) -> None:
+    from deepspeed.runtime.zero import GatheredParameters
+
+    parameters = list(module.parameters())
+    with torch.no_grad(), GatheredParameters(parameters, enabled=hasattr(parameters[0], "ds_id")):
+        torch._foreach_lerp_([ema[name] for name, _ in module.named_parameters()], [p.float() for p in parameters], 1 - decay)
+
+
+def learning_rate(cfg: Config, step: int) -> float:
+    warm = min(1.0, (step + 1) / max(1, cfg.warmup_steps))
+    return cfg.lr * warm * (0.5 + 0.5 * math.cos(math.pi * step / cfg.steps) if cfg.lr_decay else 1.0)
+
+
+def seed_of(*parts: int) -> int:
+    """One 63-bit seed of several numbers: noise is a function of (seed, step, rank), so that a resumed run repeats it."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
+
+
+def train(cfg: Config) -> None:
+    device, dtype, folder = init_distributed(), pick_dtype(cfg), cfg.output_dir
+    if cfg.push_to_hub:
+        on_rank0(lambda: hub_check(cfg.hub_model_id, cfg.public, create=False))
+    data = load_data(cfg, device)
+    torch.manual_seed(cfg.seed)  # the same weights on every rank
+    model = UNet3DCond(cfg.base, cfg.levels, cfg.blocks, cfg.patch, data.train.text.shape[1])
+    model.standardise(data.train.text[[row for rows in data.train.rows for row in rows]])
+    config = ds_config(plan(cfg, model, data, dtype, device), cfg.batch_size, cfg.accum, cfg.clip, dtype)
+    if cfg.check:
+        return
+    on_rank0(lambda: open_run_folder(cfg, __file__))
+    repo = on_rank0(lambda: hub_check(cfg.hub_model_id, cfg.public, create=True)) if cfg.push_to_hub else ""
+    stage = config["zero_optimization"]["stage"]
+    facts = {"world_size": world_size(), "zero_stage": stage, "dtype": dtype, "text_encoder": data.encoder}
+    found, step = resume_checkpoint(folder / "checkpoints", cfg.resume, **facts)
+    on_rank0(lambda: prepare_run_folder(folder, step, data.bad, config))
+
+    import deepspeed  # after init_distributed has told it the device
+
+    optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, (0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
+    engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    ema = {name: weight.to(device) for name, weight in full_weights(engine.module).items()}
+    if found:
+        engine.load_checkpoint(str(found), tag="deepspeed")
+        ema = torch.load(found / "ema.pt", weights_only=True, map_location=device)
+        log.info(f"resumed {found}")
+    try:
+        train_steps(cfg, engine, optimizer, ema, data, facts, step)
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise SystemExit(f"error: out of memory\n{memory_advice(model, cfg, dtype)}") from error
+        raise
+    on_rank0(lambda: publish(cfg, averaged(model, ema), ema, data, repo))
+
+
+def train_steps(cfg: Config, engine, optimizer, ema: dict[str, Tensor], data: Data, facts: dict, step: int) -> None:
+    """From `step` to cfg.steps. Ends the process with 143 or 130 after a checkpoint when a signal comes, with 4 on divergence."""
+    device, alpha_bar = engine.device, cosine_alpha_bar(cfg.shift).to(engine.device)
+    track = tracker(cfg.report_to, cfg.output_dir, "t2v_ddpm") if rank() == 0 else None
+    pool = ThreadPoolExecutor(1)  # reads the next batch while the GPU works
+    ahead = pool.submit(get_batch, data.train, cfg, step * cfg.accum)
+    skipped, since, since_step = 0, time.monotonic(), step
+    bar = tqdm(total=cfg.steps, initial=step, unit="step", disable=None if rank() == 0 else True)
+    with bar, logging_redirect_tqdm([log]), catch_signals() as caught:
+        while step < cfg.steps:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(cfg, step)
+            noise = torch.Generator(device).manual_seed(seed_of(cfg.seed, step, rank()))
+            mean = torch.zeros((), device=device)
+            for micro in range(step * cfg.accum, (step + 1) * cfg.accum):
+                frames, text = ahead.result()
+                ahead = pool.submit(get_batch, data.train, cfg, micro + 1)
+                loss = diffusion_loss(engine, frames.to(device), text.to(device), alpha_bar, cfg, noise)
+                engine.backward(loss)
+                engine.step()  # skips the update, on all ranks, when a gradient is not finite
+                mean += loss.detach() / cfg.accum
+            step += 1
+            bar.update()
+
+            if engine.was_step_applied():
+                update_ema(ema, engine.module, min(cfg.ema, (1 + step) / (10 + step)))
+                skipped = 0
+            elif not engine.fp16_enabled() or not math.isfinite(over_ranks(mean.item(), "mean")):  # fp16 skips to find its scale
+                skipped += 1
+                log.warning(f"warning: step {step}: not finite, update skipped on all ranks ({skipped} in a row)")
+                if skipped == 3:
+                    raise SystemExit(4)
+            if step % cfg.log_every == 0 or step == cfg.steps:
+                loss, speed = over_ranks(mean.item(), "mean"), (step - since_step) / (time.monotonic() - since)
+                left = time.strftime("%H:%M:%S", time.gmtime((cfg.steps - step) / speed))
+                log.info(f"step {step:06d} | loss {loss:.4f} | {speed:.2f} steps/s | {left} left")
+                bar.set_postfix(loss=f"{loss:.4f}")
+                row = {"step": step, "loss": loss, "lr": group["lr"], "grad_norm": float(engine.get_global_grad_norm())}
+                row |= {"samples_per_s": speed * engine.train_batch_size(), "peak_memory_gb": peak_memory_gb()}
+                record(cfg.output_dir, row, track)
+                since, since_step = time.monotonic(), step
+            stop = int(over_ranks(max(caught, default=0), "max"))
+            if step % cfg.save_every == 0 or step == cfg.steps or stop:
+                save(cfg, engine, ema, data, facts, step)
+            if stop:
+                log.info(f"stopped by {signal.Signals(stop).name} after step {step}; the same command goes on from there")
+                raise SystemExit(128 + stop)
+            if step % cfg.eval_every == 0 and step < cfg.steps and rank() == 0:
+                losses = held_out_loss(averaged(engine.module, ema), data.held_out, cfg)
+                log.info(f"eval step {step:06d} | held-out loss {losses['loss']:.4f} | swapped {losses['captions_swapped']:.4f}")
+                record(cfg.output_dir, {"step": step} | {f"held_out_{name}": v for name, v in losses.items()}, track)
+                write_loss_curve(cfg.output_dir)
+            if step % cfg.save_every == 0 or step % cfg.eval_every == 0:  # the clock is for training alone
+                since, since_step = time.monotonic(), step
+
+
+def record(folder: Path, row: dict, track) -> None:
+    """Rank 0: one line of metrics.jsonl; a number that is not finite is null there, as JSON has no word for it."""
+    if rank() == 0:
+        row = {name: value if math.isfinite(value) else None for name, value in row.items()}
+        append_json(folder / "metrics.jsonl", row)
+        track(row, row["step"])
+
+
+def save(cfg: Config, engine, ema: dict[str, Tensor], data: Data, facts: dict, step: int) -> None:
+    """Every rank: checkpoints/step_000200 to resume from, then ckpt_000200.pt and a preview. In fp32, 28 bytes a parameter:
+    weights, master weights, two moments, EMA; and weights and EMA once more."""
+
+    def write(aside: Path) -> None:
+        engine.save_checkpoint(str(aside), tag="deepspeed", save_latest=False)
+        if rank() == 0:
+            torch.save(ema, aside / "ema.pt")
+
+    folder = cfg.output_dir
+    save_checkpoint(folder / "checkpoints", step, write, cfg.keep, **facts)
+    weights = full_weights(engine.module)
+    if rank() == 0:
+        target = folder / f"ckpt_{step:06d}.pt"
+        state = {"step": step, "model": weights, "ema": {name: weight.cpu() for name, weight in ema.items()}}
+        write_whole(target, lambda aside: torch.save(state, aside))
+        for old in numbered(folder, "ckpt_", ".pt")[: -cfg.keep]:
+            old.unlink()
+        log.info(f"saved {target}")
+        captions, text = data.held_out.some_captions(4)
+        pictures = sample_pixels(averaged(engine.module, ema), text, cfg, cfg.seed)
+        write_grid(pictures, captions, folder / "samples" / f"preview_step{step:06d}.png")
+
+
+def averaged(model: UNet3DCond, ema: dict[str, Tensor]) -> UNet3DCond:
+    """A plain fp32 copy of the model with the averaged weights, where these are, to sample from."""
+    copy = UNet3DCond(**model.config)
+    copy.load_state_dict(ema)
+    return copy.to(next(iter(ema.values())).device).eval()
+
+
+def peak_memory_gb() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / GB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB
+
+
+# ---------------------------------------------------------------------------
+# The finished model: export, card, Hub
+# ---------------------------------------------------------------------------
+
+
+def publish(cfg: Config, model: UNet3DCond, ema: dict[str, Tensor], data: Data, repo: str) -> None:
+    """Rank 0: model/, its evaluation, its card; the Hub last. Exit code 3 when only the push failed."""
+    folder, target = cfg.output_dir, cfg.output_dir / "model"
+    results = json.loads(path.read_text()) if (path := folder / "results.json").exists() else {}
+    if results.get("steps") != cfg.steps:
+        export(cfg, model, ema, data.encoder)  # before the evaluation: a run that dies there keeps its model
+        results = evaluate(model, data.held_out, cfg) | summary(folder, cfg.steps)
+        captions, text = data.held_out.some_captions(6)
+        pictures = sample_pixels(model, text, cfg, cfg.seed)
+        write_grid(pictures, captions, target / "samples.png")
+        write_video(np.concatenate(list(pictures), axis=2), target / "samples")
+        write_loss_curve(folder)
+        shutil.copyfile(folder / "loss.png", target / "loss.png")
+        write_card(cfg, results, data.encoder, repo, captions[0])
+        write_json(folder / "results.json", results)
+    show(results, folder)
+    if repo:
+        try:
+            log.info(f"pushed {hub_push(target, repo, f'{Path(__file__).name}, step {cfg.steps}')}")
+        except (OSError, RuntimeError, ValueError) as error:
+            log.warning(f"error: trained, not pushed: {error}\n{target} is whole; push it later with")
+            log.warning(f"    hf upload {repo} {target} .")
+            raise SystemExit(3) from error
+    finish(folder)
+
+
+def export(cfg: Config, model: UNet3DCond, ema: dict[str, Tensor], encoder: str) -> None:
+    from safetensors.torch import save_file
+
+    target = cfg.output_dir / "model"
+    target.mkdir(exist_ok=True)
+    weights = {name: weight.cpu().contiguous() for name, weight in ema.items()}
+    write_whole(target / "model.safetensors", lambda aside: save_file(weights, aside))
+    kept = ("frames", "size", "prediction", "shift", "sampler", "sample_steps", "guidance")
+    settings = {"model": model.config, "text_encoder": encoder} | {name: getattr(cfg, name) for name in kept}
+    write_json(target / "config.json", settings)
+    for source in (Path(__file__), Path(__file__).with_name("common.py")):
+        shutil.copyfile(source, target / source.name)
+
+
+def summary(folder: Path, step: int) -> dict:
+    rows = [row for line in (folder / "metrics.jsonl").read_text().splitlines() if "loss" in (row := json.loads(line))]
+    speeds, peak = [row["samples_per_s"] for row in rows], max(row["peak_memory_gb"] for row in rows)
+    return {"steps": step, "final_loss": rows[-1]["loss"], "samples_per_s": float(np.median(speeds)), "peak_memory_gb": peak}
+
+
+def show(results: dict, folder: Path) -> None:
+    """The table at the end of a run, and where things are."""
+    log.info(f"\nscore                 {results['score']:.3f}   {results['score_is']}")
+    for name, value in results["controls"].items():
+        log.info(f"{name:<22}{value:.3f}   a control: must be low")
+    for name, value in results.get("asked_is_made", {}).items():
+        log.info(f"  {name:<20}{value:.3f}   captions shuffled {results['captions_shuffled'][name]:.3f}")
+    losses = results["held_out"]
+    log.info(f"held-out loss         {losses['loss']:.4f}  captions swapped {losses['captions_swapped']:.4f}")
+    log.info(f"speed                 {results['samples_per_s']:.1f} clips/s, peak memory {results['peak_memory_gb']:.2f} GB")
+    log.info(f"model                 {folder / 'model'}\nsamples               {folder / 'model' / 'samples.png'}")
+
+
+def write_card(cfg: Config, results: dict, encoder: str, repo: str, caption: str) -> None:
+    made = json.loads((cfg.output_dir / "environment.json").read_text())
+    numbers = {"score": results["score"]} | results["controls"]
+    numbers |= {name: results[name] for name in ("steps", "final_loss", "samples_per_s", "peak_memory_gb")}
+    rows = "\n".join(f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in numbers.items())
+    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
+    snippet = f'from huggingface_hub import snapshot_download\n\nfolder = snapshot_download("{repo}")' if repo else 'folder = "."'
+    clips = f"`{cfg.manifest.name}`" if cfg.manifest else "generated clips of moving shapes"
+    (cfg.output_dir / "model" / "README.md").write_text(f"""---
+library_name: pytorch
+pipeline_tag: text-to-video
+tags: [text-to-video, ddpm, deepspeed]
+---
+# {(repo or cfg.hub_model_id).split("/")[-1]}
+
+A text-to-video diffusion model on pixels, {cfg.frames} frames of {cfg.size}x{cfg.size}: a 3-D U-Net with FiLM on the text
+features of `{encoder}`, trained from scratch on {clips} by `t2v_ddpm.py`, which lies in this repository.
+
+| measured | |
+|---|---|
+{rows}
+
+Score: {results["score_is"]}.
+
+![samples](samples.png)
+![loss](loss.png)
+
+```python
+import sys
+
+{snippet}
+sys.path.insert(0, folder)  # t2v_ddpm.py and common.py; they need torch, einops, tyro, safetensors, transformers, tqdm
+from t2v_ddpm import generate, write_video
+
+frames = generate({json.dumps(caption)}, folder)  # uint8 (F, H, W, 3)
+write_video(frames, "sample")  # sample.mp4 and sample.gif
+```
+
+Command: `{made["command"]}`; all settings are in the `config.json` of the run. {made["world_size"]} x {made["device"]};
+{versions}; revision {made["git_revision"] or "unknown"}.
+""")
+
+
+def generate(prompt: str, model: str | Path, seed: int = 0, **sampling) -> np.ndarray:
+    """One clip for a caption from a finished model, a folder or a Hub id: uint8 (F, H, W, 3).
+
+    sampling: sampler, sample_steps, guidance as in Config; what the model was trained with by default. Raises OSError when
+    the model cannot be found.
+    """
+    from huggingface_hub import snapshot_download
+    from safetensors.torch import load_file
+
+    folder = Path(model) if Path(model).is_dir() else Path(snapshot_download(str(model)))
+    config = json.loads((folder / "config.json").read_text())
+    cfg = Config(**{k: v for k, v in (config | sampling).items() if k != "model"})
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    net = UNet3DCond(**config["model"])
+    net.load_state_dict(load_file(folder / "model.safetensors"))
+    text = stand_in_text([prompt]) if cfg.text_encoder == STAND_IN else clip_text([prompt], cfg.text_encoder, device)
+    return sample_pixels(net.to(device).eval(), text, cfg, seed)[0]
+
+
+def sample_prompt(cfg: Config) -> None:
+    """--prompt: <output_dir>/samples/<prompt>.mp4, .gif and .png"""
+    model = cfg.model or cfg.output_dir / "model"
+    try:
+        clip = generate(cfg.prompt, model, cfg.seed, sampler=cfg.sampler, sample_steps=cfg.sample_steps, guidance=cfg.guidance)
+    except (OSError, ValueError) as error:
+        refuse(f"--model {model}: {error}; give a folder with model.safetensors, or a Hub id")
+    path = cfg.output_dir / "samples" / re.sub(r"\W+", "_", cfg.prompt.lower()).strip("_")[:60]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_video(clip, path)
+    write_grid(clip[None], [cfg.prompt], path.with_suffix(".png"))
+    log.info(f"{path}.mp4, .gif, .png")
+
+
+def main() -> None:
+    cfg = read_flags(Config, __doc__, DEMO, VARIABLES)
+    sample_prompt(cfg) if cfg.prompt else train(cfg)
+
+
+if __name__ == "__main__":
+    run(main)

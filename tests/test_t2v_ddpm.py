@@ -1,0 +1,481 @@
+"""t2v_ddpm.py as its user runs it: a process, through each launcher, fresh, killed and resumed, on good input and bad."""
+
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, command, environment, finish, run, start, wait_for
+from hub import READ, WRITE, Hub
+from safetensors.torch import load_file
+
+import t2v_ddpm
+
+SCRIPT = "t2v_ddpm.py"
+ZERO2, ZERO3 = ROOT / "ds_zero2.json", ROOT / "ds_zero3_offload.json"
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def losses(folder: Path) -> list[tuple]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in rows if "loss" in row]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """{ranks: run folder} of runs of 6 steps that nothing interrupted."""
+    done = {}
+
+    def get(ranks: int) -> Path:
+        if ranks not in done:
+            folder = tmp_path_factory.mktemp(f"unbroken{ranks}")
+            run(SCRIPT, *TINY, "--steps", 6, "--output_dir", folder / "run", cwd=folder, ranks=ranks)
+            done[ranks] = folder / "run"
+        return done[ranks]
+
+    return get
+
+
+# --- A run
+
+
+def test_run_folder_and_output(tmp_path):
+    output = run(SCRIPT, *TINY, "--steps", 4, "--eval_every", 2, cwd=tmp_path)
+    folder = tmp_path / "runs" / "t2v_ddpm_demo"
+    names = {path.name for path in folder.iterdir()}
+    assert names >= set("config.json environment.json t2v_ddpm.py metrics.jsonl loss.png results.json bad_samples.jsonl SUCCESS "
+                        "deepspeed.json samples checkpoints model ckpt_000002.pt ckpt_000004.pt".split())  # fmt: skip
+    assert re.search(r"^Out: runs/t2v_ddpm_demo \| Device: cpu", output, re.M)
+    assert re.search(r"^step 000001 \| loss \d\.\d{4}", output, re.M) and "saved runs/t2v_ddpm_demo/ckpt_000002.pt" in output
+    assert "eval step 000002" in output and "captions_shuffled" in output
+    assert "Warning" not in output and "WARNING" not in output, output
+    assert (folder / "samples" / "preview_step000002.png").stat().st_size > 1000
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"step_000002", "step_000004"}
+    ckpt = torch.load(folder / "ckpt_000004.pt", weights_only=True)
+    assert ckpt.keys() == {"step", "model", "ema"} and ckpt["step"] == 4 and ckpt["model"].keys() == ckpt["ema"].keys()
+    assert same(ckpt["ema"], weights(folder))
+    results = json.loads((folder / "results.json").read_text())
+    assert 0 <= results["score"] <= 1 and set(results["controls"]) == {"captions_shuffled"}
+    row = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
+    assert row.keys() >= {"step", "loss", "lr", "grad_norm", "samples_per_s", "peak_memory_gb"}
+
+    # the finished model is used, and the same command again does no work twice
+    output = run(SCRIPT, "--demo", "--prompt", "a large red circle moving left quickly", "--sample_steps", 1, cwd=tmp_path)
+    made = [folder / "samples" / f"a_large_red_circle_moving_left_quickly.{suffix}" for suffix in ("mp4", "gif", "png")]
+    assert all(path.stat().st_size > 200 for path in made) and str(made[0].relative_to(tmp_path)) in output
+    before = (folder / "model" / "model.safetensors").stat().st_mtime_ns
+    again = run(SCRIPT, *TINY, "--steps", 4, "--eval_every", 2, cwd=tmp_path)
+    assert "resumed" in again and "step 0000" not in again.replace("step_0000", "")
+    assert (folder / "model" / "model.safetensors").stat().st_mtime_ns == before and (folder / "SUCCESS").exists()
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+@pytest.mark.parametrize("zero", [ZERO2, ZERO3], ids=["zero2", "zero3_offload"])
+def test_two_ranks_under_each_launcher(tmp_path, launcher, zero, unbroken):
+    output = run(SCRIPT, *TINY, "--steps", 6, "--deepspeed", zero, cwd=tmp_path, ranks=2, launcher=launcher)
+    assert "2 CPU process" in output
+    folder = tmp_path / "runs" / "t2v_ddpm_demo"
+    used = json.loads((folder / "deepspeed.json").read_text())
+    assert used["zero_optimization"]["stage"] == (2 if zero is ZERO2 else 3)
+    assert "auto" not in json.dumps(used) and used["train_micro_batch_size_per_gpu"] == 4
+    ours, theirs = weights(folder), weights(unbroken(2))
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in theirs), (
+        "the layout must not change what is learned"
+    )
+
+
+def test_bf16_and_accumulation_train(tmp_path):
+    output = run(SCRIPT, *TINY, "--steps", 3, "--dtype", "bf16", "--accum", 2, "--deepspeed_config", ZERO2, cwd=tmp_path)
+    assert "x 4 clips x 2 accum = 8 samples per step" in output
+    used = json.loads((tmp_path / "runs" / "t2v_ddpm_demo" / "deepspeed.json").read_text())
+    assert used["bf16"]["enabled"] is True and used["gradient_accumulation_steps"] == 2
+
+
+def test_accumulated_micro_steps_are_one_batch(tmp_path):
+    """accum 2 x 2 ranks of 2 clips sees the clips of one rank with 8: the data order does not depend on the split."""
+    a = run(SCRIPT, *TINY, "--steps", 1, "--check", "--batch_size", 8, cwd=tmp_path)
+    b = run(SCRIPT, *TINY, "--steps", 1, "--check", "--batch_size", 2, "--accum", 2, "--local_rank=0", cwd=tmp_path)
+    assert "= 8 samples per step" in a and "= 4 samples per step" in b
+    assert not (tmp_path / "runs").exists(), "--check writes nothing"
+
+
+def test_variables_stand_for_flags_and_flags_win(tmp_path):
+    variables = {"STEPS": 3, "BS": 2, "FRAMES": 3, "SIZE": 8, "LR": "1e-3", "OUTDIR": "here"}
+    run(SCRIPT, "--demo", "--base", 8, "--sample_steps", 1, "--frames", 4, cwd=tmp_path, **variables)
+    config = json.loads((tmp_path / "here" / "config.json").read_text())
+    assert [config[k] for k in ("steps", "batch_size", "frames", "size", "lr")] == [3, 2, 4, 8, 1e-3]
+    output = run(SCRIPT, "--demo", cwd=tmp_path, expect=2, STEPS="many")
+    assert "many" in output and "--steps" in output
+
+
+def test_help_is_the_manual_and_import_does_nothing(tmp_path):
+    output = " ".join(re.sub("[│╭╮╰╯─]", " ", run(SCRIPT, "--help", cwd=tmp_path)).split())
+    assert "MANIFEST" in output and "--batch_size" in output and "lower this first when memory runs out" in output
+    code = "import sys; sys.argv = ['x', '--nonsense']; import t2v_ddpm; print('deepspeed' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True, check=True)
+    assert out.stdout == "False\n" and not out.stderr
+    assert "Perhaps you meant" in run(SCRIPT, "--batch_sizes", 3, cwd=tmp_path, expect=2)
+
+
+def test_a_lone_copy_works_elsewhere(tmp_path):
+    for name in (SCRIPT, "common.py", "ds_zero2.json", "ds_zero3_offload.json"):
+        shutil.copy(ROOT / name, tmp_path)
+    code, output = finish(start([sys.executable, SCRIPT, *TINY, "--steps", "2"], tmp_path))
+    assert code == 0, output
+
+
+# --- Nothing is lost
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_while_training_goes_on_to_the_same_weights(tmp_path, ranks, unbroken):
+    flags = [*TINY, "--steps", 6, "--output_dir", tmp_path / "run"]
+    process = start(command(SCRIPT, *flags, ranks=ranks), tmp_path)
+    wait_for(lambda: '"step": 3' in read(tmp_path / "run" / "metrics.jsonl"), what="step 3")
+    for pid in [*children(process.pid), process.pid]:  # torchrun gives each rank a session of its own
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+    output = run(SCRIPT, *flags, cwd=tmp_path, ranks=ranks)
+    assert "resumed" in output
+    assert same(weights(tmp_path / "run"), weights(unbroken(ranks)))
+    assert losses(tmp_path / "run") == losses(unbroken(ranks))
+
+
+KILLED = """
+import os, runpy, signal, sys
+name, nth, script = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+calls, real = 0, getattr(os, name)
+
+def fatal(target, *rest, **named):  # os.fsync or os.rename: the nth call on a file of the second checkpoint never returns
+    global calls
+    path = os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else str(target)
+    calls += "step_000004" in path
+    if calls == nth:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(target, *rest, **named)
+
+setattr(os, name, fatal)
+sys.argv = sys.argv[3:]
+sys.path.insert(0, os.path.dirname(script))
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(("call", "count"), [("fsync", 1), ("fsync", 4), ("rename", 1)])
+def test_killed_inside_a_save_goes_on_to_the_same_weights(tmp_path, call, count, unbroken):
+    flags = [*TINY, "--steps", "6", "--output_dir", str(tmp_path / "run")]
+    code, output = finish(start([sys.executable, "-c", KILLED, call, str(count), str(ROOT / SCRIPT), *flags], tmp_path))
+    assert code == -signal.SIGKILL, output
+    names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert names == {"step_000002", ".step_000004.partial"}
+    assert "resumed " + str(tmp_path / "run" / "checkpoints" / "step_000002") in run(SCRIPT, *flags, cwd=tmp_path)
+    assert same(weights(tmp_path / "run"), weights(unbroken(1)))
+    assert losses(tmp_path / "run") == losses(unbroken(1))
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*")), "nothing half-written stays"
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped bit", "missing marker"])
+def test_a_broken_checkpoint_is_named_skipped_and_kept(tmp_path, damage, unbroken):
+    shutil.copytree(unbroken(1), tmp_path / "run", ignore=shutil.ignore_patterns("model", "results.json"))
+    newest = tmp_path / "run" / "checkpoints" / "step_000006"
+    victim = max(newest.rglob("*.pt"), key=lambda path: path.stat().st_size)
+    if damage == "truncated":
+        os.truncate(victim, victim.stat().st_size - 1)
+    elif damage == "flipped bit":
+        data = bytearray(victim.read_bytes())
+        data[len(data) // 2] ^= 1
+        victim.write_bytes(data)
+    else:
+        (newest / "checkpoint.json").unlink()
+    output = run(SCRIPT, *TINY, "--steps", 6, "--output_dir", tmp_path / "run", cwd=tmp_path)
+    assert re.search(r"warning: \S+step_000006 is broken", output) and "step_000004" in output
+    assert same(weights(tmp_path / "run"), weights(unbroken(1)))
+    assert list(newest.parent.glob("step_000006.broken-*")), "kept"
+
+
+def test_full_disk_is_an_error_that_keeps_the_last_checkpoint(tmp_path):
+    flags = [*TINY, "--steps", 60, "--keep", 9, "--output_dir", tmp_path / "run"]
+    process = start(command(SCRIPT, *flags), tmp_path)
+    wait_for(lambda: (tmp_path / "run" / "checkpoints" / "step_000002").exists(), what="a checkpoint")
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))  # write() fails from now on
+    code, output = finish(process)
+    assert code == 1 and "cannot save" in output and str(tmp_path / "run") in output and "Traceback" not in output, output
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept and all(re.fullmatch(r"step_\d{6}", name) for name in kept)
+    assert "GB free" in output and not (tmp_path / "run" / "SUCCESS").exists()
+    again = run(SCRIPT, *flags, "--steps", int(kept[-1][5:]) + 1, cwd=tmp_path)
+    assert f"resumed {tmp_path / 'run' / 'checkpoints' / kept[-1]}" in again
+
+
+@pytest.mark.parametrize(("ranks", "to"), [(1, "group"), (2, "one rank")])
+def test_sigterm_saves_and_ends_with_143(tmp_path, ranks, to):
+    flags = [*TINY, "--steps", 500, "--save_every", 400, "--output_dir", tmp_path / "run"]
+    status = tmp_path / "status"
+    process = start(command(SCRIPT, *flags, ranks=ranks), tmp_path, PYTHON_RUN_STATUS=status)
+    wait_for(lambda: '"step": 2' in read(tmp_path / "run" / "metrics.jsonl"), what="step 2")
+    if to == "group":
+        os.killpg(process.pid, signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGTERM)  # twice: a second one must not harm the save
+    else:
+        os.kill(children(process.pid)[-1], signal.SIGTERM)
+    code, output = finish(process)
+    assert status.read_text() == "143" and (code == 143 or ranks > 1), output  # torchrun turns every code into 1
+    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert f"after step {int(saved.name[5:])};" in output and not (tmp_path / "run" / "SUCCESS").exists()
+    assert "resumed" in run(SCRIPT, *flags, "--steps", int(saved.name[5:]) + 1, cwd=tmp_path, ranks=ranks)
+
+
+def test_divergence_ends_with_4_and_is_never_saved(tmp_path):
+    flags = [*TINY, "--steps", 40, "--lr", 1e30, "--clip", 1e30, "--warmup_steps", 0, "--save_every", 1, "--keep", 99]
+    output = run(SCRIPT, *flags, cwd=tmp_path, expect=4)
+    assert "update skipped on all ranks (3 in a row)" in output
+    for path in (tmp_path / "runs" / "t2v_ddpm_demo").glob("ckpt_*.pt"):
+        assert all(torch.isfinite(w).all() for w in torch.load(path, weights_only=True)["model"].values())
+
+
+def test_not_a_number_on_one_rank_skips_the_update_on_all(tmp_path, clips_manifest):
+    manifest, clip = clips_manifest
+    flags = ["--manifest", manifest, "--text_encoder", clip, *SMALL, "--steps", 6, "--max_bad", 0.9, "--log_every", 1]
+    run(SCRIPT, *flags, "--batch_size", 1, "--output_dir", tmp_path / "a", cwd=tmp_path, ranks=2)
+    cfg = t2v_ddpm.Config(manifest=manifest, frames=4, size=16, cache_dir=tmp_path / "cache")
+    victim = t2v_ddpm.cached_frames(t2v_ddpm.read_manifest(manifest)[0][2], cfg)  # one clip: one rank meets it at a time
+    np.save(victim, np.load(victim) * np.float32("nan"))
+    output = run(SCRIPT, *flags, "--batch_size", 1, "--output_dir", tmp_path / "b", cwd=tmp_path, ranks=2)
+    assert "update skipped on all ranks (1 in a row)" in output
+    assert any(loss is None for _, loss, _ in losses(tmp_path / "b"))
+    assert all(torch.isfinite(w).all() for w in weights(tmp_path / "b").values())
+    assert not same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+# --- Refusals: exit 2, value and next move, nothing written
+
+
+def test_one_folder_one_run(tmp_path, unbroken):
+    shutil.copytree(unbroken(1), tmp_path / "run")
+    flags = [*TINY, "--output_dir", tmp_path / "run"]
+    output = run(SCRIPT, *flags, "--steps", 6, "--seed", 7, "--base", 16, cwd=tmp_path, expect=2)
+    assert "seed: 0 there, 7 here" in output and "base: 8 there, 16 here" in output and "--output_dir" in output
+    output = run(SCRIPT, *flags, "--steps", 8, cwd=tmp_path, expect=2, ranks=2, launcher="deepspeed")
+    assert "saved with world_size 1, this run has 2" in output
+    output = run(SCRIPT, *flags, "--steps", 8, "--deepspeed", ZERO3, cwd=tmp_path, expect=2)
+    assert "zero_stage 2" in output
+    output = run(SCRIPT, *flags, "--steps", 8, "--no_resume", cwd=tmp_path, expect=2)
+    assert "--no_resume" in output
+    process = start(command(SCRIPT, *flags, "--steps", 400), tmp_path)
+    wait_for(lambda: '"step": 8' in read(tmp_path / "run" / "metrics.jsonl"), what="step 8")
+    assert "another run is writing" in run(SCRIPT, *flags, "--steps", 400, cwd=tmp_path, expect=2)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+BAD_JSON = {
+    "auto that nobody fills": ({"zero_optimization": {"stage": 2}, "steps_per_print": "auto"}, "steps_per_print"),
+    "stage 0": ({"zero_optimization": {"stage": 0}}, "stage 0"),
+    "unknown key": ({"zero_optimization": {"stage": 2, "overlap_com": True}}, "overlap_com"),
+    "contradiction": ({"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 7}, "gradient_accumulation_steps is 7"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_JSON)
+def test_deepspeed_json_that_would_mislead_is_refused(tmp_path, case):
+    config, word = BAD_JSON[case]
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    assert word in run(SCRIPT, *TINY, "--deepspeed", "ds.json", cwd=tmp_path, expect=2)
+    assert not (tmp_path / "runs").exists()
+
+
+BAD_INPUT = {
+    "missing": (None, "does not exist"),
+    "empty": ("", "is empty"),
+    "not json": ('{"video": "a.mp4", "caption": "x"}\nnonsense\n', "manifest.jsonl:2: not JSON"),
+    "all bad": ('{"video": "a.mp4", "caption": "x"}\n{"video": "b.mp4"}\n', "none of 2 samples is usable"),
+    "html": ('{"video": "page.mp4", "caption": "x"}\n', "HTML"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_manifest(tmp_path, case):
+    content, word = BAD_INPUT[case]
+    (tmp_path / "page.mp4").write_text("<!DOCTYPE html><html></html>")
+    if content is not None:
+        (tmp_path / "manifest.jsonl").write_text(content)
+    assert word in run(SCRIPT, cwd=tmp_path, expect=2, MANIFEST="manifest.jsonl")
+    assert not (tmp_path / "runs").exists()
+
+
+# --- Real videos
+
+
+SMALL = "--base 8 --levels 2 --blocks 1 --frames 4 --size 16 --batch_size 2 --sample_steps 1 --save_every 100".split()
+
+
+@pytest.fixture(scope="module")
+def clips_manifest(tmp_path_factory):
+    """A manifest of videos made on the spot, one of them truncated, and a tiny CLIP text encoder saved by its real classes."""
+    from clips import write
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
+
+    folder, rows = tmp_path_factory.mktemp("clips"), []
+    for i in range(7):
+        write(folder / f"{i}.mp4", 12 + i)
+        rows.append({"video": f"{i}.mp4", "captions": [f"clip number {i}", "a numbered clip"]})
+    (folder / "broken.mp4").write_bytes((folder / "0.mp4").read_bytes()[:300])
+    rows.append({"video": "broken.mp4", "caption": "a broken clip"})
+    manifest = folder / "manifest.jsonl"
+    manifest.write_text("\n".join(map(json.dumps, rows)))
+    words = ["<pad>", "<start>", "<end>", "<unk>", *"clip number a numbered".split(), *map(str, range(10))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<start> $A <end>", special_tokens=[("<start>", 1), ("<end>", 2)]
+    )
+    clip = folder / "clip"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>").save_pretrained(clip)
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=8)
+    CLIPTextModel(CLIPTextConfig(vocab_size=len(words), **sizes, eos_token_id=2, bos_token_id=1, pad_token_id=0)).save_pretrained(
+        clip
+    )
+    return manifest, clip
+
+
+def test_real_videos_with_a_real_clip(tmp_path, clips_manifest):
+    manifest, clip = clips_manifest
+    flags = ["--manifest", manifest, "--text_encoder", clip, *SMALL, "--steps", 2]
+    output = run(SCRIPT, *flags, cwd=tmp_path, expect=2)
+    assert "1 of 8 samples are bad, more than --max_bad 0.05" in output and "broken.mp4" in output
+    output = run(SCRIPT, *flags, "--max_bad", 0.2, cwd=tmp_path)
+    folder = tmp_path / "runs" / "t2v_ddpm"
+    (bad,) = [json.loads(line) for line in (folder / "bad_samples.jsonl").read_text().splitlines()]
+    assert bad["where"].endswith("manifest.jsonl:8") and "broken.mp4" in bad["video"] and bad["reason"]
+    assert "7 clips to train on" in output and "32 numbers a caption" in output
+    assert len(list((tmp_path / "cache" / "frames").glob("*.npy"))) == 7
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.npy")}
+    run(SCRIPT, *flags, "--max_bad", 0.2, "--output_dir", tmp_path / "again", cwd=tmp_path)
+    assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.npy")}, "decoded and encoded once"
+    output = run(SCRIPT, "--prompt", "clip number 3", "--sample_steps", 1, cwd=tmp_path)
+    assert (tmp_path / "runs" / "t2v_ddpm" / "samples" / "clip_number_3.mp4").exists()
+
+
+def test_text_is_the_mean_over_real_tokens(clips_manifest):
+    from transformers import AutoTokenizer, CLIPTextModel
+
+
+    _, clip = clips_manifest
+    both = t2v_ddpm.clip_text(["clip number 3", "a"], str(clip), torch.device("cpu"))
+    tokens = AutoTokenizer.from_pretrained(clip)("a", return_tensors="pt")
+    alone = CLIPTextModel.from_pretrained(clip)(**tokens).last_hidden_state.mean(1)[0]
+    torch.testing.assert_close(both[1], alone.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_frames_longer_than_every_clip(tmp_path, clips_manifest):
+    manifest, clip = clips_manifest
+    output = run(SCRIPT, "--manifest", manifest, "--text_encoder", clip, *SMALL, "--frames", 100, cwd=tmp_path, expect=2)
+    assert "none of 8 samples is usable" in output and "100" in output
+
+
+def test_clip_out_of_reach(tmp_path, clips_manifest):
+    manifest, _ = clips_manifest
+    with Hub() as hub:
+        url = hub.url
+    variables = {"HF_ENDPOINT": url, "HF_HOME": tmp_path / "home"}  # a Hub that is gone
+    flags = [*SMALL, "--max_bad", 0.2]
+    output = run(SCRIPT, "--manifest", manifest, *flags, cwd=tmp_path, expect=2, **variables)
+    assert "openai/clip-vit-base-patch32" in output and "give its folder" in output
+    output = run(SCRIPT, *flags, "--check", cwd=tmp_path, **variables)
+    assert "out of reach" in output and "stand-in" in output and "no --manifest given" in output
+
+
+# --- Hub
+
+
+@pytest.fixture
+def hub():
+    with Hub() as hub:
+        yield hub
+
+
+def hub_variables(hub, tmp_path, token=WRITE):
+    return hub.environment(token) | {"HF_HOME": tmp_path / "home", "HF_USER_ID": "tester"}
+
+
+def test_pushed_model_is_the_folder_and_its_snippet_runs(tmp_path, hub):
+    variables = hub_variables(hub, tmp_path)
+    output = run(SCRIPT, *TINY, "--steps", 2, "--push_to_hub", cwd=tmp_path, **variables)
+    assert "pushed " in output
+    model, pushed = tmp_path / "runs" / "t2v_ddpm_demo" / "model", hub.files("tester/t2v_ddpm")
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == {
+        k: v for k, v in pushed.items() if k != ".gitattributes"
+    }
+    assert hub.repo("tester/t2v_ddpm").private
+    everything = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()] + list(hub.blobs.values())
+    assert not any(WRITE.encode() in data for data in everything) and WRITE not in output
+    card = pushed["README.md"].decode()
+    assert "captions shuffled" in card and "samples.png" in card and "--push_to_hub" in card
+    (snippet,) = re.findall(r"```python\n(.*?)```", card, re.S)
+    out = subprocess.run(
+        [sys.executable, "-c", snippet], cwd=tmp_path, env=environment(**variables), capture_output=True, text=True
+    )
+    assert out.returncode == 0, out.stderr
+    assert (tmp_path / "sample.mp4").stat().st_size > 200
+
+
+def test_read_only_token_is_found_before_training(tmp_path, hub):
+    output = run(SCRIPT, *TINY, "--push_to_hub", cwd=tmp_path, expect=2, **hub_variables(hub, tmp_path, READ))
+    assert "write" in output and READ not in output and not (tmp_path / "runs").exists()
+
+
+def test_hub_gone_at_the_end_is_exit_3_and_pushed_later(tmp_path, hub):
+    variables = hub_variables(hub, tmp_path)
+    process = start(command(SCRIPT, *TINY, "--steps", 3, "--push_to_hub"), tmp_path, **variables)
+    folder = tmp_path / "runs" / "t2v_ddpm_demo"
+    wait_for(lambda: '"step": 2' in read(folder / "metrics.jsonl"), what="step 2")
+    fault = hub.fault(r"preupload", status=403, times=1000)
+    code, output = finish(process)
+    assert (
+        code == 3
+        and "trained, not pushed" in output
+        and f"hf upload tester/t2v_ddpm {folder.relative_to(tmp_path)}/model ." in output
+    )
+    assert (
+        same(weights(folder), torch.load(folder / "ckpt_000003.pt", weights_only=True)["ema"])
+        and not (folder / "SUCCESS").exists()
+    )
+    hub.faults.remove(fault)
+    output = run(SCRIPT, *TINY, "--steps", 3, "--push_to_hub", cwd=tmp_path, **variables)
+    assert "pushed " in output and "model.safetensors" in hub.files("tester/t2v_ddpm")
+
+
+# --- The demo itself
+
+
+@pytest.mark.demo
+def test_demo_learns(tmp_path):
+    run(SCRIPT, "--demo", cwd=tmp_path, OMP_NUM_THREADS=os.cpu_count())
+    results = json.loads((tmp_path / "runs" / "t2v_ddpm_demo" / "results.json").read_text())
+    assert results["score"] >= 0.85 and results["asked_is_made"]["move"] >= 0.9
+    assert results["controls"]["captions_shuffled"] <= 0.05
+
+
+def read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+def children(pid: int) -> list[int]:
+    return sorted(int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
