@@ -249,7 +249,7 @@ def coverage(centres: np.ndarray, radius: float, shape: str, size: int) -> np.nd
 
 
 def draw_clip(a: dict[str, str], frames: int, size: int, rng: np.random.Generator) -> np.ndarray:
-    """One moving shape on black; the whole path lies inside the picture. -> uint8 (F, H, W, 3)"""
+    """One shape that moves on black and keeps a radius off the edges. -> uint8 (F, H, W, 3)"""
     radius, travel = SIZES[a["size"]], np.array(MOVES[a["move"]]) * SPEEDS[a["speed"]]
     low, high = radius + np.maximum(-travel, 0), 1 - radius - np.maximum(travel, 0)
     start = low + (high - low) * rng.uniform(0.2, 0.8, 2)
@@ -307,43 +307,6 @@ class Row:
     where: str  # manifest and line, for messages
 
 
-def read_manifest(manifest: Path) -> tuple[list[Row], list[dict]]:
-    """-> (rows, bad samples) of JSON lines, MSR-VTT's JSON or a folder. Exit 2 when it is missing, empty or not JSON."""
-    if manifest.is_dir():
-        pairs = [
-            (path, path.with_suffix(".json")) for path in sorted(manifest.iterdir()) if path.suffix.lower() in VIDEO_SUFFIXES
-        ]
-        found = []
-        for video, side in pairs:
-            description = read_json(side).get("description") if side.exists() else None
-            found.append((str(side), {"video": video.name, "caption": description}))
-    elif not manifest.is_file():
-        refuse(f"--manifest {manifest} does not exist")
-    elif is_msr_vtt(manifest):
-        found = msr_vtt_rows(manifest)
-    else:
-        found = [(f"{manifest}:{number}", row) for number, row in read_json_lines(manifest)]
-    folder = manifest if manifest.is_dir() else manifest.parent
-    rows, bad = [], []
-    for where, row in found:
-        video = next((row[key] for key in ("video", "video_path", "path", "file") if row.get(key)), None)
-        captions = next((row[key] for key in ("caption", "captions", "text") if row.get(key)), None)
-        captions = [captions] if isinstance(captions, str) else captions
-        if not isinstance(video, str):
-            bad.append({"where": where, "reason": 'no video path ("video", "video_path", "path" or "file")'})
-        elif not (isinstance(captions, list) and all(isinstance(c, str) and c.strip() for c in captions)):
-            bad.append({"where": where, "video": video, "reason": 'no caption ("caption", "captions" or "text")'})
-        else:
-            source = video if video.startswith(("http://", "https://")) else str(folder / video)
-            rows.append(Row(source, tuple(c.strip() for c in captions), where))
-    if not found:
-        refuse(f"--manifest {manifest} is empty")
-    return rows, bad
-
-
-VIDEO_SUFFIXES = {".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif"}
-
-
 def read_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_bytes())
@@ -367,35 +330,75 @@ def msr_vtt_rows(manifest: Path) -> list[tuple[str, dict]]:
     sentences: dict[str, list[str]] = {}
     for row in annotation["sentences"]:
         sentences.setdefault(row["video_id"], []).append(row["caption"])
-    files = {path.stem: path for path in sorted(manifest.parent.rglob("*.mp4"))}
+    files = {path.stem: str(path.relative_to(manifest.parent)) for path in sorted(manifest.parent.rglob("*.mp4"))}
+    names = [video["video_id"] for video in annotation["videos"] if video.get("split", "train") == "train"]
+    return [(f"{manifest}, {name}", {"video": files.get(name, f"{name}.mp4"), "captions": sentences.get(name)}) for name in names]
+
+
+def folder_rows(folder: Path) -> list[tuple[str, dict]]:
+    """x.mp4 (or another of the usual suffixes) beside x.json with a `description`."""
     rows = []
-    for video in annotation["videos"]:
-        if video.get("split", "train") == "train":
-            name = video["video_id"]
-            path = files.get(name, Path(f"{name}.mp4")).relative_to(manifest.parent) if name in files else f"{name}.mp4"
-            rows.append((f"{manifest} {name}", {"video": str(path), "captions": sentences.get(name)}))
+    for video in sorted(folder.iterdir()):
+        if video.suffix.lower() in {".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif"}:
+            side = video.with_suffix(".json")
+            rows.append(
+                (str(side), {"video": video.name, "caption": read_json(side).get("description") if side.exists() else None})
+            )
     return rows
+
+
+def read_manifest(manifest: Path) -> tuple[list[Row], list[dict]]:
+    """-> (a row for each video, bad samples) of JSON lines, MSR-VTT's JSON or a folder. Exit 2 if missing, empty or not JSON."""
+    if manifest.is_dir():
+        found = folder_rows(manifest)
+    elif not manifest.is_file():
+        refuse(f"--manifest {manifest} does not exist")
+    elif is_msr_vtt(manifest):
+        found = msr_vtt_rows(manifest)
+    else:
+        found = [(f"{manifest}:{number}", row) for number, row in read_json_lines(manifest)]
+    if not found:
+        refuse(f"--manifest {manifest} is empty")
+    folder = manifest if manifest.is_dir() else manifest.parent
+    rows: dict[str, Row] = {}
+    bad = []
+    for where, row in found:
+        video = next((row[key] for key in ("video", "video_path", "path", "file") if row.get(key)), None)
+        captions = next((row[key] for key in ("caption", "captions", "text") if row.get(key)), None)
+        captions = [captions] if isinstance(captions, str) else captions
+        if not isinstance(video, str):
+            bad.append({"where": where, "reason": 'no video path ("video", "video_path", "path" or "file")'})
+        elif not (isinstance(captions, list) and all(isinstance(c, str) and c.strip() for c in captions)):
+            bad.append({"where": where, "video": video, "reason": 'no caption ("caption", "captions" or "text")'})
+        else:
+            source = video if video.startswith(("http://", "https://")) else str(folder / video)
+            earlier = rows.get(source, Row(source, (), where))  # several lines of one video are one row
+            rows[source] = dataclasses.replace(earlier, captions=earlier.captions + tuple(c.strip() for c in captions))
+    return list(rows.values()), bad
 
 
 def cached_frames(row: Row, cfg: Config) -> Path:
     """Decode once: a .npy file of uint8 (F, H, W, 3) frames. Raises BadSample."""
-    path = Path(row.video)
-    if row.video.startswith(("http://", "https://")):
-        path = download(row.video, cfg.cache_dir / "downloads")
     try:
+        is_url = row.video.startswith(("http://", "https://"))
+        path = download(row.video, cfg.cache_dir / "downloads") if is_url else Path(row.video)
         stat = path.stat()
-    except OSError as error:
-        raise BadSample(error.strerror) from error
+    except (OSError, ValueError) as error:
+        raise BadSample(getattr(error, "strerror", None) or str(error)) from error
     key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{cfg.frames}|{cfg.size}|1"  # 1: version of the reader
     target = cfg.cache_dir / "frames" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
     if not target.exists():
-        frames = extract_frames(path, cfg.frames, (cfg.size, cfg.size))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = target.with_suffix(f".{os.getpid()}.partial")
-        with aside.open("wb") as file:
-            np.save(file, frames)
-        aside.rename(target)
+        save_array(target, extract_frames(path, cfg.frames, (cfg.size, cfg.size)))
     return target
+
+
+def save_array(target: Path, array: np.ndarray) -> None:
+    def write(aside: Path) -> None:
+        with aside.open("wb") as file:
+            np.save(file, array)
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(target, write)
 
 
 def decode_all(cfg: Config) -> tuple[list[Path], list[tuple[str, ...]], list[dict]]:
@@ -452,13 +455,15 @@ def clip_text(captions: list[str], source: str, device: torch.device) -> Tensor:
     Raises OSError when `source`, a folder or a Hub id, has no such model or cannot be reached.
     """
     from huggingface_hub import model_info
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
     from transformers import AutoTokenizer, CLIPTextModel
 
     offline = Path(source).is_dir()
     if not offline:
         try:
             retry(lambda: model_info(source, timeout=10), f"look up {source}", attempts=2)
+        except RepositoryNotFoundError:
+            raise
         except (HfHubHTTPError, OSError) as error:  # no network: perhaps an earlier run downloaded it
             log.info(f"{source} cannot be looked up ({type(error).__name__}): trying the local cache")
             offline = True
@@ -499,10 +504,7 @@ def encode_text(captions: list[str], cfg: Config, device: torch.device) -> tuple
                 "it knows words, not meaning"
             )
             return stand_in_text(captions), STAND_IN
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        with (aside := cached.with_suffix(f".{os.getpid()}.partial")).open("wb") as file:
-            np.save(file, table)
-        aside.rename(cached)
+        save_array(cached, table)
     return torch.from_numpy(np.load(cached)), cfg.text_encoder
 
 
@@ -535,7 +537,7 @@ class Clips:
 @dataclass(frozen=True)
 class Data:
     train: Clips
-    held_out: Clips
+    held_out: Clips  # to evaluate on; the same as train when there are fewer than 20 videos
     encoder: str  # that made the text table: CLIP or the stand-in
     bad: list[dict]  # samples that were left out, and why
 
@@ -544,7 +546,7 @@ def load_data(cfg: Config, device: torch.device) -> Data:
     """Every rank. Exit 2 when there is nothing to train on."""
     if cfg.manifest:
         frames, captions, bad = on_rank0(lambda: decode_all(cfg))
-        held_out = set(range(0, len(frames), 20)) if len(frames) >= 20 else set()  # every 20th video
+        held_out = set(range(0, len(frames), 20)) if len(frames) >= 20 else set()  # every 20th video, none of a handful
     else:
         rng, attributes, bad = np.random.default_rng(cfg.seed), all_captions(), []
         drawn = [attributes[i] for i in rng.integers(len(attributes), size=NUM_GENERATED)]
@@ -554,8 +556,8 @@ def load_data(cfg: Config, device: torch.device) -> Data:
     unique = {caption: row for row, caption in enumerate(dict.fromkeys(c for several in captions for c in several))}
     text, encoder = on_rank0(lambda: encode_text(list(unique), cfg, device))
     clips = Clips(frames, captions, [[unique[c] for c in several] for several in captions], text)
-    train = [i for i in range(len(frames)) if i not in held_out]
-    return Data(clips.part(train), clips.part(sorted(held_out) or train), encoder, bad)
+    train = clips.part([i for i in range(len(frames)) if i not in held_out])
+    return Data(train, clips.part(sorted(held_out)) if held_out else train, encoder, bad)
 
 
 @functools.lru_cache(maxsize=2)
@@ -581,10 +583,10 @@ def sinusoids(x: Tensor, width: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], -1)
 
 
-def places(clips: int, frames: int, height: int, width: int) -> Tensor:
+def places(clips: int, sizes: tuple[int, int, int], device: torch.device) -> Tensor:
     """Frame, row and column of each pixel, evenly from -sqrt(3) to sqrt(3) (unit variance), as in CoordConv (Liu et al. 2018):
-    without them a convolution learns late that things move. -> (B*F, 3, H, W)"""
-    axes = [torch.linspace(-1, 1, n) * math.sqrt(3) if n > 1 else torch.zeros(n) for n in (frames, height, width)]
+    without them the model learns late that things move. sizes = (F, H, W) -> (B*F, 3, H, W)"""
+    axes = [torch.linspace(-1, 1, n, device=device) * math.sqrt(3) if n > 1 else torch.zeros(n, device=device) for n in sizes]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), 1).repeat(clips, 1, 1, 1)
 
 
@@ -695,7 +697,7 @@ class UNet3DCond(nn.Module):
         film = F.silu(self.time(sinusoids(timesteps, self.base).to(dtype)) + text)
         film = film.repeat_interleave(frames, 0)  # (B*F, W)
         h = F.pixel_unshuffle(x.flatten(0, 1).to(dtype), self.patch)  # (B*F, 3pp, H/p, W/p)
-        h = torch.cat([h, places(len(x), frames, *h.shape[-2:]).to(h)], 1)
+        h = torch.cat([h, places(len(x), (frames, *h.shape[-2:]), h.device).to(dtype)], 1)
         h = self.enter(h.contiguous(memory_format=torch.channels_last))
         skips = [h]
         for parts in self.down:
@@ -844,13 +846,14 @@ def sample_pixels(model: UNet3DCond, text: Tensor, cfg: Config, seed: int) -> np
     return np.concatenate([to_pixels(sample(model, text[p], shape, cfg, seed + p.start)) for p in slices(len(text), size)])
 
 
-def evaluate(model: UNet3DCond, held_out: Clips, cfg: Config) -> dict:
+def evaluate(model: UNet3DCond, data: Data, cfg: Config) -> dict:
     """The score of results.json. Generated clips: asked = made on held-out captions, read back from the sampled pixels, next to
     the same clips held against each other's captions. Videos: 1 - loss / power of the target, on held-out videos."""
-    loss = held_out_loss(model, held_out, cfg)
+    held_out, loss = data.held_out, held_out_loss(model, data.held_out, cfg)
     if cfg.manifest:
+        which = "the training videos (there are fewer than 20)" if held_out is data.train else "held-out videos"
         score = 1 - loss["loss"] / loss["power"]
-        return {"score": score, "score_is": "share of the target explained on held-out videos", "controls": {}, "held_out": loss}
+        return {"score": score, "score_is": f"share of the target explained, {which}", "controls": {}, "held_out": loss}
     asked = [a for a in all_captions() if is_held_out(a)]
     asked = asked * max(1, 96 // len(asked))
     table = {caption: held_out.text[rows[0]] for (caption,), rows in zip(held_out.captions, held_out.rows)}
@@ -1187,7 +1190,7 @@ def publish(cfg: Config, model: UNet3DCond, ema: dict[str, Tensor], data: Data, 
     results = json.loads(path.read_text()) if (path := folder / "results.json").exists() else {}
     if results.get("steps") != cfg.steps:
         export(cfg, model, ema, data.encoder)  # before the evaluation: a run that dies there keeps its model
-        results = evaluate(model, data.held_out, cfg) | summary(folder, cfg.steps)
+        results = evaluate(model, data, cfg) | summary(folder, cfg.steps)
         captions, text = data.held_out.some_captions(6)
         pictures = sample_pixels(model, text, cfg, cfg.seed)
         write_grid(pictures, captions, target / "samples.png")

@@ -13,8 +13,8 @@ import argparse
 import statistics
 import sys
 import time
-import types
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import torch
 from torch import nn
@@ -41,9 +41,8 @@ class Diffusers(nn.Module):
 class Lucidrains(nn.Module):
     def __init__(self, size: int) -> None:
         super().__init__()
-        names = {"torchvision": types.ModuleType("torchvision")}  # it imports torchvision for its Trainer, which is not used
-        names["torchvision"].transforms = names["torchvision"].utils = None
-        sys.modules.update({name: module for name, module in names.items() if name not in sys.modules})
+        for name in ("torchvision", "torchvision.transforms", "torchvision.utils"):  # imported for its Trainer, not used here
+            sys.modules.setdefault(name, MagicMock())
         from video_diffusion_pytorch import Unet3D
 
         self.net = Unet3D(dim=64, cond_dim=512, dim_mults=(1, 2, 4))

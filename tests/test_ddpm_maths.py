@@ -170,10 +170,10 @@ def test_manifest_forms(tmp_path, form):
     if form == "lines":
         rows = [
             {"video": "a.mp4", "caption": " one "},
-            {"file": "b.mp4", "captions": ["two", "three"]},
+            {"file": "b.mp4", "captions": ["two"]},
             {"path": "http://h/c.mp4", "text": "x"},
         ]
-        rows += [{"video_path": "/abs/d.mp4", "caption": ""}, {"caption": "no video"}]
+        rows += [{"video": "b.mp4", "caption": "three"}, {"video_path": "/abs/d.mp4", "caption": ""}, {"caption": "no video"}]
         manifest.write_bytes(b"\xef\xbb\xbf" + "\n\n".join(json.dumps(row) for row in rows).encode())
     elif form == "folder":
         manifest = tmp_path
@@ -227,3 +227,25 @@ def test_written_video_plays(tmp_path):
         "plays while it loads"
     )
     assert (tmp_path / "x.gif").read_bytes().startswith(b"GIF89a")
+
+
+def test_auto_takes_the_least_offloading_that_fits(monkeypatch, capsys):
+    cfg = t2v.Config(batch_size=1, size=16, frames=2)
+    model = t2v.UNet3DCond()
+    clips = t2v.Clips([], [], [], torch.zeros(1, 512))
+    data = t2v.Data(clips, clips, t2v.STAND_IN, [])
+    activations = t2v.activation_bytes(model, cfg, "bf16")
+    rows = t2v.memory_plan(sum(p.numel() for p in model.parameters()), 0, activations, "bf16", 1)
+    needs = {row["layout"]: row["gpu_gb"] for row in rows}
+    assert needs["ZeRO-2"] > needs["ZeRO-2, optimizer on CPU"] > needs["ZeRO-3, all on CPU"]
+    expected = {"ZeRO-2": (2, []), "ZeRO-2, optimizer on CPU": (2, ["optimizer"]), "ZeRO-3, all on CPU": (3, ["optimizer", "param"])}
+    for layout, (stage, offloaded) in expected.items():
+        monkeypatch.setattr(t2v, "memory_here", lambda gb=needs[layout] * 1.1: (gb, 64.0))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a small GPU")
+        zero = t2v.plan(cfg, model, data, "bf16", torch.device("cpu"))["zero_optimization"]
+        assert zero["stage"] == stage and [what for what in ("optimizer", "param") if f"offload_{what}" in zero] == offloaded
+    monkeypatch.setattr(t2v, "memory_here", lambda: (0.01, 64.0))
+    with pytest.raises(SystemExit) as stop:
+        t2v.plan(dataclasses.replace(cfg, batch_size=2), model, data, "bf16", torch.device("cpu"))
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and "no memory layout fits" in said and "BS=1 saves" in said and "FRAMES=1 saves" in said

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, command, environment, finish, run, start, wait_for
-from hub import READ, WRITE, Hub
+from hub import READ, WRITE, Hub, Static
 from safetensors.torch import load_file
 
 import t2v_ddpm
@@ -34,6 +34,12 @@ def same(a: dict, b: dict) -> bool:
 def losses(folder: Path) -> list[tuple]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [(row["step"], row["loss"], row["grad_norm"]) for row in rows if "loss" in row]
+
+
+@pytest.fixture
+def hub():
+    with Hub() as hub:
+        yield hub
 
 
 @pytest.fixture(scope="module")
@@ -373,9 +379,22 @@ def test_real_videos_with_a_real_clip(tmp_path, clips_manifest):
     assert (tmp_path / "runs" / "t2v_ddpm" / "samples" / "clip_number_3.mp4").exists()
 
 
+def test_videos_behind_urls(tmp_path, clips_manifest, hub):
+    manifest, clip = clips_manifest
+    hub.static["0.mp4"] = Static((manifest.parent / "0.mp4").read_bytes())
+    hub.static["page.mp4"] = Static(b"<html>moved</html>", headers={"Content-Type": "text/html"})
+    rows = [{"video": f"{hub.url}/files/{name}.mp4", "caption": name} for name in ("0", "page", "gone")]
+    (tmp_path / "urls.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--manifest", "urls.jsonl", "--text_encoder", clip, *SMALL, "--check"]
+    output = run(SCRIPT, *flags, "--max_bad", 0.7, cwd=tmp_path)
+    assert "1 clips to train on" in output and "a web page" in output and "404" in output
+    run(SCRIPT, *flags, "--max_bad", 0.7, cwd=tmp_path)
+    assert len(hub.requests("GET /files/0.mp4")) == 1, "fetched once"
+    assert not (tmp_path / "runs").exists()
+
+
 def test_text_is_the_mean_over_real_tokens(clips_manifest):
     from transformers import AutoTokenizer, CLIPTextModel
-
 
     _, clip = clips_manifest
     both = t2v_ddpm.clip_text(["clip number 3", "a"], str(clip), torch.device("cpu"))
@@ -403,12 +422,6 @@ def test_clip_out_of_reach(tmp_path, clips_manifest):
 
 
 # --- Hub
-
-
-@pytest.fixture
-def hub():
-    with Hub() as hub:
-        yield hub
 
 
 def hub_variables(hub, tmp_path, token=WRITE):
