@@ -246,13 +246,13 @@ def append_json(path: Path, row: dict) -> None:
         file.write(json.dumps(row, default=str) + "\n")
 
 
-def open_run_folder(cfg: Any, script: str) -> None:
-    """Rank 0: take `cfg.output_dir` for this run (exit 2 if another run has it, or it holds another configuration) and write
-    what made the run: config.json, environment.json and the code itself."""
-    folder, now = cfg.output_dir, json.loads(json.dumps(dataclasses.asdict(cfg), default=str))
+def take_run_folder(cfg: Any) -> None:
+    """Rank 0: `cfg.output_dir` is this run's until the process ends; exit 2 if another run has it, or it holds another
+    configuration."""
+    folder = cfg.output_dir
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)  # held until the process ends
+        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         refuse(f"another run is writing to {folder}; wait for it, or give another --output_dir")
@@ -260,23 +260,32 @@ def open_run_folder(cfg: Any, script: str) -> None:
         refuse(f"--output_dir {folder}: {error.strerror}")
     if (folder / "config.json").exists():
         was = json.loads((folder / "config.json").read_text())
-        other = [f"  {k}: {was.get(k)} there, {v} here" for k, v in now.items() if k not in MAY_CHANGE and was.get(k) != v]
+        other = [
+            f"  {k}: {was.get(k)} there, {v} here" for k, v in settings(cfg).items() if k not in MAY_CHANGE and was.get(k) != v
+        ]
         if other:
             refuse(
-                f"{folder} holds a run with another configuration:\n" + "\n".join(other) + "\ngive the same flags to go on with "
-                "it, or another --output_dir to start anew"
+                f"{folder} holds a run with another configuration:\n" + "\n".join(other) + "\n"
+                "give the same flags to go on with it, or another --output_dir to start anew"
             )
+
+
+def settings(cfg: Any) -> dict:
+    """The configuration as JSON has it: paths are strings."""
+    return json.loads(json.dumps(dataclasses.asdict(cfg), default=str))
+
+
+def prepare_run_folder(cfg: Any, script: str, step: int, bad: list[dict], config: dict) -> None:
+    """Rank 0: write what makes this run (settings, versions, DeepSpeed config, the code itself, what was left out), and forget
+    the metrics of steps after `step`, from which it goes on."""
+    folder = cfg.output_dir
     (folder / "SUCCESS").unlink(missing_ok=True)
-    write_json(folder / "config.json", now)
-    write_json(folder / "environment.json", environment())
-    shutil.copyfile(script, folder / Path(script).name)
-
-
-def prepare_run_folder(folder: Path, step: int, bad: list[dict], config: dict) -> None:
-    """Rank 0, once `step` to go on from is known: forget metrics of later steps, write the ledger and the DeepSpeed config."""
     (folder / "samples").mkdir(exist_ok=True)
+    write_json(folder / "config.json", settings(cfg))
+    write_json(folder / "environment.json", environment())
     write_json(folder / "deepspeed.json", config)
     write_lines(folder / "bad_samples.jsonl", bad)
+    shutil.copyfile(script, folder / Path(script).name)
     metrics = folder / "metrics.jsonl"
     rows = [json.loads(line) for line in metrics.read_text().splitlines() if line.endswith("}")] if metrics.exists() else []
     write_lines(metrics, [row for row in rows if row["step"] <= step])

@@ -67,7 +67,6 @@ from common import (
     memory_plan,
     numbered,
     on_rank0,
-    open_run_folder,
     over_ranks,
     prepare_run_folder,
     rank,
@@ -78,6 +77,7 @@ from common import (
     retry,
     run,
     save_checkpoint,
+    take_run_folder,
     tracker,
     world_size,
     write_json,
@@ -181,6 +181,8 @@ class Config:
                 raise ValueError(f"--{name} {getattr(self, name)}: from 0 to below 1")
         if self.sample_steps > TIMESTEPS:
             raise ValueError(f"--sample_steps {self.sample_steps}: at most {TIMESTEPS}")
+        if self.deepspeed != "auto" and not Path(self.deepspeed).is_file():
+            raise ValueError(f"--deepspeed {self.deepspeed}: no such file; auto takes what fits")
         if self.report_to != "none" and not importlib.util.find_spec(self.report_to):
             raise ValueError(f"--report_to {self.report_to}: pip install {self.report_to}, or --report_to none")
         if self.demo and self.manifest:
@@ -1053,12 +1055,12 @@ def train(cfg: Config) -> None:
     config = ds_config(plan(cfg, model, data, dtype, device), cfg.batch_size, cfg.accum, cfg.clip, dtype)
     if cfg.check:
         return
-    on_rank0(lambda: open_run_folder(cfg, __file__))
-    repo = on_rank0(lambda: hub_check(cfg.hub_model_id, cfg.public, create=True)) if cfg.push_to_hub else ""
+    on_rank0(lambda: take_run_folder(cfg))
     stage = config["zero_optimization"]["stage"]
     facts = {"world_size": world_size(), "zero_stage": stage, "dtype": dtype, "text_encoder": data.encoder}
     found, step = resume_checkpoint(folder / "checkpoints", cfg.resume, **facts)
-    on_rank0(lambda: prepare_run_folder(folder, step, data.bad, config))
+    repo = on_rank0(lambda: hub_check(cfg.hub_model_id, cfg.public, create=True)) if cfg.push_to_hub else ""
+    on_rank0(lambda: prepare_run_folder(cfg, __file__, step, data.bad, config))
 
     import deepspeed  # after init_distributed has told it the device
 
@@ -1121,7 +1123,7 @@ def train_steps(cfg: Config, engine, optimizer, ema: dict[str, Tensor], data: Da
                 since, since_step = time.monotonic(), step
             stop = int(over_ranks(max(caught, default=0), "max"))
             if step % cfg.save_every == 0 or step == cfg.steps or stop:
-                save(cfg, engine, ema, data, facts, step)
+                save(cfg, engine, ema, data, facts, step, in_a_hurry=bool(stop))
             if stop:
                 log.info(f"stopped by {signal.Signals(stop).name} after step {step}; the same command goes on from there")
                 raise SystemExit(128 + stop)
@@ -1142,9 +1144,11 @@ def record(folder: Path, row: dict, track) -> None:
         track(row, row["step"])
 
 
-def save(cfg: Config, engine, ema: dict[str, Tensor], data: Data, facts: dict, step: int) -> None:
-    """Every rank: checkpoints/step_000200 to resume from, then ckpt_000200.pt and a preview. In fp32, 28 bytes a parameter:
-    weights, master weights, two moments, EMA; and weights and EMA once more."""
+def save(cfg: Config, engine, ema: dict[str, Tensor], data: Data, facts: dict, step: int, in_a_hurry: bool) -> None:
+    """Every rank: checkpoints/step_000200 to resume from, then ckpt_000200.pt and, without hurry, a preview.
+
+    In fp32 28 bytes a parameter: weights, master weights, two moments, EMA; and weights and EMA once more.
+    """
 
     def write(aside: Path) -> None:
         engine.save_checkpoint(str(aside), tag="deepspeed", save_latest=False)
@@ -1161,6 +1165,7 @@ def save(cfg: Config, engine, ema: dict[str, Tensor], data: Data, facts: dict, s
         for old in numbered(folder, "ckpt_", ".pt")[: -cfg.keep]:
             old.unlink()
         log.info(f"saved {target}")
+    if rank() == 0 and not in_a_hurry:
         captions, text = data.held_out.some_captions(4)
         pictures = sample_pixels(averaged(engine.module, ema), text, cfg, cfg.seed)
         write_grid(pictures, captions, folder / "samples" / f"preview_step{step:06d}.png")

@@ -246,6 +246,22 @@ def test_sigterm_saves_and_ends_with_143(tmp_path, ranks, to):
     assert "resumed" in run(SCRIPT, *flags, "--steps", int(saved.name[5:]) + 1, cwd=tmp_path, ranks=ranks)
 
 
+def test_the_launcher_stops_and_resumes_two_ranks(tmp_path):
+    launch = [str(ROOT / "run.sh"), SCRIPT, "2", *TINY, "--save_every", "400", "--steps"]
+    process = start([*launch, "500"], tmp_path, PYTHON=sys.executable, CUDA_VISIBLE_DEVICES="")
+    folder = tmp_path / "runs" / "t2v_ddpm_demo"
+    wait_for(lambda: '"step": 2' in read(folder / "metrics.jsonl"), what="step 2")
+    os.kill(process.pid, signal.SIGTERM)
+    code, output = finish(process)
+    assert code == 143 and re.search(r"^STOPPED exit=143 seconds=\d+$", output.splitlines()[-1]), output
+    (saved,) = (folder / "checkpoints").iterdir()
+    again = start([*launch, str(int(saved.name[5:]) + 1)], tmp_path, PYTHON=sys.executable, CUDA_VISIBLE_DEVICES="")
+    code, output = finish(again)
+    assert code == 0 and f"resumed runs/t2v_ddpm_demo/checkpoints/{saved.name}" in output, output
+    assert output.splitlines()[-1].startswith("SUCCESS exit=0") and (folder / "SUCCESS").exists()
+    assert (tmp_path / "logs" / "latest.log").read_text().splitlines()[-1] == output.splitlines()[-1]
+
+
 def test_divergence_ends_with_4_and_is_never_saved(tmp_path):
     flags = [*TINY, "--steps", 40, "--lr", 1e30, "--clip", 1e30, "--warmup_steps", 0, "--save_every", 1, "--keep", 99]
     output = run(SCRIPT, *flags, cwd=tmp_path, expect=4)
