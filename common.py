@@ -724,14 +724,16 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def resume_checkpoint(folder: Path, resume: bool, **facts: Any) -> tuple[Path | None, int]:
-    """Every rank: (newest whole checkpoint or None, its step or 0). Exit 2 when its facts (number of ranks, ZeRO stage) differ
-    from this run's, since DeepSpeed cannot load it then, and when there is one that must not be resumed."""
+def resume_checkpoint(folder: Path, resume: bool, ranks: int, **facts: Any) -> tuple[Path | None, int, bool]:
+    """Every rank: (newest whole checkpoint or None, its step or 0, whether another number of ranks saved it).
 
-    def look() -> tuple[Path | None, int]:
+    Exit 2 when its facts (ZeRO stage, precision, ...) differ from this run's, and when there is one that must not be resumed.
+    """
+
+    def look() -> tuple[Path | None, int, bool]:
         path = newest_checkpoint(folder)
         if path is None:
-            return None, 0
+            return None, 0, False
         if not resume:
             refuse(f"{path} is there: leave out --no_resume to go on from it, or give another --output_dir to start anew")
         marker = json.loads((path / "checkpoint.json").read_text())
@@ -741,9 +743,32 @@ def resume_checkpoint(folder: Path, resume: bool, **facts: Any) -> tuple[Path | 
                     f"{path} was saved with {name} {marker.get(name)}, this run has {value}: go on with {name} "
                     f"{marker.get(name)}, or start anew with another --output_dir"
                 )
-        return path, marker["step"]
+        return path, marker["step"], marker["ranks"] != ranks
 
     return on_rank0(look)
+
+
+def load_engine(engine: Any, checkpoint: Path, other_ranks: bool) -> None:
+    """Every rank: weights and optimizer state from checkpoint/deepspeed; with `other_ranks` by way of DeepSpeed's universal
+    format, for which the engine's config must say "checkpoint": {"load_universal": true}."""
+    if not other_ranks:
+        engine.load_checkpoint(str(checkpoint), tag="deepspeed")
+        return
+    universal = checkpoint.parent / ".universal"
+
+    def convert() -> None:
+        shutil.rmtree(universal, ignore_errors=True)
+        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+        command += ["--input_folder", str(checkpoint / "deepspeed"), "--output_folder", str(universal)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            refuse(f"{checkpoint} is of another number of ranks, and DeepSpeed cannot convert it: {done.stderr[-500:]}")
+
+    on_rank0(convert)
+    engine.load_checkpoint(str(universal.parent), tag=universal.name)
+    barrier()
+    if rank() == 0:
+        shutil.rmtree(universal)
 
 
 # ---------------------------------------------------------------------------

@@ -62,6 +62,7 @@ from common import (
     hub_check,
     hub_push,
     init_distributed,
+    load_engine,
     log,
     memory_here,
     memory_plan,
@@ -614,7 +615,7 @@ class Attention(nn.Module):
 
     def __init__(self, c: int, axis: Literal["time", "space"]) -> None:
         super().__init__()
-        self.axis, self.heads = axis, max(1, c // 32)
+        self.axis, self.heads = axis, math.gcd(c, max(1, c // 32))  # about 32 wide each
         self.norm, self.qkv, self.out = nn.GroupNorm(8, c), nn.Linear(c, 3 * c), nn.Linear(c, c)
         nn.init.zeros_(self.out.weight)  # starts as the identity
         nn.init.zeros_(self.out.bias)
@@ -647,7 +648,7 @@ class Resize(nn.Module):
 
 class UNet3DCond(nn.Module):
     """3-D U-Net on pixels: frames folded into the batch for 2-D convolutions in channels_last, attention along time between
-    them. Of the blocks measured in benchmarks/RESULTS.md the fastest per step."""
+    them; cheaper per step than 3-D or (2+1)-D convolutions (benchmarks/RESULTS.md)."""
 
     def __init__(self, base: int = 64, levels: int = 3, blocks: int = 2, patch: int = 1, text_dim: int = 512) -> None:
         super().__init__()
@@ -687,8 +688,9 @@ class UNet3DCond(nn.Module):
 
     def standardise(self, text: Tensor) -> None:
         """Take mean and spread of the training captions' encodings (N, D): what all captions share says nothing."""
+        spread = text.var(0, correction=0).mean().sqrt()
         self.text_mean.copy_(text.mean(0))
-        self.text_std.copy_(text.std(0, correction=0).square().mean().sqrt().clamp(min=1e-6))
+        self.text_std.copy_(spread if spread > 1e-6 else torch.ones(()))  # one caption alone has none
 
     def forward(self, x: Tensor, timesteps: Tensor, text: Tensor, drop: Tensor | None = None) -> Tensor:
         """x (B, F, 3, H, W), timesteps (B,) in [0, 1000), text (B, D); drop (B,) bool leaves captions out. -> x's shape"""
@@ -1057,20 +1059,22 @@ def train(cfg: Config) -> None:
         return
     on_rank0(lambda: take_run_folder(cfg))
     stage = config["zero_optimization"]["stage"]
-    facts = {"world_size": world_size(), "zero_stage": stage, "dtype": dtype, "text_encoder": data.encoder}
-    found, step = resume_checkpoint(folder / "checkpoints", cfg.resume, **facts)
+    facts = {"zero_stage": stage, "dtype": dtype, "text_encoder": data.encoder}
+    found, step, other_ranks = resume_checkpoint(folder / "checkpoints", cfg.resume, world_size(), **facts)
     repo = on_rank0(lambda: hub_check(cfg.hub_model_id, cfg.public, create=True)) if cfg.push_to_hub else ""
     on_rank0(lambda: prepare_run_folder(cfg, __file__, step, data.bad, config))
 
+    if other_ranks:
+        config["checkpoint"] = {"load_universal": True}
     import deepspeed  # after init_distributed has told it the device
 
     optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, (0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
     engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     ema = {name: weight.to(device) for name, weight in full_weights(engine.module).items()}
     if found:
-        engine.load_checkpoint(str(found), tag="deepspeed")
+        load_engine(engine, found, other_ranks)
         ema = torch.load(found / "ema.pt", weights_only=True, map_location=device)
-        log.info(f"resumed {found}")
+        log.info(f"resumed {found}{', saved by another number of ranks' if other_ranks else ''}")
     try:
         train_steps(cfg, engine, optimizer, ema, data, facts, step)
     except RuntimeError as error:
@@ -1156,7 +1160,7 @@ def save(cfg: Config, engine, ema: dict[str, Tensor], data: Data, facts: dict, s
             torch.save(ema, aside / "ema.pt")
 
     folder = cfg.output_dir
-    save_checkpoint(folder / "checkpoints", step, write, cfg.keep, **facts)
+    save_checkpoint(folder / "checkpoints", step, write, cfg.keep, ranks=world_size(), **facts)
     weights = full_weights(engine.module)
     if rank() == 0:
         target = folder / f"ckpt_{step:06d}.pt"
@@ -1302,7 +1306,7 @@ def generate(prompt: str, model: str | Path, seed: int = 0, **sampling) -> np.nd
 
     folder = Path(model) if Path(model).is_dir() else Path(snapshot_download(str(model)))
     config = json.loads((folder / "config.json").read_text())
-    cfg = Config(**{k: v for k, v in (config | sampling).items() if k != "model"})
+    cfg = Config(report_to="none", **{k: v for k, v in (config | sampling).items() if k != "model"})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     net = UNet3DCond(**config["model"])
     net.load_state_dict(load_file(folder / "model.safetensors"))

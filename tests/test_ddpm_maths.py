@@ -101,6 +101,12 @@ def test_model_shapes_and_size():
     assert torch.allclose(whole[:1], small(x[:1], t[:1], text[:1]), atol=1e-3), "clips of a batch must not touch each other"
 
 
+@pytest.mark.parametrize("base", [8, 24, 88])
+def test_odd_widths_work(base):
+    with torch.device("meta"):
+        assert t2v.UNet3DCond(base)(torch.empty(1, 3, 3, 8, 8), torch.empty(1), torch.empty(1, 512)).shape == (1, 3, 3, 8, 8)
+
+
 def test_frames_reach_each_other_through_time_attention():
     model = t2v.UNet3DCond(16, 2, 1, 2, 32).eval()
     for part in model.modules():

@@ -246,6 +246,22 @@ def test_sigterm_saves_and_ends_with_143(tmp_path, ranks, to):
     assert "resumed" in run(SCRIPT, *flags, "--steps", int(saved.name[5:]) + 1, cwd=tmp_path, ranks=ranks)
 
 
+@pytest.mark.parametrize(("zero", "before", "after"), [(ZERO2, 1, 2), (ZERO2, 2, 1), (ZERO3, 1, 2)])
+def test_another_number_of_ranks_goes_on(tmp_path, zero, before, after):
+    flags = [*TINY, "--output_dir", tmp_path / "run", "--deepspeed", zero, "--warmup_steps", 0, "--save_every", 99]
+    run(SCRIPT, *flags, "--steps", 30, cwd=tmp_path, ranks=before)
+    output = run(
+        SCRIPT, *flags, "--steps", 31, cwd=tmp_path, ranks=after
+    )  # the learning rate has decayed to nearly nothing there
+    assert "step_000030, saved by another number of ranks" in output and "step 000031 | loss" in output
+    old, new = (torch.load(tmp_path / "run" / f"ckpt_{n}.pt", weights_only=True)["model"] for n in ("000030", "000031"))
+    torch.manual_seed(0)
+    initial = t2v_ddpm.UNet3DCond(8, 2, 1, 2, 512).state_dict()
+    assert all(torch.allclose(old[name], new[name], atol=1e-4) for name in old)
+    assert not any(torch.allclose(old[name], initial[name], atol=1e-3) for name in old if name.endswith("conv1.weight"))
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+
+
 def test_the_launcher_stops_and_resumes_two_ranks(tmp_path):
     launch = [str(ROOT / "run.sh"), SCRIPT, "2", *TINY, "--save_every", "400", "--steps"]
     process = start([*launch, "500"], tmp_path, PYTHON=sys.executable, CUDA_VISIBLE_DEVICES="")
@@ -292,8 +308,8 @@ def test_one_folder_one_run(tmp_path, unbroken):
     flags = [*TINY, "--output_dir", tmp_path / "run"]
     output = run(SCRIPT, *flags, "--steps", 6, "--seed", 7, "--base", 16, cwd=tmp_path, expect=2)
     assert "seed: 0 there, 7 here" in output and "base: 8 there, 16 here" in output and "--output_dir" in output
-    output = run(SCRIPT, *flags, "--steps", 8, cwd=tmp_path, expect=2, ranks=2, launcher="deepspeed")
-    assert "saved with world_size 1, this run has 2" in output
+    output = run(SCRIPT, *flags, "--steps", 8, "--dtype", "bf16", cwd=tmp_path, expect=2)
+    assert "saved with dtype fp32, this run has bf16" in output or "dtype: None there, bf16 here" in output
     output = run(SCRIPT, *flags, "--steps", 8, "--deepspeed", ZERO3, cwd=tmp_path, expect=2)
     assert "zero_stage 2" in output
     output = run(SCRIPT, *flags, "--steps", 8, "--no_resume", cwd=tmp_path, expect=2)
