@@ -223,8 +223,8 @@ def catch_signals() -> Iterator[list[int]]:
 
 # A run may go on with other values of these; any other difference makes it another run.
 MAY_CHANGE = set(
-    "output_dir cache_dir check prompt steps epochs log_every eval_every save_every keep resume push_to_hub hub_model_id public "
-    "report_to num_workers max_bad deepspeed gradient_checkpointing".split()
+    "output_dir cache_dir check prompt steps epochs lr clip log_every eval_every save_every keep resume push_to_hub hub_model_id "
+    "public report_to num_workers max_bad deepspeed gradient_checkpointing".split()
 )
 
 
@@ -260,14 +260,14 @@ def take_run_folder(cfg: Any) -> None:
         refuse(f"--output_dir {folder}: {error.strerror}")
     if (folder / "config.json").exists():
         was = json.loads((folder / "config.json").read_text())
-        other = [
-            f"  {k}: {was.get(k)} there, {v} here" for k, v in settings(cfg).items() if k not in MAY_CHANGE and was.get(k) != v
-        ]
-        if other:
+        other = {k: f"{k}: {was.get(k)} there, {v} here" for k, v in settings(cfg).items() if was.get(k) != v}
+        if refused := "\n  ".join(text for name, text in other.items() if name not in MAY_CHANGE):
             refuse(
-                f"{folder} holds a run with another configuration:\n" + "\n".join(other) + "\n"
+                f"{folder} holds a run with another configuration:\n  {refused}\n"
                 "give the same flags to go on with it, or another --output_dir to start anew"
             )
+        if other:
+            log.info(f"goes on with other settings than before: {'; '.join(other.values())}")
 
 
 def settings(cfg: Any) -> dict:

@@ -38,6 +38,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -1115,10 +1116,11 @@ def train_steps(cfg: Config, engine, optimizer, ema: dict[str, Tensor], data: Da
                 skipped += 1
                 log.warning(f"warning: step {step}: not finite, update skipped on all ranks ({skipped} in a row)")
                 if skipped == 3:
+                    log.warning(f"error: diverged: lower --lr {cfg.lr:g} and run again; it goes on from the last checkpoint")
                     raise SystemExit(4)
             if step % cfg.log_every == 0 or step == cfg.steps:
                 loss, speed = over_ranks(mean.item(), "mean"), (step - since_step) / (time.monotonic() - since)
-                left = time.strftime("%H:%M:%S", time.gmtime((cfg.steps - step) / speed))
+                left = timedelta(seconds=round((cfg.steps - step) / speed))
                 log.info(f"step {step:06d} | loss {loss:.4f} | {speed:.2f} steps/s | {left} left")
                 bar.set_postfix(loss=f"{loss:.4f}")
                 row = {"step": step, "loss": loss, "lr": group["lr"], "grad_norm": float(engine.get_global_grad_norm())}

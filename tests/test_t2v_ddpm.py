@@ -112,12 +112,11 @@ def test_bf16_and_accumulation_train(tmp_path):
     assert used["bf16"]["enabled"] is True and used["gradient_accumulation_steps"] == 2
 
 
-def test_accumulated_micro_steps_are_one_batch(tmp_path):
-    """accum 2 x 2 ranks of 2 clips sees the clips of one rank with 8: the data order does not depend on the split."""
-    a = run(SCRIPT, *TINY, "--steps", 1, "--check", "--batch_size", 8, cwd=tmp_path)
-    b = run(SCRIPT, *TINY, "--steps", 1, "--check", "--batch_size", 2, "--accum", 2, "--local_rank=0", cwd=tmp_path)
-    assert "= 8 samples per step" in a and "= 4 samples per step" in b
-    assert not (tmp_path / "runs").exists(), "--check writes nothing"
+def test_check_prints_the_plan_and_writes_nothing(tmp_path):
+    one = run(SCRIPT, *TINY, "--check", "--batch_size", 8, cwd=tmp_path)
+    two = run(SCRIPT, *TINY, "--check", "--batch_size", 2, "--accum", 2, "--local_rank=0", cwd=tmp_path)
+    assert "= 8 samples per step" in one and "= 4 samples per step" in two and "auto takes this" in one
+    assert not (tmp_path / "runs").exists()
 
 
 def test_variables_stand_for_flags_and_flags_win(tmp_path):
@@ -278,12 +277,17 @@ def test_the_launcher_stops_and_resumes_two_ranks(tmp_path):
     assert (tmp_path / "logs" / "latest.log").read_text().splitlines()[-1] == output.splitlines()[-1]
 
 
-def test_divergence_ends_with_4_and_is_never_saved(tmp_path):
-    flags = [*TINY, "--steps", 40, "--lr", 1e30, "--clip", 1e30, "--warmup_steps", 0, "--save_every", 1, "--keep", 99]
-    output = run(SCRIPT, *flags, cwd=tmp_path, expect=4)
-    assert "update skipped on all ranks (3 in a row)" in output
-    for path in (tmp_path / "runs" / "t2v_ddpm_demo").glob("ckpt_*.pt"):
+def test_divergence_ends_with_4_and_goes_on_with_a_lower_rate(tmp_path):
+    flags = [*TINY, "--steps", 40, "--warmup_steps", 0, "--save_every", 1, "--keep", 99]
+    output = run(SCRIPT, *flags, "--lr", 1e30, "--clip", 1e30, cwd=tmp_path, expect=4)
+    assert "update skipped on all ranks (3 in a row)" in output and "lower --lr 1e+30" in output
+    folder = tmp_path / "runs" / "t2v_ddpm_demo"
+    for path in folder.glob("ckpt_*.pt"):
         assert all(torch.isfinite(w).all() for w in torch.load(path, weights_only=True)["model"].values())
+    for path in [*folder.glob("ckpt_*.pt"), *(folder / "checkpoints").iterdir()]:  # weights of 1e30 are finite, and useless
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    output = run(SCRIPT, *flags, "--lr", 1e-3, cwd=tmp_path)
+    assert "lr: 1e+30 there, 0.001 here" in output
 
 
 def test_not_a_number_on_one_rank_skips_the_update_on_all(tmp_path, clips_manifest):
