@@ -570,10 +570,18 @@ def ds_config(source: Path | dict, batch_size: int, accum: int, clip: float, dty
     known = set(DeepSpeedZeroConfig.model_fields) | {f.alias for f in DeepSpeedZeroConfig.model_fields.values() if f.alias}
     if unknown := sorted(set(zero) - known):
         refuse(f"{name}: this DeepSpeed does not know zero_optimization.{unknown[0]} and would ignore it")
-    for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"):
-        if config.get(key, numbers[key]) != numbers[key]:
-            refuse(f'{name}: {key} is {config[key]}, the flags say {numbers[key]}; write "auto" there')
-        config[key] = numbers[key]
+    for key in (
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+        "bf16.enabled",
+        "fp16.enabled",
+    ):
+        *section, last = key.split(".")
+        place = config.setdefault(section[0], {}) if section else config
+        if place.setdefault(last, numbers[key]) != numbers[key]:
+            refuse(f'{name}: {key} is {place[last]}, the flags say {numbers[key]}; write "auto" there')
+    config.setdefault("zero_force_ds_cpu_optimizer", False)  # offloading takes torch's AdamW too, which needs no compiler
     return config
 
 

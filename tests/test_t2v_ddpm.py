@@ -329,6 +329,7 @@ BAD_JSON = {
     "auto that nobody fills": ({"zero_optimization": {"stage": 2}, "steps_per_print": "auto"}, "steps_per_print"),
     "stage 0": ({"zero_optimization": {"stage": 0}}, "stage 0"),
     "unknown key": ({"zero_optimization": {"stage": 2, "overlap_com": True}}, "overlap_com"),
+    "other precision": ({"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}, "bf16.enabled is True"),
     "contradiction": ({"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 7}, "gradient_accumulation_steps is 7"),
 }
 
