@@ -77,7 +77,7 @@ def start(arguments, cwd, **variables) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def finish(process: subprocess.Popen, timeout: float = 240) -> tuple[int, str]:
+def finish(process: subprocess.Popen, timeout: float = 600) -> tuple[int, str]:
     """(exit code, everything printed). A process that hangs is killed with its group and fails the test."""
     try:
         output, _ = process.communicate(timeout=timeout)
@@ -95,7 +95,7 @@ def run(script, *flags, cwd, expect=0, ranks=1, launcher="torchrun", **variables
     return output
 
 
-def wait_for(condition, timeout: float = 120, what: str = "condition"):
+def wait_for(condition, timeout: float = 300, what: str = "condition"):
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         if result := condition():
