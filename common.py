@@ -168,7 +168,7 @@ def end_distributed(agreed: bool) -> None:
     dist = sys.modules.get("torch.distributed")
     if dist and dist.is_available() and dist.is_initialized():
         if agreed:
-            dist.barrier(group=control_group())
+            barrier()
         dist.destroy_process_group()
 
 
@@ -228,17 +228,19 @@ MAY_CHANGE = set(
 )
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_text(path: Path, text: str) -> None:
     """Whole or not at all: written aside, then renamed."""
     aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(json.dumps(value, indent=2, default=str) + "\n")
+    aside.write_text(text)
     os.replace(aside, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, default=str) + "\n")
 
 
 def write_lines(path: Path, rows: list[dict]) -> None:
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text("".join(json.dumps(row, default=str) + "\n" for row in rows))
-    os.replace(aside, path)
+    write_text(path, "".join(json.dumps(row, default=str) + "\n" for row in rows))
 
 
 def append_json(path: Path, row: dict) -> None:
@@ -277,7 +279,7 @@ def settings(cfg: Any) -> dict:
 
 def prepare_run_folder(cfg: Any, script: str, step: int, bad: list[dict], config: dict) -> None:
     """Rank 0: write what makes this run (settings, versions, DeepSpeed config, the code itself, what was left out), and forget
-    the metrics of steps after `step`, from which it goes on."""
+    the metrics of steps after `step`, from which it goes on, and results that are not of that step."""
     folder = cfg.output_dir
     (folder / "SUCCESS").unlink(missing_ok=True)
     (folder / "samples").mkdir(exist_ok=True)
@@ -289,6 +291,9 @@ def prepare_run_folder(cfg: Any, script: str, step: int, bad: list[dict], config
     metrics = folder / "metrics.jsonl"
     rows = [json.loads(line) for line in metrics.read_text().splitlines() if line.endswith("}")] if metrics.exists() else []
     write_lines(metrics, [row for row in rows if row["step"] <= step])
+    results = folder / "results.json"
+    if results.exists() and json.loads(results.read_text())["steps"] != step:
+        results.unlink()
 
 
 def environment() -> dict:
@@ -570,17 +575,11 @@ def ds_config(source: Path | dict, batch_size: int, accum: int, clip: float, dty
     known = set(DeepSpeedZeroConfig.model_fields) | {f.alias for f in DeepSpeedZeroConfig.model_fields.values() if f.alias}
     if unknown := sorted(set(zero) - known):
         refuse(f"{name}: this DeepSpeed does not know zero_optimization.{unknown[0]} and would ignore it")
-    for key in (
-        "train_micro_batch_size_per_gpu",
-        "gradient_accumulation_steps",
-        "gradient_clipping",
-        "bf16.enabled",
-        "fp16.enabled",
-    ):
+    for key, number in numbers.items():
         *section, last = key.split(".")
         place = config.setdefault(section[0], {}) if section else config
-        if place.setdefault(last, numbers[key]) != numbers[key]:
-            refuse(f'{name}: {key} is {place[last]}, the flags say {numbers[key]}; write "auto" there')
+        if place.setdefault(last, number) != number:
+            refuse(f'{name}: {key} is {place[last]}, the flags say {number}; write "auto" there')
     config.setdefault("zero_force_ds_cpu_optimizer", False)  # offloading takes torch's AdamW too, which needs no compiler
     return config
 
@@ -599,7 +598,7 @@ def memory_plan(trained: int, frozen: int, activations: int, dtype: str, devices
     def offload(config: dict, **where: bool) -> dict:
         zero = {k: v for k, v in config["zero_optimization"].items() if not k.startswith("offload_")}
         zero |= {f"offload_{what}": {"device": "cpu", "pin_memory": True} for what, on in where.items() if on}
-        return config | {"zero_optimization": zero, "zero_force_ds_cpu_optimizer": False}
+        return config | {"zero_optimization": zero}
 
     weights, gradients, states = low * (trained + frozen), low * trained, 12 * trained
     bucket = 2 * low * min(trained, int(zero2["zero_optimization"]["reduce_bucket_size"]))

@@ -832,11 +832,12 @@ def held_out_loss(model: UNet3DCond, clips: Clips, cfg: Config) -> dict[str, flo
     count = min(64, len(clips.frames))
     frames, text = clips.batch(list(range(count)), [0] * count)
     other = text[[(i + count // 2) % count for i in range(count)]]
-    generator, sums = torch.Generator().manual_seed(cfg.seed), {"loss": 0.0, "captions_swapped": 0.0, "power": 0.0}
+    whole, generator = to_unit(frames), torch.Generator().manual_seed(cfg.seed)
+    sums = {"loss": 0.0, "captions_swapped": 0.0, "power": 0.0}
     for t in range(TIMESTEPS // 16, TIMESTEPS, TIMESTEPS // 8):
-        noise = torch.randn(to_unit(frames).shape, generator=generator)
+        noise = torch.randn(whole.shape, generator=generator)
         for part in slices(count, cfg.batch_size):
-            x, e = to_unit(frames[part]), noise[part]
+            x, e = whole[part], noise[part]
             a = alpha_bar[t].expand(len(x))
             target = diffusion_target(x, e, a, cfg.prediction)
             noisy, when = add_noise(x, e, a).to(device), torch.full((len(x),), t, device=device)
@@ -845,7 +846,7 @@ def held_out_loss(model: UNet3DCond, clips: Clips, cfg: Config) -> dict[str, flo
                     output = model(noisy, when, captions[part].to(device)).cpu()
                 sums[name] += F.mse_loss(output, target, reduction="sum").item()
             sums["power"] += target.square().sum().item()
-    return {name: value / (8 * count * x[0].numel()) for name, value in sums.items()}
+    return {name: value / (8 * whole.numel()) for name, value in sums.items()}
 
 
 def sample_pixels(model: UNet3DCond, text: Tensor, cfg: Config, seed: int) -> np.ndarray:
@@ -1022,22 +1023,25 @@ def disk_free(folder: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-def full_weights(module: nn.Module) -> dict[str, Tensor]:
-    """Every rank: the weights in fp32 on the CPU; under ZeRO-3 they are gathered first."""
+def gathered(module: nn.Module):
+    """Inside, every parameter is whole on every rank, also under ZeRO-3."""
     from deepspeed.runtime.zero import GatheredParameters
 
     parameters = list(module.parameters())
-    with GatheredParameters(parameters, enabled=hasattr(parameters[0], "ds_id")):
+    return GatheredParameters(parameters, enabled=hasattr(parameters[0], "ds_id"))
+
+
+def full_weights(module: nn.Module) -> dict[str, Tensor]:
+    """Every rank: the weights in fp32 on the CPU."""
+    with gathered(module):
         named = [*module.named_parameters(), *module.named_buffers()]
         return {name: value.detach().to("cpu", torch.float32, copy=True) for name, value in named}
 
 
 def update_ema(ema: dict[str, Tensor], module: nn.Module, decay: float) -> None:
-    from deepspeed.runtime.zero import GatheredParameters
-
-    parameters = list(module.parameters())
-    with torch.no_grad(), GatheredParameters(parameters, enabled=hasattr(parameters[0], "ds_id")):
-        torch._foreach_lerp_([ema[name] for name, _ in module.named_parameters()], [p.float() for p in parameters], 1 - decay)
+    with torch.no_grad(), gathered(module):
+        names, weights = zip(*((name, p.float()) for name, p in module.named_parameters()))
+        torch._foreach_lerp_([ema[name] for name in names], list(weights), 1 - decay)
 
 
 def learning_rate(cfg: Config, step: int) -> float:
@@ -1126,7 +1130,8 @@ def train_steps(cfg: Config, engine, optimizer, ema: dict[str, Tensor], data: Da
                 left = timedelta(seconds=round((cfg.steps - step) / speed))
                 log.info(f"step {step:06d} | loss {loss:.4f} | {speed:.2f} steps/s | {left} left")
                 bar.set_postfix(loss=f"{loss:.4f}")
-                row = {"step": step, "loss": loss, "lr": group["lr"], "grad_norm": float(engine.get_global_grad_norm())}
+                norm = engine.get_global_grad_norm()  # None until a first update was made
+                row = {"step": step, "loss": loss, "lr": group["lr"], "grad_norm": math.nan if norm is None else float(norm)}
                 row |= {"samples_per_s": speed * engine.train_batch_size(), "peak_memory_gb": peak_memory_gb()}
                 record(cfg.output_dir, row, track)
                 since, since_step = time.monotonic(), step
@@ -1211,8 +1216,10 @@ def publish(cfg: Config, model: UNet3DCond, ema: dict[str, Tensor], data: Data, 
         write_video(np.concatenate(list(pictures), axis=2), target / "samples")
         write_loss_curve(folder)
         shutil.copyfile(folder / "loss.png", target / "loss.png")
-        write_card(cfg, results, data.encoder, repo, captions[0])
         write_json(folder / "results.json", results)
+    write_card(
+        cfg, results, data.encoder, repo, data.held_out.captions[0][0]
+    )  # again when the push comes later: it names the repo
     show(results, folder)
     if repo:
         try:
@@ -1232,8 +1239,7 @@ def export(cfg: Config, model: UNet3DCond, ema: dict[str, Tensor], encoder: str)
     weights = {name: weight.cpu().contiguous() for name, weight in ema.items()}
     write_whole(target / "model.safetensors", lambda aside: save_file(weights, aside))
     kept = ("frames", "size", "prediction", "shift", "sampler", "sample_steps", "guidance")
-    settings = {"model": model.config, "text_encoder": encoder} | {name: getattr(cfg, name) for name in kept}
-    write_json(target / "config.json", settings)
+    write_json(target / "config.json", {"model": model.config, "text_encoder": encoder} | {k: getattr(cfg, k) for k in kept})
     for source in (Path(__file__), Path(__file__).with_name("common.py")):
         shutil.copyfile(source, target / source.name)
 
@@ -1261,7 +1267,7 @@ def write_card(cfg: Config, results: dict, encoder: str, repo: str, caption: str
     made = json.loads((cfg.output_dir / "environment.json").read_text())
     numbers = {"score": results["score"]} | results["controls"]
     numbers |= {name: results[name] for name in ("steps", "final_loss", "samples_per_s", "peak_memory_gb")}
-    rows = "\n".join(f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in numbers.items())
+    rows = "\n".join(f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in numbers.items() if value is not None)
     versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
     snippet = f'from huggingface_hub import snapshot_download\n\nfolder = snapshot_download("{repo}")' if repo else 'folder = "."'
     clips = f"`{cfg.manifest.name}`" if cfg.manifest else "generated clips of moving shapes"

@@ -214,6 +214,14 @@ def test_a_broken_checkpoint_is_named_skipped_and_kept(tmp_path, damage, unbroke
     assert list(newest.parent.glob("step_000006.broken-*")), "kept"
 
 
+def test_results_of_lost_checkpoints_are_not_published_again(tmp_path, unbroken):
+    shutil.copytree(unbroken(1), tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    output = run(SCRIPT, *TINY, "--steps", 6, "--lr", 1e-2, "--output_dir", tmp_path / "run", cwd=tmp_path)
+    assert "resumed" not in output and "step 000006 | loss" in output
+    ema = torch.load(tmp_path / "run" / "ckpt_000006.pt", weights_only=True)["ema"]
+    assert same(weights(tmp_path / "run"), ema) and not same(ema, weights(unbroken(1)))
+
+
 def test_full_disk_is_an_error_that_keeps_the_last_checkpoint(tmp_path):
     flags = [*TINY, "--steps", 60, "--keep", 9, "--output_dir", tmp_path / "run"]
     process = start(command(SCRIPT, *flags), tmp_path)
@@ -331,6 +339,7 @@ BAD_JSON = {
     "stage 0": ({"zero_optimization": {"stage": 0}}, "stage 0"),
     "unknown key": ({"zero_optimization": {"stage": 2, "overlap_com": True}}, "overlap_com"),
     "other precision": ({"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}, "bf16.enabled is True"),
+    "other global batch": ({"zero_optimization": {"stage": 2}, "train_batch_size": 7}, "train_batch_size is 7"),
     "contradiction": ({"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 7}, "gradient_accumulation_steps is 7"),
 }
 
@@ -485,6 +494,13 @@ def test_pushed_model_is_the_folder_and_its_snippet_runs(tmp_path, hub):
     )
     assert out.returncode == 0, out.stderr
     assert (tmp_path / "sample.mp4").stat().st_size > 200
+
+
+def test_a_run_that_is_pushed_later_names_its_repository(tmp_path, hub):
+    variables = hub_variables(hub, tmp_path)
+    run(SCRIPT, *TINY, "--steps", 2, cwd=tmp_path)
+    run(SCRIPT, *TINY, "--steps", 2, "--push_to_hub", cwd=tmp_path, **variables)
+    assert 'snapshot_download("tester/t2v_ddpm")' in hub.files("tester/t2v_ddpm")["README.md"].decode()
 
 
 def test_read_only_token_is_found_before_training(tmp_path, hub):
