@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import csv
 import dataclasses
 import fcntl
 import functools
 import hashlib
 import http.client
+import importlib.util
 import itertools
 import json
 import logging
+import math
 import os
 import platform
 import re
+import resource
 import secrets
 import shlex
 import shutil
@@ -111,10 +115,11 @@ def quiet_libraries() -> None:
     """Plain lines on stdout from rank 0, only warnings from the others; no library chatter that a user cannot act on."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s" if rank() == 0 else f"[rank {rank()}] %(message)s"))
-    log.handlers = [handler]
+    log.handlers, log.propagate = [handler], False  # libraries may put a handler on the root
     log.setLevel(logging.INFO if rank() == 0 else logging.WARNING)
-    warnings.filterwarnings("ignore", module=r"(torch|transformers|deepspeed|huggingface_hub|matplotlib)\b")
-    for name in ("DeepSpeed", "transformers", "huggingface_hub", "httpx2", "httpx"):
+    libraries = "torch|transformers|deepspeed|huggingface_hub|matplotlib|accelerate|trl|peft|datasets"
+    warnings.filterwarnings("ignore", module=rf"({libraries})\b")
+    for name in ("DeepSpeed", "transformers", "huggingface_hub", "httpx2", "httpx", "accelerate", "datasets", "absl"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
@@ -188,10 +193,21 @@ def over_ranks(value: float, how: str) -> float:
     return box.item() if how == "max" else box.item() / world_size()
 
 
+def from_all_ranks(value: T) -> list[T]:
+    """[the value of rank 0, of rank 1, ...], the same on each; for small objects."""
+    import torch.distributed as dist
+
+    values: list = [None] * world_size()
+    dist.all_gather_object(values, value, group=control_group())
+    return values
+
+
 def on_rank0(call: Callable[[], T]) -> T:
     """call() on rank 0 alone; its result, or its refusal, on every rank."""
     import torch.distributed as dist
 
+    if not dist.is_initialized():
+        return call()
     outcome: list = [None, None]
     if rank() == 0:
         try:
@@ -224,7 +240,8 @@ def catch_signals() -> Iterator[list[int]]:
 # A run may go on with other values of these; any other difference makes it another run.
 MAY_CHANGE = set(
     "output_dir cache_dir check prompt steps epochs lr clip log_every eval_every save_every keep resume push_to_hub hub_model_id "
-    "public report_to num_workers max_bad deepspeed gradient_checkpointing".split()
+    "public report_to num_workers max_bad deepspeed gradient_checkpointing predict attn compile eval_questions max_new_tokens "
+    "hub_dataset_id push_videos".split()
 )
 
 
@@ -272,6 +289,24 @@ def take_run_folder(cfg: Any) -> None:
             log.info(f"goes on with other settings than before: {'; '.join(other.values())}")
 
 
+def check_settings(cfg: Any, at_least_1: str = "", above_0: str = "", shares: str = "") -> None:
+    """ValueError for a field of these names that is out of range (`shares`: from 0 to below 1), for a DeepSpeed JSON that is not
+    there, and for a tracker that is not installed."""
+    for name in at_least_1.split():
+        if getattr(cfg, name) < 1:
+            raise ValueError(f"--{name} {getattr(cfg, name)}: at least 1")
+    for name in above_0.split():
+        if not getattr(cfg, name) > 0:
+            raise ValueError(f"--{name} {getattr(cfg, name)}: above 0")
+    for name in shares.split():
+        if not 0 <= getattr(cfg, name) < 1:
+            raise ValueError(f"--{name} {getattr(cfg, name)}: from 0 to below 1")
+    if cfg.deepspeed != "auto" and not Path(cfg.deepspeed).is_file():
+        raise ValueError(f"--deepspeed {cfg.deepspeed}: no such file; auto takes what fits")
+    if cfg.report_to != "none" and not importlib.util.find_spec(cfg.report_to):
+        raise ValueError(f"--report_to {cfg.report_to}: pip install {cfg.report_to}, or --report_to none")
+
+
 def settings(cfg: Any) -> dict:
     """The configuration as JSON has it: paths are strings."""
     return json.loads(json.dumps(dataclasses.asdict(cfg), default=str))
@@ -296,6 +331,11 @@ def prepare_run_folder(cfg: Any, script: str, step: int, bad: list[dict], config
         results.unlink()
 
 
+def disk_free(folder: Path) -> int:
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free
+
+
 def environment() -> dict:
     """What a reader needs to repeat the run: versions, device, revision, command. No variables: they hold secrets."""
     import torch
@@ -317,6 +357,34 @@ def environment() -> dict:
         "world_size": world_size(),
         "git_revision": revision,
     }
+
+
+def record(folder: Path, row: dict, track: Callable) -> None:
+    """Rank 0: one line of metrics.jsonl; a number that is not finite is null there, as JSON has no word for it."""
+    if rank() == 0:
+        row = {name: value if math.isfinite(value) else None for name, value in row.items()}
+        append_json(folder / "metrics.jsonl", row)
+        track(row, row["step"])
+
+
+def write_loss_curve(folder: Path, names: tuple[str, ...], ylabel: str) -> None:
+    """loss.png: the curves of these names in metrics.jsonl."""
+    from matplotlib.figure import Figure
+
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
+    for name in names:
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        axes.plot(*zip(*points) if points else ((), ()), label=name.replace("_", "-"), linewidth=1)
+    axes.set(xlabel="step", ylabel=ylabel, yscale="log")
+    axes.legend()
+    figure.savefig(folder / "loss.png", dpi=100)
+
+
+def summary(folder: Path, step: int) -> dict:
+    rows = [row for line in (folder / "metrics.jsonl").read_text().splitlines() if "loss" in (row := json.loads(line))]
+    speeds, peak = [row["samples_per_s"] for row in rows], max(row["peak_memory_gb"] for row in rows)
+    return {"steps": step, "final_loss": rows[-1]["loss"], "samples_per_s": float(np.median(speeds)), "peak_memory_gb": peak}
 
 
 def finish(folder: Path) -> None:
@@ -362,6 +430,60 @@ def read_json_lines(path: Path) -> list[tuple[int, dict]]:
     return rows
 
 
+def read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        refuse(f"{path} is not JSON: {error}")
+    return value if isinstance(value, dict) else refuse(f"{path}: a JSON object is wanted, this is a {type(value).__name__}")
+
+
+VIDEO_SUFFIXES = {".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif"}
+
+
+def read_rows(source: Path) -> list[tuple[str, dict]]:
+    """[(where, row)] of a file of JSON lines, CSV or parquet, or of a folder of x.mp4 beside x.json (the row is the JSON and the
+    video's name). Exit 2 if it is missing, empty or none of these."""
+    if source.is_dir():
+        videos = sorted(path for path in source.iterdir() if path.suffix.lower() in VIDEO_SUFFIXES)
+        sides = [video.with_suffix(".json") for video in videos]
+        rows = [(str(s), (read_json(s) if s.exists() else {}) | {"video": v.name}) for v, s in zip(videos, sides)]
+    elif not source.is_file():
+        refuse(f"{source} does not exist")
+    elif source.suffix == ".csv":
+        with source.open(newline="", encoding="utf-8-sig") as file:
+            rows = [(f"{source}:{number}", row) for number, row in enumerate(csv.DictReader(file), 2)]
+    elif source.suffix == ".parquet":
+        try:
+            import pyarrow.parquet
+        except ImportError:
+            refuse(f"{source}: pip install pyarrow, or convert it to JSON lines")
+        rows = [(f"{source}, row {i}", row) for i, row in enumerate(pyarrow.parquet.read_table(source).to_pylist(), 1)]
+    else:
+        rows = [(f"{source}:{number}", row) for number, row in read_json_lines(source)]
+    return rows or refuse(f"{source} is empty")
+
+
+def first_of(row: dict, *names: str) -> Any:
+    """The first of these columns that has something in it, or None."""
+    return next((row[name] for name in names if row.get(name)), None)
+
+
+def is_url(video: str) -> bool:
+    return video.startswith(("http://", "https://"))
+
+
+def leave_out(source: Any, good: int, bad: list[dict], max_bad: float) -> None:
+    """Say which samples are left out; exit 2 when that are more than the share `max_bad`, or all."""
+    first = "".join(f"\n  {b['where']}: {b.get('video', '')}: {b['reason']}" for b in bad[:5])
+    if not good:
+        refuse(f"{source}: none of {len(bad)} samples is usable:{first}")
+    if len(bad) > max_bad * (good + len(bad)):
+        refuse(f"{source}: {len(bad)} of {good + len(bad)} samples are bad, more than --max_bad {max_bad}:{first}")
+    if bad:
+        log.warning(f"warning: {len(bad)} of {good + len(bad)} samples are left out:{first}")
+
+
 MAX_PIXELS = 8192 * 4320  # a header can declare any picture and so claim all memory: refused before decoding
 # Only real containers are opened: ffmpeg's playlist formats (hls, concat, dash, sdp) would open other files and URLs.
 CONTAINERS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,h264,hevc,m4v,gif,flv,asf,ogg,ivf"
@@ -383,13 +505,15 @@ def frame_indices(total: int, k: int) -> list[int]:
     return [(total - 1) // 2] if k == 1 else [(total - 1) * j // (k - 1) for j in range(k)]
 
 
-def _fit(frame: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
-    """frame (H, W, 3) -> (h, w, 3): the largest centred crop of that shape, scaled; size None: as it is."""
+def _fit(frame: np.ndarray, size: tuple[int, int] | None, crop: bool = True) -> np.ndarray:
+    """frame (H, W, 3) -> (h, w, 3): the largest centred crop of that shape, or all of it, scaled; size None: as it is."""
     import cv2
 
     if size is None:
         return frame
     (height, width), (h, w) = frame.shape[:2], size
+    if not crop:
+        return cv2.resize(frame, (w, h), interpolation=cv2.INTER_AREA)
     crop_h, crop_w = min(height, max(1, round(width * h / w))), min(width, max(1, round(height * w / h)))
     top, left = (height - crop_h) // 2, (width - crop_w) // 2
     return cv2.resize(frame[top : top + crop_h, left : left + crop_w], (w, h), interpolation=cv2.INTER_AREA)
@@ -404,24 +528,24 @@ def _grabs(cap) -> Iterator[float]:
             yield cap.get(0)  # CAP_PROP_POS_MSEC
 
 
-def _rgb(cap, size: tuple[int, int] | None) -> np.ndarray | None:
+def _rgb(cap, fit: Callable) -> np.ndarray | None:
     """The frame just grabbed, turned upright by OpenCV; None if it has no picture."""
     import cv2
 
     ok, frame = cap.retrieve()
-    return _fit(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB), size) if ok else None
+    return fit(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)) if ok else None
 
 
-def _cv_frames(path: str, size: tuple[int, int] | None) -> Iterator[Callable]:
+def _cv_frames(path: str, fit: Callable) -> Iterator[Callable]:
     """Decode from start to end with OpenCV; each item, when called at once, converts its frame."""
     import cv2
 
     cap = cv2.VideoCapture(path, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
     for _ in _grabs(cap):
-        yield lambda: _rgb(cap, size)
+        yield lambda: _rgb(cap, fit)
 
 
-def _av_frames(path: str, size: tuple[int, int] | None) -> Iterator[Callable]:
+def _av_frames(path: str, fit: Callable) -> Iterator[Callable]:
     """The same with PyAV, which does not turn the picture by itself."""
     import av
 
@@ -439,16 +563,16 @@ def _av_frames(path: str, size: tuple[int, int] | None) -> Iterator[Callable]:
                 except av.error.InvalidDataError:  # one damaged packet
                     continue
                 for frame in decoded:
-                    yield lambda f=frame: _fit(np.rot90(f.to_ndarray(format="rgb24"), f.rotation // 90), size)
+                    yield lambda f=frame: fit(np.rot90(f.to_ndarray(format="rgb24"), f.rotation // 90))
     except av.error.FFmpegError as error:
         raise BadSample(f"not a video: {error.strerror}") from error
 
 
-def _all_frames(read: Callable, path: str, k: int, size, total: int) -> list | None:
+def _all_frames(read: Callable, path: str, k: int, fit: Callable, total: int) -> list | None:
     """The k frames by one full pass, by a second one if `total` was a wrong guess; None when nothing decodes."""
     for _ in range(2):
         wanted, frames, count = set(frame_indices(total, k) if total >= k else ()), [], 0
-        for convert in read(path, size):
+        for convert in read(path, fit):
             if count in wanted:
                 frames.append(convert())
             count += 1
@@ -461,7 +585,7 @@ def _all_frames(read: Callable, path: str, k: int, size, total: int) -> list | N
     raise BadSample(f"decodes to {count} frames, then to another number")
 
 
-def _seek_frames(path: str, k: int, size, times: list[float], keys: list[int], has_index: bool) -> list | None:
+def _seek_frames(path: str, k: int, fit: Callable, times: list[float], keys: list[int], has_index: bool) -> list | None:
     """The k frames by seeking; None as soon as the decoder's times are not the packets' times (edit list, damage, ...).
 
     Every frame grabbed must be the next of `times`; the first and the last are among them and nothing may follow.
@@ -490,21 +614,23 @@ def _seek_frames(path: str, k: int, size, times: list[float], keys: list[int], h
             if not cap.grab() or place.get(cap.get(cv2.CAP_PROP_POS_MSEC)) != current:
                 return None
         if target in wanted:
-            frames[target] = _rgb(cap, size)
+            frames[target] = _rgb(cap, fit)
     return None if cap.grab() else [frames[i] for i in wanted]
 
 
-def extract_frames(path: str | Path, k: int, size: tuple[int, int] | None = None) -> np.ndarray:
+def extract_frames(path: str | Path, k: int, size: tuple[int, int] | None = None, crop: bool = True) -> np.ndarray:
     """K evenly spaced frames of a video file -> (K, H, W, 3) RGB uint8, upright; exact on the frames that decode.
 
-    size (h, w) scales the short side and crops the centre, with cv2 INTER_AREA, as each frame is decoded. One thread:
-    loaders have workers. Raises BadSample with the reason, ValueError for k < 1; never repeats or drops a frame.
+    size (h, w) scales the short side and crops the centre, or squeezes without `crop`, with cv2 INTER_AREA, as each frame is
+    decoded. One thread: loaders have workers. Raises BadSample with the reason, ValueError for k < 1; no
+    frame is repeated or dropped.
     """
     # Read when cv2 loads: no warning for each bad clip, none of ffmpeg's chatter about damaged frames.
     os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     import cv2
 
+    fit = partial(_fit, size=size, crop=crop)
     frame_indices(k, k)  # a wrong k is the caller's fault, not the clip's
     path = os.path.abspath(path)  # no "concat:" or "http:" survives
     if not os.path.isfile(path):
@@ -523,13 +649,79 @@ def extract_frames(path: str | Path, k: int, size: tuple[int, int] | None = None
         raise BadSample(f"picture of {width:.0f}x{height:.0f}, more than {MAX_PIXELS} pixels")
     packets = sorted((time, cap.get(cv2.CAP_PROP_LRF_HAS_KEY_FRAME)) for time in _grabs(cap))
     times, keys = [time for time, _ in packets], [i for i, (_, is_key) in enumerate(packets) if is_key]
-    frames = _seek_frames(path, k, size, times, keys, has_index)
+    frames = _seek_frames(path, k, fit, times, keys, has_index)
     # PyAV has the codecs that OpenCV's wheel lacks (AV1) and, where that does not help either, the reason.
     for read in (_cv_frames, _av_frames) if times else (_av_frames,):
-        frames = frames or _all_frames(read, path, k, size, len(times))
+        frames = frames or _all_frames(read, path, k, fit, len(times))
     if not frames or any(frame is None or frame.shape != frames[0].shape for frame in frames):
         raise BadSample("pictures that cannot be decoded, or change their size" if frames else "no frame decodes")
     return np.stack(frames)
+
+
+def cached_frames(video: str, frames: int, size: int, cache: Path, crop: bool = True) -> Path:
+    """Decode once: a .npy file of uint8 (F, size, size, 3) frames of a path or URL, cropped or squeezed. Raises BadSample."""
+    try:
+        path = download(video, cache / "downloads") if is_url(video) else Path(video)
+        stat = path.stat()
+    except (OSError, ValueError) as error:
+        raise BadSample(getattr(error, "strerror", None) or str(error)) from error
+    key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{frames}|{size}|{crop}|1"  # 1: version of the reader
+    target = cache / "frames" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
+    if not target.exists():
+        save_array(target, extract_frames(path, frames, (size, size), crop))
+    return target
+
+
+def decode_all(
+    rows: list, frames: int, size: int, cache: Path, workers: int, crop: bool = True
+) -> tuple[list[Path | None], list]:
+    """-> (the cached frames of each row's video or None, bad samples). A row has the fields `video` and `where`."""
+    from tqdm import tqdm
+
+    def decode(row: Any) -> Path | dict:
+        try:
+            return cached_frames(row.video, frames, size, cache, crop)
+        except BadSample as error:
+            return {"where": row.where, "video": row.video, "reason": str(error)}
+
+    with ThreadPoolExecutor(workers) as pool:  # the decoders release the GIL
+        results = list(tqdm(pool.map(decode, rows), "decode", len(rows), unit="clip", disable=None))
+    return [None if isinstance(r, dict) else r for r in results], [r for r in results if isinstance(r, dict)]
+
+
+def save_array(target: Path, array: np.ndarray) -> None:
+    def write(aside: Path) -> None:
+        with aside.open("wb") as file:
+            np.save(file, array)
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(target, write)
+
+
+# ---------------------------------------------------------------------------
+# Generated clips and pictures
+# ---------------------------------------------------------------------------
+
+COLOURS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1, 1, 0), "magenta": (1, 0, 1), "cyan": (0, 1, 1)}
+MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # x to the right, y downwards
+
+
+def write_grid(clips: np.ndarray, captions: list[str], path: Path) -> None:
+    """One row a clip, its caption above it, one column a frame: uint8 (N, F, H, W, 3) -> a png"""
+    from matplotlib.figure import Figure
+
+    rows, columns = clips.shape[:2]
+    figure = Figure(figsize=(1.2 * columns, 1.45 * rows), layout="constrained")
+    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - 0.15 / rows))  # room for the first caption
+    for axes_row, clip, caption in zip(figure.subplots(rows, columns, squeeze=False), clips, captions):
+        shown = caption if len(caption) < 18 * columns else caption[: 18 * columns] + "..."
+        axes_row[0].text(0, 1.06, shown, transform=axes_row[0].transAxes, fontsize=9, in_layout=False)  # runs over all columns
+        for axes, picture in zip(axes_row, clip):
+            axes.imshow(picture, interpolation="nearest")
+            axes.set_axis_off()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # of a script that the font lacks
+        figure.savefig(path, dpi=100)
 
 
 # ---------------------------------------------------------------------------
@@ -584,30 +776,32 @@ def ds_config(source: Path | dict, batch_size: int, accum: int, clip: float, dty
     return config
 
 
-def memory_plan(trained: int, frozen: int, activations: int, dtype: str, devices: int) -> list[dict]:
+def memory_plan(trained: int, frozen: int, activations: int, dtype: str, devices: int, local: int | None = None) -> list[dict]:
     """GB per GPU and of host RAM for each memory layout, least offloading first, each with its DeepSpeed config.
 
-    trained, frozen: parameters. activations: bytes one micro-batch keeps for backward on one GPU. devices: GPUs in all; the host
-    part counts those of this machine. Adam in mixed precision keeps fp32 master weights and two moments: 12 bytes a parameter.
+    trained: parameters; frozen: bytes of weights. activations: bytes one micro-batch keeps for backward on one GPU. devices: GPUs
+    in all; local: those of this machine, which the host part counts. Adam in mixed precision keeps fp32 master weights and two
+    moments: 12 bytes a parameter.
     The formulas are those of ZeRO (Rajbhandari et al. 2020, section 3) plus DeepSpeed's reduce bucket.
     """
     low = 4 if dtype == "fp32" else 2
     zero2, zero3 = (json.loads((HERE / f"ds_{name}.json").read_text()) for name in ("zero2", "zero3_offload"))
-    local = min(devices, int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or devices))
+    local = local or min(devices, int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or devices))
 
     def offload(config: dict, **where: bool) -> dict:
         zero = {k: v for k, v in config["zero_optimization"].items() if not k.startswith("offload_")}
         zero |= {f"offload_{what}": {"device": "cpu", "pin_memory": True} for what, on in where.items() if on}
         return config | {"zero_optimization": zero}
 
-    weights, gradients, states = low * (trained + frozen), low * trained, 12 * trained
+    weights, gradients, states = low * trained + frozen, low * trained, 12 * trained
+    live = min(weights, low * 1e9)  # ZeRO-3 keeps up to stage3_max_live_parameters gathered
     bucket = 2 * low * min(trained, int(zero2["zero_optimization"]["reduce_bucket_size"]))
     rows = [
         ("ZeRO-2", zero2, weights + (gradients + states) / devices, 0),
         ("ZeRO-2, optimizer on CPU", offload(zero2, optimizer=True), weights + gradients / devices, states / devices),
-        ("ZeRO-3", offload(zero3), (weights + gradients + states) / devices, 0),
-        ("ZeRO-3, optimizer on CPU", offload(zero3, optimizer=True), (weights + gradients) / devices, states / devices),
-        ("ZeRO-3, all on CPU", zero3, gradients / devices, (weights + states) / devices),
+        ("ZeRO-3", offload(zero3), (weights + gradients + states) / devices + live, 0),
+        ("ZeRO-3, optimizer on CPU", offload(zero3, optimizer=True), (weights + gradients) / devices + live, states / devices),
+        ("ZeRO-3, all on CPU", zero3, gradients / devices + live, (weights + states) / devices),
     ]
     return [
         {"layout": name, "config": config, "gpu_gb": (gpu + bucket + activations) / GB, "host_gb": host * local / GB}
@@ -626,6 +820,118 @@ def memory_here() -> tuple[float, float]:
         if path.exists() and (text := path.read_text().strip()).isdigit():
             ram = min(ram, int(text))
     return min(gpus, default=0) / GB, ram / GB
+
+
+def choose_layout(rows: list[dict], deepspeed: str, advice: str) -> tuple[str, dict]:
+    """Mark the rows of a memory plan that fit this machine. -> (the table as text, the first row that fits; its "config" is the
+    JSON file where one was asked for, and then its layout decides). Exit 2 with `advice` when auto finds none."""
+    (gpu, ram), world = memory_here(), world_size()
+    many = "GPU" if gpu else "CPU process"
+    for row in rows:  # without a GPU everything lies in RAM, once a rank
+        in_ram = row["host_gb"] + (0 if gpu else row["gpu_gb"] * world)
+        row["fits"] = in_ram < 0.9 * ram and (not gpu or row["gpu_gb"] < 0.92 * gpu)
+    usable = rows
+    if deepspeed != "auto":
+        zero = read_json(Path(deepspeed)).get("zero_optimization", {})
+        keys = ("offload_param", "offload_optimizer")
+        like = [zero.get("stage"), *(bool(zero.get(key)) for key in keys)]
+        usable = [
+            row for row in rows if [(z := row["config"]["zero_optimization"])["stage"], *(key in z for key in keys)] == like
+        ]
+    taken = next((row for row in usable if row["fits"]), usable[-1] if usable and deepspeed != "auto" else None)
+    lines = [f"memory   estimated; there are {f'{gpu:.1f} GB per GPU and ' if gpu else ''}{ram:.1f} GB of RAM"]
+    for row in rows:
+        mark = f"<- {'auto' if deepspeed == 'auto' else deepspeed} takes this" if row is taken else ""
+        mark = mark or ("" if row["fits"] else "does not fit")
+        lines.append(f"  {row['layout']:<40}{row['gpu_gb']:8.2f} GB per {many}{row['host_gb']:8.2f} GB of RAM  {mark}")
+    if deepspeed != "auto":
+        return "\n".join(lines), (taken or rows[0]) | {"config": Path(deepspeed)}
+    if not taken:
+        refuse("\n".join([*lines, "no memory layout fits this machine", advice]))
+    return "\n".join(lines), taken
+
+
+def saved_bytes(forward: Callable[[], Any], module: Any) -> int:
+    """Bytes that `forward`, run on the meta device, keeps for the backward pass, without the module's parameters. Attention is
+    counted as the fused kernels do it: without the matrix of all pairs."""
+    from unittest import mock
+
+    import torch
+
+    class FusedAttention(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v):
+            out = torch.empty_like(q)
+            ctx.save_for_backward(q, k, v, out)
+            return out
+
+    weights = {p.untyped_storage()._cdata for p in module.parameters()}
+    kept = {}  # by storage, alive so that no address is used twice
+
+    def keep(t):
+        kept[t.untyped_storage()._cdata] = t
+        return t
+
+    fused = mock.patch.object(
+        torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, *_, **__: FusedAttention.apply(q, k, v)
+    )
+    with fused, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        forward()
+    return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in weights)
+
+
+def device_name(device: Any) -> str:
+    import torch
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    return f"{device} ({name})"
+
+
+def pick_dtype(asked: str | None) -> str:
+    """`asked`, else bf16, fp16 on GPUs without it, fp32 on a CPU."""
+    import torch
+
+    if asked or not torch.cuda.is_available():
+        return asked or "fp32"
+    return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
+
+
+def peak_memory_gb() -> float:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / GB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB
+
+
+def seed_of(*parts: int) -> int:
+    """One 63-bit seed of several numbers: noise is a function of (seed, step, rank), so that a resumed run repeats it."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
+
+
+def learning_rate(cfg: Any, step: int) -> float:
+    """cfg.lr after a linear warm-up of cfg.warmup_steps, with cfg.lr_decay along a cosine to 0 at cfg.steps."""
+    warm = min(1.0, (step + 1) / max(1, cfg.warmup_steps))
+    return cfg.lr * warm * (0.5 + 0.5 * math.cos(math.pi * step / cfg.steps) if cfg.lr_decay else 1.0)
+
+
+def gathered(parameters: list) -> Any:
+    """Inside, every one of these parameters is whole on every rank, also under ZeRO-3."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    return GatheredParameters(parameters, enabled=any(hasattr(p, "ds_id") for p in parameters))
+
+
+def full_weights(module: Any, dtype: Any, wanted: Callable[[Any], bool] = lambda p: True) -> dict[str, Any]:
+    """Every rank: the weights, and buffers of the state, in `dtype` on the CPU; of parameters those that are `wanted`. They are
+    gathered one after the other, so that a model fits that is larger than one GPU."""
+    weights = {}
+    for name, value in module.named_parameters():
+        if wanted(value):
+            with gathered([value]):
+                weights[name] = value.detach().to("cpu", dtype, copy=True)
+    state = set(module.state_dict())
+    return weights | {n: b.detach().to("cpu", dtype, copy=True) for n, b in module.named_buffers() if n in state}
 
 
 # ---------------------------------------------------------------------------
@@ -755,11 +1061,11 @@ def resume_checkpoint(folder: Path, resume: bool, ranks: int, **facts: Any) -> t
     return on_rank0(look)
 
 
-def load_engine(engine: Any, checkpoint: Path, other_ranks: bool) -> None:
+def load_engine(engine: Any, checkpoint: Path, other_ranks: bool, frozen_left_out: bool = False) -> None:
     """Every rank: weights and optimizer state from checkpoint/deepspeed; with `other_ranks` by way of DeepSpeed's universal
     format, for which the engine's config must say "checkpoint": {"load_universal": true}."""
     if not other_ranks:
-        engine.load_checkpoint(str(checkpoint), tag="deepspeed")
+        engine.load_checkpoint(str(checkpoint), tag="deepspeed", load_module_strict=not frozen_left_out)
         return
     universal = checkpoint.parent / ".universal"
 
@@ -772,7 +1078,7 @@ def load_engine(engine: Any, checkpoint: Path, other_ranks: bool) -> None:
             refuse(f"{checkpoint} is of another number of ranks, and DeepSpeed cannot convert it: {done.stderr[-500:]}")
 
     on_rank0(convert)
-    engine.load_checkpoint(str(universal.parent), tag=universal.name)
+    engine.load_checkpoint(str(universal.parent), tag=universal.name, load_module_strict=not frozen_left_out)
     barrier()
     if rank() == 0:
         shutil.rmtree(universal)
@@ -871,6 +1177,7 @@ def retry(
 
 # What a finished model consists of; never optimizer state, logs, .env, or training_args.bin, which pickles the token.
 PUSHED = "*.safetensors *.json *.txt *.model *.jinja *.py README.md *.png *.gif *.mp4 *.wav".split()
+PUSHED_DATA = ["*.jsonl", "README.md", "videos/*"]
 TOKEN_PAGE = "https://huggingface.co/settings/tokens"
 
 
@@ -897,7 +1204,7 @@ def hub_api(timeout: float):
     return HfApi(token=token)
 
 
-def hub_check(repo_id: str, public: bool, create: bool) -> str:
+def hub_check(repo_id: str, public: bool, create: bool, kind: str = "model") -> str:
     """The full name of the repo to push to, after making sure, before a GPU is paid for, that the push will work.
 
     create=True makes the repo (private unless `public`) and proves write access; create=False changes nothing.
@@ -914,7 +1221,7 @@ def hub_check(repo_id: str, public: bool, create: bool) -> str:
 
     def look():
         try:
-            return api.model_info(full)
+            return api.repo_info(full, repo_type=kind)
         except RepositoryNotFoundError:
             return None
 
@@ -935,8 +1242,8 @@ def hub_check(repo_id: str, public: bool, create: bool) -> str:
         if not create:
             log.info("Hub: would create %s (%s)", full, "public" if public else "private")
             return full
-        ask(f"create {full}", lambda: api.create_repo(full, private=not public, exist_ok=True))
-        info = ask(f"read back {full}", lambda: api.model_info(full))
+        ask(f"create {full}", lambda: api.create_repo(full, private=not public, exist_ok=True, repo_type=kind))
+        info = ask(f"read back {full}", lambda: api.repo_info(full, repo_type=kind))
     if not info.private and not public:
         refuse(f"{full} is public: add --public, make it private on the Hub, or choose another --hub_model_id")
     if info.private and public:
@@ -946,15 +1253,15 @@ def hub_check(repo_id: str, public: bool, create: bool) -> str:
         return full
     if "README.md" in {file.rfilename for file in info.siblings or []}:
         # The same card again makes no commit, but the Hub asks for the right to write before it compares.
-        card = ask(f"read the card of {full}", lambda: Path(api.hf_hub_download(full, "README.md"))).read_bytes()
+        card = ask(f"read the card of {full}", lambda: Path(api.hf_hub_download(full, "README.md", repo_type=kind))).read_bytes()
     else:
-        card = f"---\ntags:\n- video\n---\n# {full}\n\nIn training; the model and its card will follow.\n".encode()
-    write = partial(api.upload_file, path_or_fileobj=card, path_in_repo="README.md", repo_id=full)
+        card = f"---\ntags:\n- video\n---\n# {full}\n\nThe {kind} and its card will follow.\n".encode()
+    write = partial(api.upload_file, path_or_fileobj=card, path_in_repo="README.md", repo_id=full, repo_type=kind)
     ask(f"write to {full}", partial(write, commit_message="Start training"))
     return full
 
 
-def hub_push(folder: Path, repo_id: str, message: str) -> str:
+def hub_push(folder: Path, repo_id: str, message: str, kind: str = "model") -> str:
     """Uploads the model files of `folder` (PUSHED) in one commit and returns the url of the repo.
 
     Raises ValueError if the folder must not be pushed, OSError or RuntimeError if the Hub did not take it; calling it
@@ -967,7 +1274,7 @@ def hub_push(folder: Path, repo_id: str, message: str) -> str:
     if links := [str(path) for path in paths if path.is_symlink()]:
         raise ValueError(f"{', '.join(links)}: the target of a link would be published: remove it or put a copy there")
     names = [path.relative_to(folder).as_posix() for path in paths]
-    chosen = {"allow_patterns": PUSHED, "ignore_patterns": [".*", "*/.*"]}
+    chosen = {"allow_patterns": PUSHED if kind == "model" else PUSHED_DATA, "ignore_patterns": [".*", "*/.*"]}
     pushed = list(filter_repo_objects(names, **chosen))
     if not pushed:
         raise ValueError(f"{folder}: no model files to push")
@@ -978,9 +1285,75 @@ def hub_push(folder: Path, repo_id: str, message: str) -> str:
             data = path.read_bytes()
             if api.token.encode() in data or re.search(rb"hf_[A-Za-z0-9]{20,}", data):
                 raise ValueError(f"{path} contains a Hugging Face token: remove it there, then push again")
-    call = partial(api.upload_folder, repo_id=repo_id, folder_path=folder, commit_message=message, **chosen)
+    call = partial(api.upload_folder, repo_id=repo_id, repo_type=kind, folder_path=folder, commit_message=message, **chosen)
     retry(call, f"Hub, push to {repo_id}")
-    return f"{api.endpoint}/{repo_id}"
+    return f"{api.endpoint}/{'datasets/' if kind == 'dataset' else ''}{repo_id}"
+
+
+def push_finished(folder: Path, repo: str, message: str) -> None:
+    """Rank 0, the last act of a run: push the finished model in `folder`. Exit 3 with the command for later when that fails."""
+    try:
+        log.info(f"pushed {hub_push(folder, repo, message)}")
+    except (OSError, RuntimeError, ValueError) as error:
+        log.warning(f"error: trained, not pushed: {error}\n{folder} is whole; push it later with")
+        log.warning(f"    hf upload {repo} {folder} .")
+        raise SystemExit(3) from error
+
+
+def fetch_model(source: str, *patterns: str) -> Path:
+    """The folder with these files of a model: a folder, or a Hub id (downloaded, or in the local cache). Exit 2 without one."""
+    from huggingface_hub import snapshot_download
+
+    if Path(source).is_dir():
+        return Path(source)
+    if "/" not in source.strip("/") or source.startswith((".", "/", "~")):
+        refuse(f"--model {source}: no such folder")
+    try:
+        local = offline(source)
+        get = partial(snapshot_download, source, allow_patterns=list(patterns), local_files_only=local)
+        return Path(retry(get, f"download {source}"))
+    except (OSError, ValueError) as error:  # the Hub's errors are OSErrors; an impossible name is a ValueError
+        refuse(f"--model {source}: {brief(error)}; give a folder, or a Hub id that HF_TOKEN may read")
+
+
+def check_weights(source: str) -> None:
+    """Exit 2 when shards are missing from a folder, or the disk has no room for what is to be downloaded from the Hub."""
+    from huggingface_hub import constants, snapshot_download
+
+    folder = Path(source)
+    if folder.is_dir():
+        index = folder / "model.safetensors.index.json"
+        wanted = set(read_json(index)["weight_map"].values()) if index.exists() else {"model.safetensors"}
+        if missing := sorted(name for name in wanted if not (folder / name).is_file()):
+            refuse(f"--model {source}: {len(missing)} of {len(wanted)} files of weights are missing, {missing[0]} among them")
+    elif not offline(source):
+        files = snapshot_download(source, dry_run=True)
+        need, cache = sum(file.file_size for file in files if file.will_download), Path(constants.HF_HUB_CACHE)
+        log.info(f"download {need / GB:.2f} GB of {source} to {cache}, {disk_free(cache) / GB:.1f} GB free")
+        if need > disk_free(cache):
+            refuse(
+                f"--model {source}: {need / GB:.2f} GB to download, {disk_free(cache) / GB:.2f} GB free in {cache}: set HF_HOME"
+            )
+
+
+def offline(source: str) -> bool:
+    """Whether `source`, a folder or a Hub id, is to be loaded without the network: a folder, or a Hub that does not answer.
+
+    One quick look-up, for transformers takes over a minute to find that there is no network. Raises RepositoryNotFoundError.
+    """
+    from huggingface_hub import model_info
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+
+    if Path(source).is_dir():
+        return True
+    try:
+        retry(lambda: model_info(source, timeout=10), f"look up {source}", attempts=2)
+    except RepositoryNotFoundError:
+        raise
+    except (HfHubHTTPError, OSError) as error:  # no network: perhaps an earlier run downloaded it
+        log.info(f"{source} cannot be looked up ({type(error).__name__}): trying the local cache")
+        return True
+    return False
 
 
 # ---------------------------------------------------------------------------

@@ -7,6 +7,7 @@
 #   ./run.sh t2v_ddpm.py                          on every GPU that is visible, pushes to the Hub at the end
 #   ./run.sh t2v_ddpm.py 4 --steps 2000           on 4 GPUs
 #   ./run.sh t2v_ddpm.py --demo                   minutes, tiny, also without a GPU (there GPUS counts processes)
+#   ./run.sh llava_vtt.py 4                       fine-tunes on four public clips: a first look
 #   ./run.sh t2v_ddpm.py --help                   the script's own manual
 #   DRY_RUN=1 ./run.sh t2v_ddpm.py 4              set-up and checks, prints the command, starts nothing
 #   CUDA_VISIBLE_DEVICES=2,3 ./run.sh t2v_ddpm.py

@@ -29,12 +29,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import importlib.util
 import json
 import math
 import os
 import re
-import resource
 import shutil
 import signal
 import time
@@ -55,42 +53,62 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from common import (
+    COLOURS,
     GB,
-    BadSample,
-    append_json,
+    MOVES,
     catch_signals,
-    download,
+    check_settings,
+    choose_layout,
+    decode_all,
+    device_name,
+    disk_free,
     ds_config,
-    extract_frames,
     finish,
+    first_of,
+    full_weights,
+    gathered,
     hub_check,
-    hub_push,
     init_distributed,
+    is_url,
+    learning_rate,
+    leave_out,
     load_engine,
     log,
-    memory_here,
     memory_plan,
     numbered,
+    offline,
     on_rank0,
     over_ranks,
+    peak_memory_gb,
+    pick_dtype,
     prepare_run_folder,
+    push_finished,
     rank,
     read_flags,
-    read_json_lines,
+    read_json,
+    read_rows,
+    record,
     refuse,
     resume_checkpoint,
-    retry,
     run,
+    save_array,
     save_checkpoint,
+    saved_bytes,
+    seed_of,
+    summary,
     take_run_folder,
     tracker,
     world_size,
+    write_grid,
     write_json,
+    write_loss_curve,
     write_whole,
 )
 
 TIMESTEPS = 1000  # of the diffusion, as DDPM has
 STAND_IN = "stand-in"  # for CLIP: see stand_in_text
+CURVES = ("loss", "held_out_loss")  # in loss.png
+TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 # ---------------------------------------------------------------------------
 # Config
@@ -167,10 +185,13 @@ class Config:
     public: bool = False  # visibility of a new repository
 
     def __post_init__(self) -> None:
-        for name in ("frames", "base", "levels", "blocks", "patch", "steps", "batch_size", "accum", "sample_steps", "log_every",
-                     "eval_every", "save_every", "keep", "num_workers"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: at least 1")
+        check_settings(
+            self,
+            at_least_1="frames base levels blocks patch steps batch_size accum sample_steps log_every eval_every save_every keep "
+            "num_workers",
+            above_0="lr shift clip guidance",
+            shares="caption_dropout ema max_bad",
+        )
         if self.size < 1 or self.size % self.multiple:
             raise ValueError(
                 f"--size {self.size} must be a multiple of {self.multiple} (--patch {self.patch} x 2 for each of "
@@ -178,18 +199,8 @@ class Config:
             )
         if self.base % 8:
             raise ValueError(f"--base {self.base} must be a multiple of 8, the groups of the normalisation")
-        for name in ("lr", "shift", "clip", "guidance"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"--{name} {getattr(self, name)}: above 0")
-        for name in ("caption_dropout", "ema", "max_bad"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: from 0 to below 1")
         if self.sample_steps > TIMESTEPS:
             raise ValueError(f"--sample_steps {self.sample_steps}: at most {TIMESTEPS}")
-        if self.deepspeed != "auto" and not Path(self.deepspeed).is_file():
-            raise ValueError(f"--deepspeed {self.deepspeed}: no such file; auto takes what fits")
-        if self.report_to != "none" and not importlib.util.find_spec(self.report_to):
-            raise ValueError(f"--report_to {self.report_to}: pip install {self.report_to}, or --report_to none")
         if self.demo and self.manifest:
             raise ValueError(f"--demo makes its own clips: leave out --manifest {self.manifest} (or unset MANIFEST)")
 
@@ -214,8 +225,6 @@ VARIABLES = {
 # ---------------------------------------------------------------------------
 
 SHAPES = ("circle", "square", "triangle")
-COLOURS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1, 1, 0), "magenta": (1, 0, 1), "cyan": (0, 1, 1)}
-MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # x to the right, y downwards
 SPEEDS = {"slowly": 0.22, "quickly": 0.40}  # travel over the clip, in frame widths
 SIZES = {"small": 0.20, "large": 0.30}  # radius of the circle of equal area, in frame widths
 NUM_GENERATED = 4096
@@ -314,14 +323,6 @@ class Row:
     where: str  # manifest and line, for messages
 
 
-def read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        refuse(f"{path} is not JSON: {error}")
-    return value if isinstance(value, dict) else refuse(f"{path}: a JSON object is wanted, this is a {type(value).__name__}")
-
-
 def is_msr_vtt(manifest: Path) -> bool:
     """MSR-VTT has one JSON object with the keys `videos` and `sentences`; JSON lines have an object a line."""
     with manifest.open("rb") as file:
@@ -342,99 +343,34 @@ def msr_vtt_rows(manifest: Path) -> list[tuple[str, dict]]:
     return [(f"{manifest}, {name}", {"video": files.get(name, f"{name}.mp4"), "captions": sentences.get(name)}) for name in names]
 
 
-def folder_rows(folder: Path) -> list[tuple[str, dict]]:
-    """x.mp4 (or another of the usual suffixes) beside x.json with a `description`."""
-    rows = []
-    for video in sorted(folder.iterdir()):
-        if video.suffix.lower() in {".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif"}:
-            side = video.with_suffix(".json")
-            rows.append(
-                (str(side), {"video": video.name, "caption": read_json(side).get("description") if side.exists() else None})
-            )
-    return rows
-
-
 def read_manifest(manifest: Path) -> tuple[list[Row], list[dict]]:
     """-> (a row for each video, bad samples) of JSON lines, MSR-VTT's JSON or a folder. Exit 2 if missing, empty or not JSON."""
-    if manifest.is_dir():
-        found = folder_rows(manifest)
-    elif not manifest.is_file():
-        refuse(f"--manifest {manifest} does not exist")
-    elif is_msr_vtt(manifest):
-        found = msr_vtt_rows(manifest)
-    else:
-        found = [(f"{manifest}:{number}", row) for number, row in read_json_lines(manifest)]
-    if not found:
-        refuse(f"--manifest {manifest} is empty")
+    found = msr_vtt_rows(manifest) if manifest.is_file() and is_msr_vtt(manifest) else read_rows(manifest)
     folder = manifest if manifest.is_dir() else manifest.parent
     rows: dict[str, Row] = {}
     bad = []
     for where, row in found:
-        video = next((row[key] for key in ("video", "video_path", "path", "file") if row.get(key)), None)
-        captions = next((row[key] for key in ("caption", "captions", "text") if row.get(key)), None)
+        video = first_of(row, "video", "video_path", "path", "file")
+        captions = first_of(row, "caption", "captions", "text", "description")
         captions = [captions] if isinstance(captions, str) else captions
         if not isinstance(video, str):
             bad.append({"where": where, "reason": 'no video path ("video", "video_path", "path" or "file")'})
         elif not (isinstance(captions, list) and all(isinstance(c, str) and c.strip() for c in captions)):
             bad.append({"where": where, "video": video, "reason": 'no caption ("caption", "captions" or "text")'})
         else:
-            source = video if video.startswith(("http://", "https://")) else str(folder / video)
+            source = video if is_url(video) else str(folder / video)
             earlier = rows.get(source, Row(source, (), where))  # several lines of one video are one row
             rows[source] = dataclasses.replace(earlier, captions=earlier.captions + tuple(c.strip() for c in captions))
     return list(rows.values()), bad
 
 
-def cached_frames(row: Row, cfg: Config) -> Path:
-    """Decode once: a .npy file of uint8 (F, H, W, 3) frames. Raises BadSample."""
-    try:
-        is_url = row.video.startswith(("http://", "https://"))
-        path = download(row.video, cfg.cache_dir / "downloads") if is_url else Path(row.video)
-        stat = path.stat()
-    except (OSError, ValueError) as error:
-        raise BadSample(getattr(error, "strerror", None) or str(error)) from error
-    key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{cfg.frames}|{cfg.size}|1"  # 1: version of the reader
-    target = cfg.cache_dir / "frames" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
-    if not target.exists():
-        save_array(target, extract_frames(path, cfg.frames, (cfg.size, cfg.size)))
-    return target
-
-
-def save_array(target: Path, array: np.ndarray) -> None:
-    def write(aside: Path) -> None:
-        with aside.open("wb") as file:
-            np.save(file, array)
-
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(target, write)
-
-
-def decode_all(cfg: Config) -> tuple[list[Path], list[tuple[str, ...]], list[dict]]:
+def load_videos(cfg: Config) -> tuple[list[Path], list[tuple[str, ...]], list[dict]]:
     """Rank 0: -> (cached clips, their captions, bad samples). Exit 2 when too many samples are bad, or all."""
     rows, bad = read_manifest(cfg.manifest)
-    clips, captions = [], []
-
-    def decode(row: Row) -> Path | dict:
-        try:
-            return cached_frames(row, cfg)
-        except BadSample as error:
-            return {"where": row.where, "video": row.video, "reason": str(error)}
-
-    with ThreadPoolExecutor(cfg.num_workers) as pool:  # the decoders release the GIL
-        for row, result in zip(rows, tqdm(pool.map(decode, rows), "decode", len(rows), unit="clip", disable=None)):
-            if isinstance(result, dict):
-                bad.append(result)
-            else:
-                clips.append(result)
-                captions.append(row.captions)
-    first = "".join(f"\n  {b['where']}: {b.get('video', '')}: {b['reason']}" for b in bad[:5])
-    total = len(clips) + len(bad)
-    if not clips:
-        refuse(f"{cfg.manifest}: none of {total} samples is usable:{first}")
-    if len(bad) > cfg.max_bad * total:
-        refuse(f"{cfg.manifest}: {len(bad)} of {total} samples are bad, more than --max_bad {cfg.max_bad}:{first}")
-    if bad:
-        log.warning(f"warning: {len(bad)} of {total} samples are left out:{first}")
-    return clips, captions, bad
+    clips, undecoded = decode_all(rows, cfg.frames, cfg.size, cfg.cache_dir, cfg.num_workers)
+    good = [(clip, row.captions) for clip, row in zip(clips, rows) if clip]
+    leave_out(cfg.manifest, len(good), bad := bad + undecoded, cfg.max_bad)
+    return [clip for clip, _ in good], [captions for _, captions in good], bad
 
 
 # ---------------------------------------------------------------------------
@@ -461,21 +397,11 @@ def clip_text(captions: list[str], source: str, device: torch.device) -> Tensor:
 
     Raises OSError when `source`, a folder or a Hub id, has no such model or cannot be reached.
     """
-    from huggingface_hub import model_info
-    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
     from transformers import AutoTokenizer, CLIPTextModel
 
-    offline = Path(source).is_dir()
-    if not offline:
-        try:
-            retry(lambda: model_info(source, timeout=10), f"look up {source}", attempts=2)
-        except RepositoryNotFoundError:
-            raise
-        except (HfHubHTTPError, OSError) as error:  # no network: perhaps an earlier run downloaded it
-            log.info(f"{source} cannot be looked up ({type(error).__name__}): trying the local cache")
-            offline = True
-    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline)
-    encoder = CLIPTextModel.from_pretrained(source, local_files_only=offline).to(device).eval()
+    local = offline(source)
+    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
+    encoder = CLIPTextModel.from_pretrained(source, local_files_only=local).to(device).eval()
     length, pooled = encoder.config.max_position_embeddings, []
     cut = sum(len(ids) > length for ids in tokenizer(captions).input_ids)
     if cut:
@@ -552,7 +478,7 @@ class Data:
 def load_data(cfg: Config, device: torch.device) -> Data:
     """Every rank. Exit 2 when there is nothing to train on."""
     if cfg.manifest:
-        frames, captions, bad = on_rank0(lambda: decode_all(cfg))
+        frames, captions, bad = on_rank0(lambda: load_videos(cfg))
         held_out = set(range(0, len(frames), 20)) if len(frames) >= 20 else set()  # every 20th video, none of a handful
     else:
         rng, attributes, bad = np.random.default_rng(cfg.seed), all_captions(), []
@@ -906,65 +832,19 @@ def write_video(clip: np.ndarray, path: Path | str, fps: int = 8) -> None:
     first.save(path.with_suffix(".gif"), save_all=True, append_images=rest, duration=1000 // fps, loop=0)
 
 
-def write_grid(clips: np.ndarray, captions: list[str], path: Path) -> None:
-    """One row a clip, its caption above it, one column a frame: uint8 (N, F, H, W, 3) -> a png"""
-    from matplotlib.figure import Figure
-
-    rows, columns = clips.shape[:2]
-    figure = Figure(figsize=(1.2 * columns, 1.45 * rows), layout="constrained")
-    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - 0.15 / rows))  # room for the first caption
-    for axes_row, clip, caption in zip(figure.subplots(rows, columns, squeeze=False), clips, captions):
-        shown = caption if len(caption) < 18 * columns else caption[: 18 * columns] + "..."
-        axes_row[0].text(0, 1.06, shown, transform=axes_row[0].transAxes, fontsize=9, in_layout=False)  # runs over all columns
-        for axes, picture in zip(axes_row, clip):
-            axes.imshow(picture, interpolation="nearest")
-            axes.set_axis_off()
-    figure.savefig(path, dpi=100)
-
-
-def write_loss_curve(folder: Path) -> None:
-    from matplotlib.figure import Figure
-
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
-    for name in ("loss", "held_out_loss"):
-        points = [(row["step"], row[name]) for row in rows if name in row]
-        axes.plot(*zip(*points) if points else ((), ()), label=name.replace("_", "-"), linewidth=1)
-    axes.set(xlabel="step", ylabel="mean squared error", yscale="log")
-    axes.legend()
-    figure.savefig(folder / "loss.png", dpi=100)
-
-
 # ---------------------------------------------------------------------------
 # Train
 # ---------------------------------------------------------------------------
 
 
-def pick_dtype(cfg: Config) -> str:
-    if cfg.dtype:
-        return cfg.dtype
-    if not torch.cuda.is_available():
-        return "fp32"
-    return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
-
-
 def activation_bytes(model: UNet3DCond, cfg: Config, dtype: str) -> int:
     """What one micro-batch keeps for the backward pass, counted on the meta device: no memory, no arithmetic."""
-    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     with torch.device("meta"):
-        twin = UNet3DCond(**model.config).to(kinds[dtype])
-        weights = {p.untyped_storage()._cdata for p in twin.parameters()}
-        kept: dict[int, Tensor] = {}  # by storage, alive so that no address is used twice
-
-        def keep(t: Tensor) -> Tensor:
-            kept[t.untyped_storage()._cdata] = t
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            batch = (cfg.batch_size, cfg.frames, 3, cfg.size, cfg.size)
-            out = twin(torch.empty(batch), torch.empty(cfg.batch_size), torch.empty(cfg.batch_size, model.config["text_dim"]))
-        del out
-    return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in weights)
+        twin = UNet3DCond(**model.config).to(TORCH_DTYPES[dtype])
+        batch, width = (cfg.batch_size, cfg.frames, 3, cfg.size, cfg.size), model.config["text_dim"]
+        return saved_bytes(
+            lambda: twin(torch.empty(batch), torch.empty(cfg.batch_size), torch.empty(cfg.batch_size, width)), twin
+        )
 
 
 def memory_advice(model: UNet3DCond, cfg: Config, dtype: str) -> str:
@@ -985,77 +865,34 @@ def memory_advice(model: UNet3DCond, cfg: Config, dtype: str) -> str:
 def plan(cfg: Config, model: UNet3DCond, data: Data, dtype: str, device: torch.device) -> dict | Path:
     """Print what this run is going to do, and check that it fits. -> the DeepSpeed JSON file, or the layout that `auto` takes"""
     parameters, world = sum(p.numel() for p in model.parameters()), world_size()
-    gpu, ram = memory_here()
     rows = memory_plan(parameters, 0, activation_bytes(model, cfg, dtype), dtype, world)
-    for row in rows:  # without a GPU everything lies in RAM, once a rank
-        in_ram = row["host_gb"] + (0 if gpu else row["gpu_gb"] * world)
-        row["fits"] = in_ram < 0.9 * ram and (not gpu or row["gpu_gb"] < 0.92 * gpu)
-    taken = next((row for row in rows if row["fits"]), None)
+    memory, row = choose_layout(rows, cfg.deepspeed, memory_advice(model, cfg, dtype))
     free, need = disk_free(cfg.output_dir) / GB, 28 * (cfg.keep + 2) * parameters / GB  # 28: see save()
-    where = torch.cuda.get_device_name() if gpu else f"{torch.get_num_threads()} threads"
-    many = "GPU" if gpu else "CPU process"
-    lines = [
-        f"Out: {cfg.output_dir} | Device: {device} ({where}), {dtype}",
+    log.info(
+        f"Out: {cfg.output_dir} | Device: {device_name(device)}, {dtype}\n"
         f"data     {cfg.manifest or 'generated clips of moving shapes, no --manifest given'}: {len(data.train.frames)} clips to "
         f"train on, {len(data.held_out.frames)} to evaluate, {len(data.bad)} left out as bad; {cfg.frames} frames of "
-        f"{cfg.size}x{cfg.size}",
+        f"{cfg.size}x{cfg.size}\n"
         f"text     {data.encoder}{' for CLIP: it knows words, not meaning' if data.encoder == STAND_IN else ''}, "
-        f"{data.train.text.shape[1]} numbers a caption",
-        f"model    UNet3DCond, base {cfg.base}, {parameters / 1e6:.2f} M parameters, all trained; predicts {cfg.prediction}",
-        f"steps    {cfg.steps} of {world} {many} x {cfg.batch_size} clips x {cfg.accum} accum = "
-        f"{world * cfg.batch_size * cfg.accum} samples per step",
-        f"disk     {need:.2f} GB for checkpoints and model, {free:.1f} GB free",
-        f"memory   estimated; there are {f'{gpu:.1f} GB per GPU and ' if gpu else ''}{ram:.1f} GB of RAM",
-    ]
-    for row in rows:
-        mark = "<- auto takes this" if row is taken and cfg.deepspeed == "auto" else "" if row["fits"] else "does not fit"
-        lines.append(f"  {row['layout']:<26}{row['gpu_gb']:8.2f} GB per {many}{row['host_gb']:8.2f} GB of RAM  {mark}")
-    log.info("\n".join(lines))
+        f"{data.train.text.shape[1]} numbers a caption\n"
+        f"model    UNet3DCond, base {cfg.base}, {parameters / 1e6:.2f} M parameters, all trained; predicts {cfg.prediction}\n"
+        f"steps    {cfg.steps} of {world} {'GPU' if device.type == 'cuda' else 'CPU process'} x {cfg.batch_size} clips x "
+        f"{cfg.accum} accum = {world * cfg.batch_size * cfg.accum} samples per step\n"
+        f"disk     {need:.2f} GB for checkpoints and model, {free:.1f} GB free\n{memory}"
+    )
     if need > free:
         refuse(f"--output_dir {cfg.output_dir}: {free:.2f} GB free, the run writes {need:.2f} GB; make room or lower --keep")
-    if cfg.deepspeed != "auto":
-        return Path(cfg.deepspeed)
-    return taken["config"] if taken else refuse(f"no memory layout fits this machine\n{memory_advice(model, cfg, dtype)}")
-
-
-def disk_free(folder: Path) -> int:
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    return shutil.disk_usage(existing).free
-
-
-def gathered(module: nn.Module):
-    """Inside, every parameter is whole on every rank, also under ZeRO-3."""
-    from deepspeed.runtime.zero import GatheredParameters
-
-    parameters = list(module.parameters())
-    return GatheredParameters(parameters, enabled=hasattr(parameters[0], "ds_id"))
-
-
-def full_weights(module: nn.Module) -> dict[str, Tensor]:
-    """Every rank: the weights in fp32 on the CPU."""
-    with gathered(module):
-        named = [*module.named_parameters(), *module.named_buffers()]
-        return {name: value.detach().to("cpu", torch.float32, copy=True) for name, value in named}
+    return row["config"]
 
 
 def update_ema(ema: dict[str, Tensor], module: nn.Module, decay: float) -> None:
-    with torch.no_grad(), gathered(module):
+    with torch.no_grad(), gathered(list(module.parameters())):
         names, weights = zip(*((name, p.float()) for name, p in module.named_parameters()))
         torch._foreach_lerp_([ema[name] for name in names], list(weights), 1 - decay)
 
 
-def learning_rate(cfg: Config, step: int) -> float:
-    warm = min(1.0, (step + 1) / max(1, cfg.warmup_steps))
-    return cfg.lr * warm * (0.5 + 0.5 * math.cos(math.pi * step / cfg.steps) if cfg.lr_decay else 1.0)
-
-
-def seed_of(*parts: int) -> int:
-    """One 63-bit seed of several numbers: noise is a function of (seed, step, rank), so that a resumed run repeats it."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
-
-
 def train(cfg: Config) -> None:
-    device, dtype, folder = init_distributed(), pick_dtype(cfg), cfg.output_dir
+    device, dtype, folder = init_distributed(), pick_dtype(cfg.dtype), cfg.output_dir
     if cfg.push_to_hub:
         on_rank0(lambda: hub_check(cfg.hub_model_id, cfg.public, create=False))
     data = load_data(cfg, device)
@@ -1078,7 +915,7 @@ def train(cfg: Config) -> None:
 
     optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, (0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
     engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    ema = {name: weight.to(device) for name, weight in full_weights(engine.module).items()}
+    ema = {name: weight.to(device) for name, weight in full_weights(engine.module, torch.float32).items()}
     if found:
         load_engine(engine, found, other_ranks)
         ema = torch.load(found / "ema.pt", weights_only=True, map_location=device)
@@ -1145,17 +982,9 @@ def train_steps(cfg: Config, engine, optimizer, ema: dict[str, Tensor], data: Da
                 losses = held_out_loss(averaged(engine.module, ema), data.held_out, cfg)
                 log.info(f"eval step {step:06d} | held-out loss {losses['loss']:.4f} | swapped {losses['captions_swapped']:.4f}")
                 record(cfg.output_dir, {"step": step} | {f"held_out_{name}": v for name, v in losses.items()}, track)
-                write_loss_curve(cfg.output_dir)
+                write_loss_curve(cfg.output_dir, CURVES, "mean squared error")
             if step % cfg.save_every == 0 or step % cfg.eval_every == 0:  # the clock is for training alone
                 since, since_step = time.monotonic(), step
-
-
-def record(folder: Path, row: dict, track) -> None:
-    """Rank 0: one line of metrics.jsonl; a number that is not finite is null there, as JSON has no word for it."""
-    if rank() == 0:
-        row = {name: value if math.isfinite(value) else None for name, value in row.items()}
-        append_json(folder / "metrics.jsonl", row)
-        track(row, row["step"])
 
 
 def save(cfg: Config, engine, ema: dict[str, Tensor], data: Data, facts: dict, step: int, in_a_hurry: bool) -> None:
@@ -1171,7 +1000,7 @@ def save(cfg: Config, engine, ema: dict[str, Tensor], data: Data, facts: dict, s
 
     folder = cfg.output_dir
     save_checkpoint(folder / "checkpoints", step, write, cfg.keep, ranks=world_size(), **facts)
-    weights = full_weights(engine.module)
+    weights = full_weights(engine.module, torch.float32)
     if rank() == 0:
         target = folder / f"ckpt_{step:06d}.pt"
         state = {"step": step, "model": weights, "ema": {name: weight.cpu() for name, weight in ema.items()}}
@@ -1192,12 +1021,6 @@ def averaged(model: UNet3DCond, ema: dict[str, Tensor]) -> UNet3DCond:
     return copy.to(next(iter(ema.values())).device).eval()
 
 
-def peak_memory_gb() -> float:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / GB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB
-
-
 # ---------------------------------------------------------------------------
 # The finished model: export, card, Hub
 # ---------------------------------------------------------------------------
@@ -1214,7 +1037,7 @@ def publish(cfg: Config, model: UNet3DCond, ema: dict[str, Tensor], data: Data, 
         pictures = sample_pixels(model, text, cfg, cfg.seed)
         write_grid(pictures, captions, target / "samples.png")
         write_video(np.concatenate(list(pictures), axis=2), target / "samples")
-        write_loss_curve(folder)
+        write_loss_curve(folder, CURVES, "mean squared error")
         shutil.copyfile(folder / "loss.png", target / "loss.png")
         write_json(folder / "results.json", results)
     write_card(
@@ -1222,12 +1045,7 @@ def publish(cfg: Config, model: UNet3DCond, ema: dict[str, Tensor], data: Data, 
     )  # again when the push comes later: it names the repo
     show(results, folder)
     if repo:
-        try:
-            log.info(f"pushed {hub_push(target, repo, f'{Path(__file__).name}, step {cfg.steps}')}")
-        except (OSError, RuntimeError, ValueError) as error:
-            log.warning(f"error: trained, not pushed: {error}\n{target} is whole; push it later with")
-            log.warning(f"    hf upload {repo} {target} .")
-            raise SystemExit(3) from error
+        push_finished(target, repo, f"{Path(__file__).name}, step {cfg.steps}")
     finish(folder)
 
 
@@ -1242,12 +1060,6 @@ def export(cfg: Config, model: UNet3DCond, ema: dict[str, Tensor], encoder: str)
     write_json(target / "config.json", {"model": model.config, "text_encoder": encoder} | {k: getattr(cfg, k) for k in kept})
     for source in (Path(__file__), Path(__file__).with_name("common.py")):
         shutil.copyfile(source, target / source.name)
-
-
-def summary(folder: Path, step: int) -> dict:
-    rows = [row for line in (folder / "metrics.jsonl").read_text().splitlines() if "loss" in (row := json.loads(line))]
-    speeds, peak = [row["samples_per_s"] for row in rows], max(row["peak_memory_gb"] for row in rows)
-    return {"steps": step, "final_loss": rows[-1]["loss"], "samples_per_s": float(np.median(speeds)), "peak_memory_gb": peak}
 
 
 def show(results: dict, folder: Path) -> None:

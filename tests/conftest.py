@@ -1,5 +1,6 @@
 """What the tests share: start a script as its user does, a loopback Hub, tiny settings. `--demos` runs the demos whole."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from hub import WRITE, Hub  # noqa: E402
 
 # The demo preset made smaller still: seconds a run. Flags after these win.
 TINY = "--demo --base 8 --frames 4 --batch_size 4 --sample_steps 1 --log_every 1 --save_every 2".split()
@@ -102,3 +105,54 @@ def wait_for(condition, timeout: float = 300, what: str = "condition"):
             return result
         time.sleep(0.02)
     pytest.fail(f"{what}: not seen in {timeout} s")
+
+
+def same(a: dict, b: dict) -> bool:
+    """The same tensors, bit for bit."""
+    import torch
+
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def losses(folder: Path) -> list[tuple]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in rows if "loss" in row]
+
+
+def children(pid: int) -> list[int]:
+    return sorted(int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+
+
+def read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+# Start a script with this in front of it: its process kills itself in the middle of a save.
+KILLED = """
+import os, runpy, signal, sys
+name, nth, script = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+calls, real = 0, getattr(os, name)
+
+def fatal(target, *rest, **named):  # os.fsync or os.rename: the nth call on a file of the second checkpoint never returns
+    global calls
+    path = os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else str(target)
+    calls += "step_000004" in path
+    if calls == nth:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(target, *rest, **named)
+
+setattr(os, name, fatal)
+sys.argv = sys.argv[3:]
+sys.path.insert(0, os.path.dirname(script))
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+@pytest.fixture
+def hub():
+    with Hub() as hub:
+        yield hub
+
+
+def hub_variables(hub, tmp_path, token=WRITE):
+    return hub.environment(token) | {"HF_HOME": tmp_path / "home", "HF_USER_ID": "tester"}

@@ -11,8 +11,15 @@ from conftest import ROOT
 
 SCRIPTS = sorted(path for path in ROOT.glob("*_*.py") if path.read_text().startswith("# /// script"))
 # What each script has of its own under a name that all of them use.
-OWN = {"Config", "main", "train", "train_steps", "plan", "evaluate", "publish", "write_card", "generate", "sample"}
-PACKAGES = {"cv2": "opencv-python-headless", "PIL": "pillow"}  # where the distribution has another name than the module
+OWN = set(
+    "Config Data load_data get_batch plan train train_steps save evaluate held_out_loss export publish show write_card generate "
+    "sample main".split()
+)
+PACKAGES = {
+    "cv2": "opencv-python-headless",
+    "PIL": "pillow",
+    "rouge_score": "rouge-score",
+}  # where the distribution has another name than the module
 
 
 def definitions(source: str) -> dict[str, str]:
@@ -58,7 +65,7 @@ def test_the_check_above_can_fail():
 def test_header_lists_what_a_lone_copy_imports(path):
     header = path.read_text().split("# ///\n")[0]
     listed = {re.split("[<>=!;]", name)[0].lower() for name in re.findall(r'"([^"]+)"', header.split("dependencies")[1])}
-    optional = {"wandb"}  # asked for by a flag, which says what to install
+    optional = {"wandb", "pyarrow"}  # asked for by a flag or a file, and then the message says what to install
     needed = {PACKAGES.get(name, name).lower() for name in imported(path) | imported(ROOT / "common.py")} - optional
     assert listed == needed
     pinned = {

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
+import common
 import t2v_ddpm as t2v
 
 KIND = {"noise": "epsilon", "v": "v_prediction"}
@@ -241,18 +242,17 @@ def test_auto_takes_the_least_offloading_that_fits(monkeypatch, capsys):
     clips = t2v.Clips([], [], [], torch.zeros(1, 512))
     data = t2v.Data(clips, clips, t2v.STAND_IN, [])
     activations = t2v.activation_bytes(model, cfg, "bf16")
-    rows = t2v.memory_plan(sum(p.numel() for p in model.parameters()), 0, activations, "bf16", 1)
+    rows = common.memory_plan(sum(p.numel() for p in model.parameters()), 0, activations, "bf16", 1)
     needs = {row["layout"]: row["gpu_gb"] for row in rows}
-    assert needs["ZeRO-2"] > needs["ZeRO-2, optimizer on CPU"] > needs["ZeRO-3, all on CPU"]
-    expected = {"ZeRO-2": (2, ""), "ZeRO-2, optimizer on CPU": (2, "optimizer"), "ZeRO-3, all on CPU": (3, "optimizer param")}
-    for layout, (stage, offloaded) in expected.items():
-        monkeypatch.setattr(t2v, "memory_here", lambda gb=needs[layout] * 1.1: (gb, 64.0))
+    assert needs["ZeRO-2"] > needs["ZeRO-2, optimizer on CPU"]  # ZeRO-3 keeps a model as small as this gathered
+    for layout, (stage, offloaded) in {"ZeRO-2": (2, ""), "ZeRO-2, optimizer on CPU": (2, "optimizer")}.items():
+        monkeypatch.setattr(common, "memory_here", lambda gb=needs[layout] * 1.1: (gb, 64.0))
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a small GPU")
         zero = t2v.plan(cfg, model, data, "bf16", torch.device("cpu"))["zero_optimization"]
         assert (
             zero["stage"] == stage and [what for what in ("optimizer", "param") if f"offload_{what}" in zero] == offloaded.split()
         )
-    monkeypatch.setattr(t2v, "memory_here", lambda: (0.01, 64.0))
+    monkeypatch.setattr(common, "memory_here", lambda: (0.01, 64.0))
     with pytest.raises(SystemExit) as stop:
         t2v.plan(dataclasses.replace(cfg, batch_size=2), model, data, "bf16", torch.device("cpu"))
     said = capsys.readouterr().err

@@ -13,10 +13,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, command, environment, finish, run, start, wait_for
+from conftest import (
+    KILLED,
+    ROOT,
+    TINY,
+    children,
+    command,
+    environment,
+    finish,
+    hub_variables,
+    losses,
+    read,
+    run,
+    same,
+    start,
+    wait_for,
+)
 from hub import READ, WRITE, Hub, Static
 from safetensors.torch import load_file
 
+import common
 import t2v_ddpm
 
 SCRIPT = "t2v_ddpm.py"
@@ -25,21 +41,6 @@ ZERO2, ZERO3 = ROOT / "ds_zero2.json", ROOT / "ds_zero3_offload.json"
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model" / "model.safetensors")
-
-
-def same(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def losses(folder: Path) -> list[tuple]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(row["step"], row["loss"], row["grad_norm"]) for row in rows if "loss" in row]
-
-
-@pytest.fixture
-def hub():
-    with Hub() as hub:
-        yield hub
 
 
 @pytest.fixture(scope="module")
@@ -159,26 +160,6 @@ def test_killed_while_training_goes_on_to_the_same_weights(tmp_path, ranks, unbr
     assert "resumed" in output
     assert same(weights(tmp_path / "run"), weights(unbroken(ranks)))
     assert losses(tmp_path / "run") == losses(unbroken(ranks))
-
-
-KILLED = """
-import os, runpy, signal, sys
-name, nth, script = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-calls, real = 0, getattr(os, name)
-
-def fatal(target, *rest, **named):  # os.fsync or os.rename: the nth call on a file of the second checkpoint never returns
-    global calls
-    path = os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else str(target)
-    calls += "step_000004" in path
-    if calls == nth:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(target, *rest, **named)
-
-setattr(os, name, fatal)
-sys.argv = sys.argv[3:]
-sys.path.insert(0, os.path.dirname(script))
-runpy.run_path(script, run_name="__main__")
-"""
 
 
 @pytest.mark.parametrize(("call", "count", "ranks"), [("fsync", 1, 1), ("fsync", 4, 1), ("rename", 1, 1), ("fsync", 2, 2)])
@@ -304,7 +285,9 @@ def test_not_a_number_on_one_rank_skips_the_update_on_all(tmp_path, clips_manife
     flags = ["--manifest", manifest, "--text_encoder", clip, *SMALL, "--steps", 6, "--max_bad", 0.9, "--log_every", 1]
     run(SCRIPT, *flags, "--batch_size", 1, "--output_dir", tmp_path / "a", cwd=tmp_path, ranks=2)
     cfg = t2v_ddpm.Config(manifest=manifest, frames=4, size=16, cache_dir=tmp_path / "cache")
-    victim = t2v_ddpm.cached_frames(t2v_ddpm.read_manifest(manifest)[0][2], cfg)  # one clip: one rank meets it at a time
+    victim = common.cached_frames(
+        t2v_ddpm.read_manifest(manifest)[0][2].video, cfg.frames, cfg.size, cfg.cache_dir
+    )  # one clip: one rank meets it at a time
     np.save(victim, np.load(victim) * np.float32("nan"))
     output = run(SCRIPT, *flags, "--batch_size", 1, "--output_dir", tmp_path / "b", cwd=tmp_path, ranks=2)
     assert "update skipped on all ranks (1 in a row)" in output
@@ -471,10 +454,6 @@ def test_clip_out_of_reach(tmp_path, clips_manifest):
 # --- Hub
 
 
-def hub_variables(hub, tmp_path, token=WRITE):
-    return hub.environment(token) | {"HF_HOME": tmp_path / "home", "HF_USER_ID": "tester"}
-
-
 def test_pushed_model_is_the_folder_and_its_snippet_runs(tmp_path, hub):
     variables = hub_variables(hub, tmp_path)
     output = run(SCRIPT, *TINY, "--steps", 2, "--push_to_hub", cwd=tmp_path, **variables)
@@ -539,11 +518,3 @@ def test_demo_learns(tmp_path):
     results = json.loads((tmp_path / "runs" / "t2v_ddpm_demo" / "results.json").read_text())
     assert results["score"] >= 0.85 and results["asked_is_made"]["move"] >= 0.9
     assert results["controls"]["captions_shuffled"] <= 0.05
-
-
-def read(path: Path) -> str:
-    return path.read_text() if path.exists() else ""
-
-
-def children(pid: int) -> list[int]:
-    return sorted(int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split())

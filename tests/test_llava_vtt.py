@@ -1,0 +1,666 @@
+"""llava_vtt.py: what the loss sees against transformers' own numbers, every kind of data, and runs as its user starts them."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import clips
+import llava
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    KILLED,
+    ROOT,
+    children,
+    command,
+    environment,
+    finish,
+    hub_variables,
+    losses,
+    read,
+    run,
+    same,
+    start,
+    wait_for,
+)
+from hub import READ, Static
+from safetensors.torch import load_file
+
+import llava_vtt
+from llava_vtt import QA, Clip, Collator, Config, Sample
+
+SCRIPT = "llava_vtt.py"
+ZERO3 = ROOT / "ds_zero3_offload.json"
+SHARED = Path(__file__).parents[2] / "shared" / "clips"
+# A LoRA run of seconds on a small model; flags after these win.
+SMALL = "--frames 3 --steps 6 --accum 1 --lr 1e-2 --log_every 1 --save_every 2 --eval_every 4 --eval_questions 4".split()
+SMALL += "--max_new_tokens 3 --val_fraction 0.25".split()
+QUESTIONS = (QA("What number?", "one"), QA("Who is there?", "nobody at all"), QA("Where?", "on the left"))
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """A LLaVA of 4 x 4 tokens a frame."""
+    return llava.build(tmp_path_factory.mktemp("models") / "small", size=32, patch=8)
+
+
+@pytest.fixture(scope="session")
+def videos(tmp_path_factory):
+    """{"manifest": JSON lines, 8 rows about 4 clips} and the folder of the clips"""
+    folder = tmp_path_factory.mktemp("videos")
+    for number in range(4):
+        clips.write(folder / f"video_{number:03d}.mp4", 20 + number, "mpeg4", options={"b": "1M"})
+    rows = [{"video": f"video_{i:03d}.mp4", "question": q, "answer": f"{a} {i}"} for i in range(4) for q, a, _ in QUESTIONS[:2]]
+    return {"folder": folder, "manifest": llava.write_rows(folder / "clips.jsonl", rows)}
+
+
+@pytest.fixture(scope="module")
+def base(small):
+    return llava_vtt.open_base(str(small))
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, small, videos):
+    """{ranks: run folder} of runs that nothing interrupted."""
+    done = {}
+
+    def get(ranks: int) -> Path:
+        if ranks not in done:
+            folder = tmp_path_factory.mktemp(f"unbroken{ranks}")
+            flags = ["--model", small, "--manifest", videos["manifest"], *SMALL, "--output_dir", folder / "run"]
+            (folder / "output").write_text(run(SCRIPT, *flags, cwd=folder, ranks=ranks))
+            done[ranks] = folder / "run"
+        return done[ranks]
+
+    return get
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "adapter_model.safetensors")
+
+
+def picture(seed: int, frames: int = 3, size: int = 32) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (frames, size, size, 3), np.uint8)
+
+
+# --- What the loss sees
+
+
+def test_ids_and_answer_mask_are_those_of_the_processor(base):
+    collate = Collator(base, Config(frames=3, dtype="fp32", report_to="none"))
+    batch = collate([(picture(0), QUESTIONS), (picture(1), QUESTIONS[:1])])
+    messages = []
+    for number, (question, answer, _) in enumerate(QUESTIONS):
+        images = [{"type": "image", "image": frame} for frame in picture(0)] if number == 0 else []
+        messages.append({"role": "user", "content": [*images, {"type": "text", "text": question}]})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    peer = base.processor.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, return_tensors="pt"
+    )
+    assert batch["input_ids"][0].tolist() == peer["input_ids"][0].tolist()
+    torch.testing.assert_close(batch["pixel_values"][:3], peer["pixel_values"], rtol=0, atol=1e-6)
+    mask = torch.as_tensor(peer["assistant_masks"])[0].bool()
+    assert (batch["labels"][0] != -100).tolist() == mask.tolist()
+    said = base.processor.tokenizer.decode(batch["labels"][0][mask])
+    assert said == "one<|im_end|>nobody at all<|im_end|>on the left<|im_end|>"
+    assert batch["attention_mask"].sum(1).tolist() == [len(batch["input_ids"][0]), (batch["labels"][1] > 0).sum() + 48 +
+                                                       len(base.processor.tokenizer("<|im_start|>user\n\nWhat number?<|im_end|>\n"
+                                                           "<|im_start|>assistant\n\n")["input_ids"])]  # fmt: skip
+    assert (batch["input_ids"] == base.processor.image_token_id).sum() == 2 * 3 * 16
+
+
+def test_frames_that_do_not_match_the_image_tokens_are_an_error(base):
+    with pytest.raises(ValueError, match="96 image tokens for 5 frames of 16"):
+        Collator(base, Config(frames=3, report_to="none", dtype="fp32"))([(picture(0), QUESTIONS), (picture(1, 2), QUESTIONS)])
+
+
+def test_loss_on_supervised_positions_is_the_models_own(base, small):
+    from transformers import LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration.from_pretrained(small).eval()
+    batch = Collator(base, Config(frames=3, dtype="fp32", report_to="none"))(
+        [(picture(0), QUESTIONS), (picture(1), QUESTIONS[1:])]
+    )
+    loss, count = llava_vtt.answer_loss(model, batch)
+    peer = model(**batch).loss
+    assert count == (batch["labels"] != -100).sum()
+    torch.testing.assert_close(loss / count, peer, rtol=1e-5, atol=0)
+    ours, theirs = (torch.autograd.grad(x, model.model.multi_modal_projector.linear_1.weight)[0] for x in (loss / count, peer))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-7)
+
+
+def test_answers_of_a_batch_are_those_asked_one_by_one(base, small):
+    cfg = Config(frames=3, dtype="fp32", report_to="none", max_new_tokens=8)
+    model = llava_vtt.load_weights(small, base, cfg, "fp32").eval()
+    items = [(picture(i), qa.question) for i, qa in enumerate(QUESTIONS)]
+    assert llava_vtt.generate_answers(model, base, items, cfg) == [
+        llava_vtt.generate_answers(model, base, [item], cfg)[0] for item in items
+    ]
+
+
+def test_weights_that_are_missing_are_an_error_and_never_random(small, base, tmp_path):
+    from safetensors.torch import save_file
+
+    shutil.copytree(small, tmp_path / "model")
+    weights = load_file(small / "model.safetensors")
+    del weights["multi_modal_projector.linear_1.weight"]
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SystemExit, match="1 weights are missing or do not fit.*linear_1.weight"):
+        llava_vtt.load_weights(tmp_path / "model", base, Config(report_to="none"), "fp32")
+
+
+def test_scores():
+    table = llava_vtt.scores(
+        ["A red square.", "two", "a cat sat on the mat"], ["a red  square", "three", "the cat sat on the mat"]
+    )
+    assert table["exact"] == pytest.approx(1 / 3)
+    assert table["rouge_l"] == pytest.approx((1 + 0 + 5 / 6) / 3)  # F of 5 common words of 6 and 6
+    assert llava_vtt.scores(["left", "up"], ["left", "down"])["bleu"] == pytest.approx(0.5)
+
+
+# --- Samples
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_questions_of_a_scene_tell_the_truth(seed):
+    scene = llava_vtt.draw_scene((7, seed))
+    answers = {qa.question: qa.answer for qa in llava_vtt.questions_of(scene)}
+    way, moves, number = (
+        answers[q] for q in ("Which way does the shape move?", "Does a shape move?", "How many shapes are there?")
+    )
+    colour = next((answer for question, answer in answers.items() if "colour" in question), None)
+    clip = llava_vtt.draw_clip_of(scene, 5, 64).astype(int)
+    assert len({tuple(frame.ravel()) for frame in clip}) == 5, "noise differs"
+    rgb = np.array(llava_vtt.COLOURS[scene.colour]) * 255
+    seen = [np.argwhere((abs(frame - rgb) < 60).all(-1)) for frame in clip]
+    (y0, x0), (y1, x1) = seen[0].mean(0), seen[-1].mean(0)
+    if scene.other is None:  # else the moving one may cover the other, and both centres are seen
+        moved = "it stays" if abs(x1 - x0) + abs(y1 - y0) < 4 else None
+        moved = moved or (("right" if x1 > x0 else "left") if abs(x1 - x0) > abs(y1 - y0) else ("down" if y1 > y0 else "up"))
+        assert way == moved and number == "one" and colour == scene.colour
+    assert moves == ("yes" if scene.move else "no") and number == ("two" if scene.other else "one")
+    assert (colour is not None) == (bool(scene.move) or scene.other is None), "which of two that stay is not asked"
+
+
+def test_frames_shuffled_reversed_blanked():
+    clip = picture(0, 5)
+    shuffled = llava_vtt.rearrange_frames(clip, "shuffled", 3)
+    assert not np.array_equal(shuffled, clip) and sorted(map(np.sum, shuffled)) == sorted(map(np.sum, clip))
+    assert np.array_equal(shuffled, llava_vtt.rearrange_frames(clip, "shuffled", 3)), "the same in every evaluation"
+    assert np.array_equal(llava_vtt.rearrange_frames(clip, "reversed", 0), clip[::-1])
+    assert not llava_vtt.rearrange_frames(clip, "blanked", 0).any()
+    assert np.array_equal(llava_vtt.rearrange_frames(clip[:1], "shuffled", 0), clip[:1])
+
+
+def test_augmentation_is_the_same_for_all_frames():
+    still = picture(0, 1).repeat(4, 0)
+    changed = llava_vtt.augmented(still, np.random.default_rng(0), flip=True)
+    assert changed.shape == still.shape and changed.dtype == np.uint8 and not np.array_equal(changed, still)
+    assert all(np.array_equal(frame, changed[0]) for frame in changed)
+    left = np.zeros((2, 32, 32, 3), np.uint8)
+    left[:, :, :16] = 255
+    sides = [llava_vtt.augmented(left, np.random.default_rng(i), flip)[0, :, :8].mean() > 127 for flip in (False, True)
+             for i in range(20)]  # fmt: skip
+    assert all(sides[:20]) and 3 < sum(sides[20:]) < 17
+
+
+def test_curriculum_goes_by_words_of_the_answers():
+    answers = [" ".join(["word"] * count) for count in (3, 9, 10, 19, 20)]
+    samples = [Sample(Path("a"), tuple(QA("?", answer) for answer in answers)), Sample(Path("b"), (QA("?", answers[4]),))]
+    stages = llava_vtt.curriculum(samples, True)
+    assert [[len(sample.qa) for sample in stage] for stage in stages] == [[2], [4], [5, 1]]
+    assert llava_vtt.curriculum(samples, False) == [samples]
+    assert len(llava_vtt.curriculum(samples[1:], True)) == 1, "stages without samples are left out"
+
+
+def test_an_epoch_has_each_sample_once_over_all_ranks(monkeypatch):
+    samples = [Sample(Path(str(i)), (QA(str(i), "a"), QA(f"{i}b", "a"))) for i in range(12)]
+    monkeypatch.setattr(Sample, "load", lambda self, frames: picture(0))
+    cfg = Config(steps=6, batch_size=2, accum=1, frames=3, report_to="none", dtype="fp32")
+    seen = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        for micro_step in range(6):
+            seen.append(llava_vtt.get_batch([samples], lambda batch: [turns for _, turns in batch], cfg, micro_step))
+    first = [{turn.question for turn in turns} for batch in (*seen[:3], *seen[6:9]) for turns in batch]
+    assert sorted(map(sorted, first)) == sorted(sorted([str(i), f"{i}b"]) for i in range(12))
+    assert len({turns[0].question[-1] == "b" for batch in seen for turns in batch}) == 2, "any question may be asked first"
+
+
+# --- Data
+
+
+def questions(**flags):
+    return llava_vtt.read_questions(Config(report_to="none", **flags))
+
+
+def test_every_kind_of_data_gives_the_same_clips(videos, tmp_path):
+    import datasets
+
+    rows = [json.loads(line) for line in videos["manifest"].read_text().splitlines()]
+    wanted = {(Path(row["video"]).name, row["question"], row["answer"]) for row in rows}
+    folder = tmp_path / "data"
+    shutil.copytree(videos["folder"], folder, ignore=shutil.ignore_patterns("*.jsonl"))
+    table = datasets.Dataset.from_list(rows)
+    table.to_csv(folder / "rows.csv")
+    table.to_parquet(folder / "rows.parquet")
+    qa = [{"video": v, "qa": [{k: row[k] for k in ("question", "answer")} for row in rows if row["video"] == v]}
+          for v in dict.fromkeys(row["video"] for row in rows)]  # fmt: skip
+    llava.write_rows(folder / "qa.jsonl", qa)
+    llava.write_rows(
+        folder / "caption.jsonl", [{"path": r["video"], "question": r["question"], "caption": r["answer"]} for r in rows]
+    )
+    table.add_column("x", [1] * len(rows)).save_to_disk(tmp_path / "saved")
+    clips.write(tmp_path / "saved" / "unused.mp4", 3)
+    hub_like = tmp_path / "hub_like"  # what load_dataset makes of a folder of tables
+    hub_like.mkdir()
+    shutil.copyfile(videos["manifest"], hub_like / "train.jsonl")
+    sources = [{"manifest": folder / name} for name in ("rows.csv", "rows.parquet", "qa.jsonl", "caption.jsonl")]
+    for source in [*sources, {"dataset": str(tmp_path / "saved")}, {"dataset": str(hub_like)}]:
+        found, bad = questions(cache_dir=tmp_path / "cache", **source)
+        assert not bad and len(found) == 4, source
+        assert {(Path(clip.video).name, q, a) for clip in found for q, a, _ in clip.qa} == wanted, source
+    assert all(Path(clip.video).parent == folder and Path(clip.video).exists() for clip in questions(**sources[0])[0])
+
+
+def test_a_folder_of_descriptions_answers_a_default_question(videos, tmp_path):
+    for number in range(2):
+        shutil.copyfile(videos["folder"] / f"video_{number:03d}.mp4", tmp_path / f"video_{number:03d}.mp4")
+    side = {"video_id": "video_000", "description": "Bars change.", "duration": 0.8, "frames": 20}
+    (tmp_path / "video_000.json").write_text(json.dumps(side))
+    found, bad = questions(video_dir=tmp_path)
+    assert [clip.qa for clip in found] == [(QA("What happens in this video?", "Bars change."),)]
+    assert bad[0]["where"].endswith("video_001.json") and "without answer" in bad[0]["reason"]
+    assert questions(video_dir=tmp_path, question="And?")[0][0].qa[0].question == "And?"
+
+
+def test_videos_inside_a_table_and_their_splits(videos, tmp_path):
+    import datasets
+
+    rows = {
+        "video": [str(videos["folder"] / f"video_{i:03d}.mp4") for i in (0, 1)],
+        "question": ["a?", "b?"],
+        "caption": ["a", "b"],
+    }
+    features = datasets.Features(video=datasets.Video(), question=datasets.Value("string"), caption=datasets.Value("string"))
+    table = datasets.Dataset.from_dict(rows, features=features)
+    for name, part in (("train", [0]), ("validation", [1])):
+        table.select(part).to_parquet(tmp_path / f"{name}.parquet")
+    found, bad = questions(dataset=str(tmp_path), cache_dir=tmp_path / "cache")
+    assert not bad and [clip.split for clip in found] == ["train", "held_out"]
+    assert Path(found[0].video).read_bytes() == Path(rows["video"][0]).read_bytes()
+
+
+def test_the_mark_of_llavas_own_data_sets_is_taken_off(videos, tmp_path):
+    row = {"video": str(videos["folder"] / "video_000.mp4"), "question": "<video>\nWhat is it?", "answer": "a"}
+    assert questions(manifest=llava.write_rows(tmp_path / "rows.jsonl", [row]))[0][0].qa[0].question == "What is it?"
+
+
+def test_split_is_by_video():
+    found = [Clip(str(i), QUESTIONS, "") for i in range(20)]
+    train, held_out = llava_vtt.split_clips(found, 0.1, seed=0)
+    assert len(held_out) == 2 and sorted(train + held_out) == list(range(20))
+    assert llava_vtt.split_clips(found, 0.1, seed=0) == (train, held_out) != llava_vtt.split_clips(found, 0.1, seed=1)
+    assert llava_vtt.split_clips(found[:1], 0.1, 0) == ([0], []) and len(llava_vtt.split_clips(found[:2], 0.01, 0)[1]) == 1
+    own = [dataclasses.replace(clip, split="held_out" if i == 3 else "train") for i, clip in enumerate(found)]
+    assert llava_vtt.split_clips(own, 0.5, 0)[1] == [3]
+
+
+def test_a_video_in_both_splits_is_trained_on_only(videos, tmp_path):
+    video = str(videos["folder"] / "video_000.mp4")
+    rows = [{"video": video, "question": "a?", "answer": "a", "split": s} for s in ("validation", "train")]
+    (clip,), _ = questions(manifest=llava.write_rows(tmp_path / "rows.jsonl", rows))
+    assert clip.split == "train" and len(clip.qa) == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"question": "a?", "answer": "a"}, "no video"),
+        ({"video": "video_000.mp4", "question": "a?"}, "question without answer"),
+        ({"video": "video_000.mp4", "question": "a?", "answer": "  "}, "question without answer"),
+        ({"video": "video_000.mp4", "qa": [{"question": "a?"}]}, "question without answer"),
+        ({"video": "video_000.mp4", "qa": "a?"}, "no question"),
+        ({"video": "video_000.mp4", "answer": "a"}, "no question"),
+        ({"video": "video_000.mp4", "question": "<video>\n", "answer": "a"}, "no question"),
+        ({"video": "video_000.mp4", "question": "a? <image>", "answer": "a"}, "special token"),
+        ({"video": "video_000.mp4", "question": "a?", "answer": "a<|im_end|>"}, "special token"),
+    ],
+)
+def test_a_bad_row_is_named(videos, tmp_path, row, reason):
+    good = {"video": "video_000.mp4", "question": "a?", "answer": "a"}
+    found, bad = questions(manifest=llava.write_rows(tmp_path / "rows.jsonl", [good, row]))
+    assert len(found) == 1 and reason in bad[0]["reason"] and bad[0]["where"].endswith("rows.jsonl:2")
+
+
+# --- The plan
+
+
+def test_memory_plan_of_the_real_size():
+    base = llava_vtt.Base("real", Path(), llava.real_size_config(), None, 729, 384, False)
+    full = Config(lora_r=0, report_to="none")
+    sizes = llava_vtt.measure(base, full, "bf16", 3668, 20, False)
+    assert sizes.parameters == 8_141_100_576 and sizes.parameters - sizes.trained == pytest.approx(0.398e9, rel=0.08)
+    bare = dataclasses.replace(sizes, plain=0, checkpointed=0)
+    per_gpu = {n: llava_vtt.layouts(bare, "auto", False, "bf16", n)[0]["gpu_gb"] for n in (2, 4)}
+    assert per_gpu[4] == pytest.approx(45, abs=2) and per_gpu[2] == pytest.approx(73, abs=3)  # facts/vtt.md, section 0
+    lora = llava_vtt.measure(base, Config(report_to="none"), "bf16", 3668, 20, False)
+    assert lora.trained == 39_976_960 + 21_504_000  # r (in + out) over 7 x 32 layers, and the projector
+    assert 15e9 < lora.plain < 40e9 and lora.checkpointed < 0.15 * lora.plain
+    table = llava_vtt.machine_table(base, Config(report_to="none"), 3668, 20)
+    chosen = {tuple(re.split(r"\s{2,}", line.strip())[:3]) for line in table.splitlines()[1:]}
+    assert ("1x H100 80 GB", "LoRA", "ZeRO-2") in chosen
+    four = llava_vtt.measure(base, Config(report_to="none"), "bf16", 3668, 20, True)
+    assert four.frozen_bytes == pytest.approx(
+        6.476e9 * 4.127 / 8 + (8.141e9 - 6.476e9) * 2, rel=0.01
+    )  # facts: 6.476 B in the layers
+    v100 = [layout for machine, method, layout in chosen if (machine, method) == ("4x V100 16 GB", "LoRA")]
+    assert v100[0].startswith("ZeRO-3")
+
+
+def test_check_prints_the_plan_and_writes_nothing(tmp_path, small, videos):
+    output = run(SCRIPT, "--model", small, "--manifest", videos["manifest"], *SMALL, "--check", cwd=tmp_path)
+    assert "3 sequences with 6 questions to train on, 1 with 2 held out" in output and "16 tokens each" in output
+    assert re.search(r"loss +on \d+ of \d+ tokens", output) and "<- auto takes this" in output and "4x V100 16 GB" in output
+    assert {path.name for path in tmp_path.iterdir()} == {"cache"}
+
+
+# --- Runs
+
+
+def test_run_folder_and_output(unbroken, tmp_path, videos):
+    folder = unbroken(1)
+    output = (folder.parent / "output").read_text()
+    assert "eval step 000004 | held-out loss" in output and "needs the video" in output
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, 7)) and steps[-1]["loss"] < steps[0]["loss"]
+    assert all(row["grad_norm"] > 0 and row["peak_memory_gb"] > 0 and row["samples_per_s"] > 0 for row in steps)
+    assert {"exact_in_order", "rouge_l_shuffled", "bleu_blanked", "held_out_loss"} <= next(
+        r for r in rows if "loss" not in r
+    ).keys()
+    results = json.loads((folder / "results.json").read_text())
+    assert results["steps"] == 6 and set(results["controls"]) == {"frames_shuffled", "frames_reversed", "frames_blanked"}
+    assert (folder / "SUCCESS").exists() and len(read(folder / "samples" / "answers.jsonl").splitlines()) == 2
+    names = {path.name for path in (folder / "model").iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "README.md", "llava_vtt.py", "common.py"} <= names
+    assert "samples.png" not in names and (folder / "samples" / "answers.png").exists(), "a user's pictures stay here"
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"step_000004", "step_000006"}
+    assert "HF_TOKEN" not in "".join(read(path) for path in folder.rglob("*.json"))
+
+
+def test_everything_trained_is_saved_and_answers_the_same_in_a_fresh_process(unbroken, small, videos, tmp_path):
+    """The loss that the run measured with its own weights is the loss of what it saved, projector and adapter."""
+    folder = unbroken(1)
+    trained = adapter(folder)
+    before = load_file(small / "model.safetensors")
+    name = "base_model.model.model.multi_modal_projector.linear_1.weight"
+    assert not torch.equal(trained[name], before["multi_modal_projector.linear_1.weight"])
+    assert any(weight.abs().max() > 0 for key, weight in trained.items() if "lora_B" in key)
+    code = f"""
+import json, torch, llava_vtt as L
+from pathlib import Path
+from peft import PeftModel
+cfg = L.Config(report_to="none", dtype="fp32", manifest=Path({str(videos["manifest"])!r}), frames=3, val_fraction=0.25)
+base = L.open_base({str(small)!r})
+model = PeftModel.from_pretrained(L.load_weights(base.folder, base, cfg, "fp32"), {str(folder / "model")!r}).eval()
+device = L.init_distributed()
+print("LOSS", L.held_out_loss(model, base, L.load_data(cfg, base), cfg))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment(PYTHONPATH=ROOT), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    measured = json.loads((folder / "results.json").read_text())["held_out_loss"]
+    assert float(re.search(r"LOSS (\S+)", done.stdout)[1]) == pytest.approx(measured, rel=1e-6)
+
+
+def test_two_ranks_and_zero3_offload_give_the_losses_of_one(unbroken, small, videos, tmp_path):
+    """Two ranks of one clip are one rank of two: the loss is the mean over all answer tokens, however they are spread."""
+    flags = ["--model", small, "--manifest", videos["manifest"], *SMALL, "--lora_dropout", 0]
+    run(SCRIPT, *flags, "--batch_size", 2, "--steps", 3, "--output_dir", "one", cwd=tmp_path)
+    run(
+        SCRIPT,
+        *flags,
+        "--steps",
+        3,
+        "--deepspeed",
+        ZERO3,
+        "--gradient_checkpointing",
+        "on",
+        cwd=tmp_path,
+        ranks=2,
+        launcher="deepspeed",
+    )
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "runs" / "llava_vtt")
+    for (_, a, norm_a), (_, b, norm_b) in zip(one, two):
+        assert a == pytest.approx(b, rel=1e-4) and norm_a == pytest.approx(norm_b, rel=1e-3)
+    a, b = adapter(tmp_path / "one"), adapter(tmp_path / "runs" / "llava_vtt")
+    assert a.keys() == b.keys() and all(torch.allclose(a[name], b[name], atol=1e-3) for name in a)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_while_training_goes_on_to_the_same_weights(tmp_path, ranks, unbroken, small, videos):
+    flags = ["--model", small, "--manifest", videos["manifest"], *SMALL, "--output_dir", tmp_path / "run"]
+    process = start(command(SCRIPT, *flags, ranks=ranks), tmp_path)
+    wait_for(lambda: '"step": 3' in read(tmp_path / "run" / "metrics.jsonl"), what="step 3")
+    for pid in [*children(process.pid), process.pid]:  # torchrun gives each rank a session of its own
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+    assert "resumed" in run(SCRIPT, *flags, cwd=tmp_path, ranks=ranks)
+    assert same(adapter(tmp_path / "run"), adapter(unbroken(ranks)))
+    assert losses(tmp_path / "run") == losses(unbroken(ranks))
+
+
+def test_killed_inside_a_save_goes_on_to_the_same_weights(tmp_path, unbroken, small, videos):
+    (tmp_path / "killed.py").write_text(KILLED)
+    flags = ["--model", small, "--manifest", videos["manifest"], *SMALL, "--output_dir", tmp_path / "run"]
+    code, output = finish(start(command(tmp_path / "killed.py", "fsync", 2, ROOT / SCRIPT, *flags), tmp_path))
+    assert code == -signal.SIGKILL, output
+    assert "step_000002" in run(SCRIPT, *flags, cwd=tmp_path)
+    assert same(adapter(tmp_path / "run"), adapter(unbroken(1))) and losses(tmp_path / "run") == losses(unbroken(1))
+
+
+def test_sigterm_saves_and_another_number_of_ranks_goes_on(tmp_path, small, videos):
+    flags = ["--model", small, "--manifest", videos["manifest"], *SMALL, "--save_every", 1000, "--eval_every", 1000]
+    process = start(command(SCRIPT, *flags, "--steps", 500, ranks=2), tmp_path)
+    folder = tmp_path / "runs" / "llava_vtt"
+    wait_for(lambda: '"step": 2' in read(folder / "metrics.jsonl"), what="step 2")
+    for pid in children(process.pid):
+        os.kill(pid, signal.SIGTERM)
+    _, output = finish(process)
+    stopped = int(re.search(r"stopped by SIGTERM after step (\d+)", output)[1])
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"step_{stopped:06d}"]
+    output = run(SCRIPT, *flags, "--steps", stopped + 2, cwd=tmp_path)
+    assert "saved by another number of ranks" in output and [row[0] for row in losses(folder)][-1] == stopped + 2
+
+
+def test_full_fine_tuning_leaves_the_vision_tower_as_it_was(tmp_path, small, videos):
+    flags = ["--model", small, "--manifest", videos["manifest"], *SMALL, "--lora_r", 0, "--steps", 2, "--augment", "--curriculum"]
+    run(SCRIPT, *flags, "--deepspeed", ZERO3, cwd=tmp_path)
+    after, before = (load_file(folder / "model.safetensors") for folder in (tmp_path / "runs" / "llava_vtt" / "model", small))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert after.keys() == before.keys() and not any("vision_tower" in name for name in changed)
+    assert any("multi_modal_projector" in name for name in changed) and any("language_model" in name for name in changed)
+    answer = run(SCRIPT, "--predict", videos["folder"] / "video_000.mp4", "--question", "What?", cwd=tmp_path)
+    assert answer.count("\n") == 1
+
+
+def test_divergence_ends_with_4(tmp_path, small, videos):
+    flags = ["--model", small, "--manifest", videos["manifest"], *SMALL, "--lora_r", 0, "--warmup_steps", 0, "--steps", 40]
+    output = run(SCRIPT, *flags, "--lr", 1e30, cwd=tmp_path, expect=4)
+    assert "update skipped on all ranks (3 in a row)" in output and "lower --lr" in output
+
+
+def test_a_projector_without_gradient_ends_the_run(tmp_path, small, videos):
+    """A run that learns from the text alone looks healthy. Here the pictures are cut off from the loss."""
+    (tmp_path / "cut.py").write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from transformers.models.llava import modeling_llava as m\n"
+        "real = m.LlavaMultiModalProjector.forward\n"
+        "m.LlavaMultiModalProjector.forward = lambda self, x: real(self, x).detach() * 0 + real(self, x) * 0\n"
+        f"import runpy; sys.argv[0] = {str(ROOT / SCRIPT)!r}; runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    flags = ["--model", small, "--manifest", videos["manifest"], *SMALL]
+    code, output = finish(start([sys.executable, tmp_path / "cut.py", *map(str, flags)], tmp_path))
+    assert code == 1 and "the projector got no gradient" in output
+    assert not (tmp_path / "runs" / "llava_vtt" / "checkpoints").exists()
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the real clips are not here")
+def test_real_layout_on_real_clips_with_two_ranks(tmp_path):
+    model = llava.build(tmp_path / "real")  # 729 tokens a frame
+    files = sorted(path for path in SHARED.iterdir() if path.suffix in (".mp4", ".mkv", ".avi"))
+    rows = [{"video": str(path), "question": "What happens?", "answer": f"thing {i}"} for i, path in enumerate(files)]
+    rows += [{"video": str(path), "question": "How many?", "answer": str(i)} for i, path in enumerate(files)]
+    manifest = llava.write_rows(tmp_path / "clips.jsonl", rows)
+    flags = ["--model", model, "--manifest", manifest, "--steps", 3, "--accum", 1, "--log_every", 1, "--max_new_tokens", 2]
+    output = run(SCRIPT, *flags, "--eval_questions", 1, "--deepspeed", ZERO3, cwd=tmp_path, ranks=2)
+    assert "5 of 384x384, 729 tokens each" in output and len(losses(tmp_path / "runs" / "llava_vtt")) == 3
+    run(SCRIPT, "--predict", files[0], "--question", "What happens?", "--max_new_tokens", 2, cwd=tmp_path)
+
+
+# --- Bad input
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--load_in_4bit"], "--load_in_4bit: needs a GPU"),
+        (["--predict", "clip.mp4"], "Give --question"),
+        (["--augment_flip"], "give both"),
+        (["--demo", "--video_dir", "x"], "the data come from one of them"),
+        (["--lora_r", "-1"], "--lora_r -1"),
+        (["--frames", "0"], "--frames 0: at least 1"),
+        (["--report_to", "nothing"], "report_to"),
+    ],
+)
+def test_flags_that_cannot_be(flags, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [SCRIPT, *flags])
+    with pytest.raises(SystemExit) as stop:
+        llava_vtt.main()
+    assert stop.value.code == 2
+    shown = re.sub(r"[\s│]+", " ", "".join(capsys.readouterr()))
+    assert told in shown
+
+
+@pytest.mark.parametrize("case", ["no question", "too few frames", "image", "class", "no chatml", "targets", "flip", "nothing"])
+def test_bad_input_is_found_before_the_model_is_loaded(case, tmp_path, small, videos, monkeypatch, capsys):
+    good = [{"video": str(videos["folder"] / f"video_{i:03d}.mp4"), "question": "a?", "answer": "a"} for i in range(2)]
+    rows, flags, model = good, {}, small
+    if case == "no question":
+        rows, told = [{k: v for k, v in row.items() if k != "question"} for row in good], "no question in any of 2 rows"
+    elif case == "too few frames":
+        flags, told = {"frames": 30}, "20 frames, 30 needed"
+    elif case == "image":
+        from PIL import Image
+
+        Image.new("RGB", (64, 64)).save(tmp_path / "still.jpg")
+        rows, told = [row | {"video": "still.jpg"} for row in good], "not a video"
+    elif case == "class":
+        from transformers import Qwen2Config
+
+        Qwen2Config().save_pretrained(model := tmp_path / "other")
+        told = "is of the class qwen2"
+    elif case == "no chatml":
+        model, told = llava.build(tmp_path / "other", size=32, patch=8, chatml=False), "no <|im_end|>"
+    elif case == "targets":
+        flags, told = {"lora_targets": "q_proj,query"}, "--lora_targets query: no such layer; the language model has down_proj,"
+    elif case == "flip":
+        rows, flags = [good[0] | {"answer": "to the left"}, good[1]], {"augment": True, "augment_flip": True}
+        told = "makes left and right wrong"
+    else:
+        model, told = tmp_path / "missing", "no such folder"
+    manifest = llava.write_rows(tmp_path / "rows.jsonl", rows)
+    cfg = Config(
+        report_to="none", manifest=manifest, model=str(model), cache_dir=tmp_path / "cache", dtype="fp32", steps=1, **flags
+    )
+    monkeypatch.setattr(llava_vtt, "load_weights", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(SystemExit) as stop:
+        base = llava_vtt.open_base(str(model))
+        llava_vtt.plan(cfg, base, llava_vtt.load_data(cfg, base), torch.device("cpu"))
+    assert stop.value.code == 2 and told in "".join(capsys.readouterr())
+
+
+# --- Hub
+
+
+def test_the_whole_pipeline_pushes_data_and_model_and_takes_them_back(tmp_path, small, videos, hub):
+    variables = hub_variables(hub, tmp_path)
+    flags = ["--model", small, "--manifest", videos["manifest"], *SMALL, "--steps", 2]
+    output = run(SCRIPT, *flags, "--push_to_hub", "--push_videos", cwd=tmp_path, **variables)
+    data, model = hub.files("tester/llava_vtt_data", kind="datasets"), hub.files("tester/llava_vtt")
+    assert hub.repo("tester/llava_vtt_data", "datasets").private and hub.repo("tester/llava_vtt").private
+    assert {"train.jsonl", "validation.jsonl", "README.md", "videos/train_000000.mp4"} <= data.keys()
+    assert str(tmp_path) not in b"".join(v for k, v in data.items() if not k.endswith(".mp4")).decode() and "pushed" in output
+    assert "adapter_model.safetensors" in model and not any("optim" in name or name.endswith(".bin") for name in model)
+    card = model["README.md"].decode()
+    snippet = re.search(r"```python\n(.*?)```", card, re.S)[1].replace("clip.mp4", str(videos["folder"] / "video_000.mp4"))
+    done = subprocess.run(
+        [sys.executable, "-c", snippet], cwd=tmp_path, env=environment(**variables), capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+    output = run(SCRIPT, "--model", small, "--dataset", "tester/llava_vtt_data", *SMALL, "--check", cwd=tmp_path, **variables)
+    assert "3 sequences with 6 questions to train on, 1 with 2 held out" in output, "the split comes back as it was"
+
+
+def test_a_model_on_the_hub_is_downloaded_and_one_without_weights_refused(tmp_path, small, videos, hub):
+    files = {path.name: path.read_bytes() for path in small.iterdir()}
+    hub.add_repo("tester/base", private=False, files=files)
+    flags = ["--model", "tester/base", "--manifest", videos["manifest"], *SMALL, "--steps", 1]
+    output = run(SCRIPT, *flags, "--check", cwd=tmp_path, **hub_variables(hub, tmp_path))
+    assert re.search(r"download 0.0\d GB of tester/base", output) and not list((tmp_path / "home").rglob("*.safetensors"))
+    output = run(SCRIPT, *flags, cwd=tmp_path, **hub_variables(hub, tmp_path))
+    assert "tester/base, 0.0" in output and list((tmp_path / "home").rglob("*.safetensors"))
+    shutil.copytree(small, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    output = run(SCRIPT, *flags[2:], "--model", "bare", "--check", cwd=tmp_path, expect=2)
+    assert "1 of 1 files of weights are missing, model.safetensors among them" in output
+
+
+def test_four_public_samples_without_any_data_flag(tmp_path, small, videos, hub):
+    for number, name in enumerate(("sample1.mp4", "sample2.mp4")):
+        hub.static[name] = Static((videos["folder"] / f"video_{number:03d}.mp4").read_bytes())
+    for name in ("0059", "0008"):
+        file = clips.write(tmp_path / f"hailuo-02_scene-motion_{name}.gif", 12, "gif", pix_fmt="rgb8")
+        hub.static[file.name] = Static(file.read_bytes())
+    mirror = {"SAMPLES_URL": f"{hub.url}/files"}
+    output = run(SCRIPT, "--model", small, *SMALL, "--check", cwd=tmp_path, **mirror)
+    assert "four public samples: 2 sequences with 2 questions to train on, 2 with 2 held out" in output
+
+
+def test_read_only_token_is_found_before_anything_is_loaded(tmp_path, small, videos, hub):
+    flags = ["--model", small, "--manifest", videos["manifest"], *SMALL, "--push_to_hub"]
+    output = run(SCRIPT, *flags, cwd=tmp_path, expect=2, **hub_variables(hub, tmp_path, READ))
+    assert "has the role read" in output and not (tmp_path / "runs").exists()
+
+
+# --- The demo
+
+
+def test_the_demo_made_short(tmp_path):
+    flags = "--demo --steps 3 --batch_size 4 --eval_questions 8 --log_every 1".split()
+    run(SCRIPT, *flags, cwd=tmp_path)
+    results = json.loads((tmp_path / "runs" / "llava_vtt_demo" / "results.json").read_text())
+    assert set(results["answers"]["in order"]["kinds"]) <= {"direction", "moving", "count", "colour", "shape"}
+    assert "exact match of 8 answers about held-out clips" in results["score_is"]
+    from PIL import Image
+
+    assert Image.open(tmp_path / "runs" / "llava_vtt_demo" / "model" / "samples.png").width > 300
+
+
+@pytest.mark.demo
+def test_demo_learns(tmp_path):
+    code, output = finish(start(command(SCRIPT, "--demo"), tmp_path, OMP_NUM_THREADS=os.cpu_count()), timeout=1800)
+    assert code == 0, output
+    results = json.loads((tmp_path / "runs" / "llava_vtt_demo" / "results.json").read_text())
+    direction = {how: results["answers"][how]["kinds"]["direction"] for how in llava_vtt.SHUFFLES}
+    assert results["score"] >= 0.9 and direction["in order"] >= 0.85
+    assert direction["shuffled"] < 0.5 and direction["reversed"] < 0.2
