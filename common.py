@@ -484,6 +484,100 @@ def leave_out(source: Any, good: int, bad: list[dict], max_bad: float) -> None:
         log.warning(f"warning: {len(bad)} of {good + len(bad)} samples are left out:{first}")
 
 
+DEFAULT_QUESTION = "What happens in this video?"
+# What is trained on when nothing is given: (file, caption, split), as a first look at a rented box.
+SAMPLES = [
+    ("https://huggingface.co/datasets/diffusion-datasets/sample-videos/resolve/main/sample1.mp4", "a cat", "train"),
+    ("https://huggingface.co/datasets/diffusion-datasets/sample-videos/resolve/main/sample2.mp4", "a cat", "held_out"),
+    ("https://assets.rapidata.ai/hailuo-02_scene-motion_0059.gif", "a breeze over grapes", "train"),
+    ("https://assets.rapidata.ai/hailuo-02_scene-motion_0008.gif", "a breeze over books", "held_out"),
+]
+
+
+def sample_rows() -> list[tuple[str, dict, str]]:
+    """The public samples; $SAMPLES_URL is a mirror that has the four files."""
+    mirror = os.environ.get("SAMPLES_URL", "").rstrip("/")
+    urls = [f"{mirror}/{url.rsplit('/', 1)[1]}" if mirror else url for url, _, _ in SAMPLES]
+    return [(u, {"video": u, "question": DEFAULT_QUESTION, "answer": a}, s) for u, (_, a, s) in zip(urls, SAMPLES)]
+
+
+def split_of(name: str) -> str:
+    """ "held_out" for validation, test and the like, "train" for other names, "" for none"""
+    return "held_out" if name.startswith(("held_out", "val", "test", "eval", "dev")) else "train" if name else ""
+
+
+def split_clips(videos: list[str], parts: list[str], fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Indices of rows to (train on, hold out), by video and never by row: the data set's own split (`parts`, as split_of gives
+    them; a video that lies in both is trained on), else a random `fraction` of the videos, at least one of two."""
+    if "held_out" in parts:
+        trained = {video for video, part in zip(videos, parts) if part != "held_out"}
+        held_out = {video for video in videos if video not in trained}
+    else:
+        unique = list(dict.fromkeys(videos))
+        count = min(len(unique) - 1, max(1, round(fraction * len(unique)))) if fraction else 0
+        held_out = {unique[i] for i in np.random.default_rng(seed).permutation(len(unique))[:count]}
+    rows = range(len(videos))
+    return [i for i in rows if videos[i] not in held_out], [i for i in rows if videos[i] in held_out]
+
+
+def dataset_rows(source: str, cache: Path, videos: bool) -> list[tuple[str, dict, str]]:
+    """(where, row, split) of a Hub id or folder that the library datasets loads. A video is a path, a URL, or the file itself."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        from datasets import Dataset, Video, load_dataset, load_from_disk
+    except ImportError:
+        refuse(f"--dataset {source}: pip install datasets")
+
+    local = Path(source).is_dir()
+    saved = local and any((Path(source) / name).exists() for name in ("dataset_dict.json", "state.json"))
+    try:
+        loaded = load_from_disk(source) if saved else load_dataset(source)
+    except (OSError, ValueError) as error:  # a missing repository is an OSError as well, an unknown format a ValueError
+        refuse(f"--dataset {source}: {brief(error)}")
+
+    def video_file(video: Any) -> str:
+        if isinstance(video, dict):  # {"path", "bytes"}: the file lies in the table
+            if not videos or not video.get("bytes"):
+                return str(video.get("path") or "")
+            target = cache / "dataset_videos" / f"{hashlib.sha256(video['bytes']).hexdigest()[:32]}.mp4"
+            if not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(target, lambda aside: aside.write_bytes(video["bytes"]))
+            return str(target)
+        if not videos or not isinstance(video, str) or is_url(video) or Path(video).is_absolute():
+            return video
+        return str(Path(source) / video) if local else hf_hub_download(source, video, repo_type="dataset")
+
+    rows, parts = [], {"train": loaded} if isinstance(loaded, Dataset) else loaded
+    for name, part in parts.items():
+        if isinstance(part.features.get("video"), Video):
+            part = part.cast_column("video", Video(decode=False))
+        split = split_of(name) if len(parts) > 1 else ""
+        for number, row in enumerate(part):
+            try:
+                rows.append((f"{source}, {name} row {number}", row | {"video": video_file(row.get("video"))}, split))
+            except OSError as error:  # not on the Hub
+                rows.append((f"{source}, {name} row {number}", row | {"video": f"{row['video']}: {brief(error)}"}, split))
+    return rows
+
+
+def all_rows(cfg: Any, videos: bool) -> tuple[list[tuple[str, dict, str]], Path]:
+    """What --manifest, --video_dir, --dataset, or none of them, give. `videos`: whether the files of a data set are wanted.
+    -> (rows as (where, row, split), the folder that relative paths start from). Exit 2 if there are none."""
+    if cfg.dataset:
+        return dataset_rows(cfg.dataset, cfg.cache_dir, videos), Path()
+    if source := cfg.manifest or cfg.video_dir:
+        folder = source if source.is_dir() else source.parent
+        return [(where, row, split_of(str(row.get("split") or ""))) for where, row in read_rows(source)], folder
+    return sample_rows(), Path()
+
+
+def without_mark(question: str) -> str:
+    """Without the "<image>" or "<video>" that LLaVA's own data sets put in front: the frames' place is known."""
+    return re.sub(r"^(\s*<(image|video)>)+", "", question).strip()
+
+
 MAX_PIXELS = 8192 * 4320  # a header can declare any picture and so claim all memory: refused before decoding
 # Only real containers are opened: ffmpeg's playlist formats (hls, concat, dash, sdp) would open other files and URLs.
 CONTAINERS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,h264,hevc,m4v,gif,flv,asf,ogg,ivf"
@@ -1288,6 +1382,43 @@ def hub_push(folder: Path, repo_id: str, message: str, kind: str = "model") -> s
     call = partial(api.upload_folder, repo_id=repo_id, repo_type=kind, folder_path=folder, commit_message=message, **chosen)
     retry(call, f"Hub, push to {repo_id}")
     return f"{api.endpoint}/{'datasets/' if kind == 'dataset' else ''}{repo_id}"
+
+
+def push_rows(folder: Path, repo_id: str, public: bool, parts: dict[str, list[dict]], about: str, script: str) -> None:
+    """Rank 0: push the rows of each split, JSON lines in `folder` beside what lies there, with a card, as a data set that the
+    script's --dataset takes. Exit 2 if that fails: nothing was trained yet."""
+    repo, parts = hub_check(repo_id, public, create=True, kind="dataset"), {split: rows for split, rows in parts.items() if rows}
+    for split, rows in parts.items():
+        write_lines(folder / f"{split}.jsonl", rows)
+    listed = "\n".join(f"  - split: {split}\n    path: {split}.jsonl" for split in parts)
+    table = "\n".join(f"| {split} | {len({row.get('video') for row in rows})} | {len(rows)} |" for split, rows in parts.items())
+    (folder / "README.md").write_text(f"""---
+task_categories: [visual-question-answering]
+tags: [video]
+configs:
+- config_name: default
+  data_files:
+{listed}
+---
+# {repo.split("/")[-1]}
+
+Questions about videos, as `{script}` trained on them; the splits share no video.
+
+| split | videos | questions |
+|---|---|---|
+{table}
+
+{about}
+
+```bash
+python {script} --dataset {repo}
+```
+""")
+    try:
+        url = hub_push(folder, repo, f"{script}, {sum(map(len, parts.values()))} questions", kind="dataset")
+    except (OSError, RuntimeError, ValueError) as error:
+        refuse(f"Hub, push the data set to {repo}: {brief(error)}; run again, or use --no_push_to_hub")
+    log.info(f"pushed {url}")
 
 
 def push_finished(folder: Path, repo: str, message: str) -> None:

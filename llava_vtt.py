@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import importlib.util
 import json
 import math
@@ -40,7 +39,7 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -59,9 +58,11 @@ from trl import SFTConfig, SFTTrainer
 
 from common import (
     COLOURS,
+    DEFAULT_QUESTION,
     GB,
     MOVES,
     BadSample,
+    all_rows,
     barrier,
     brief,
     catch_signals,
@@ -80,7 +81,6 @@ from common import (
     from_all_ranks,
     full_weights,
     hub_check,
-    hub_push,
     init_distributed,
     is_url,
     learning_rate,
@@ -94,10 +94,10 @@ from common import (
     pick_dtype,
     prepare_run_folder,
     push_finished,
+    push_rows,
     rank,
     read_flags,
     read_json_lines,
-    read_rows,
     record,
     refuse,
     resume_checkpoint,
@@ -105,20 +105,20 @@ from common import (
     save_checkpoint,
     saved_bytes,
     seed_of,
+    split_clips,
     summary,
     sync,
     take_run_folder,
     tracker,
+    without_mark,
     world_size,
     write_grid,
     write_json,
     write_lines,
     write_loss_curve,
-    write_whole,
 )
 
 BASE_MODEL = "llava-hf/llava-interleave-qwen-7b-hf"
-DEFAULT_QUESTION = "What happens in this video?"
 # ChatML, as the model was trained; the span between the generation marks is what the loss sees: the answer and its end.
 TEMPLATE = """\
 {% for message in messages %}
@@ -259,8 +259,8 @@ class QA(NamedTuple):
     kind: str = ""  # what is asked for, where the data say so: the table at the end has a line for each
 
 
-# One shape moves or stays; sometimes another, smaller and of another colour, stands behind it. Directions can be read from the
-# order of the frames alone: where the shape is in one frame says little.
+# One shape stays or crosses half the frame; sometimes another, smaller and of another colour, stands behind it. The same pictures
+# in another order show another direction.
 DEMO_SIZE = 32  # height and width, pixels
 SHAPES = ("square", "ring", "cross")
 NUM_HELD_OUT = 400
@@ -392,81 +392,12 @@ class Clip:
     video: str  # path or http(s) URL
     qa: tuple[QA, ...]
     where: str  # file and line, for messages
-    split: str = ""  # "train" or "held_out" where the data set says so
-
-
-# What is trained on when nothing is given: (file, caption, split), as a first look at a rented box.
-SAMPLES = [
-    ("https://huggingface.co/datasets/diffusion-datasets/sample-videos/resolve/main/sample1.mp4", "a cat", "train"),
-    ("https://huggingface.co/datasets/diffusion-datasets/sample-videos/resolve/main/sample2.mp4", "a cat", "held_out"),
-    ("https://assets.rapidata.ai/hailuo-02_scene-motion_0059.gif", "a breeze over grapes", "train"),
-    ("https://assets.rapidata.ai/hailuo-02_scene-motion_0008.gif", "a breeze over books", "held_out"),
-]
-
-
-def sample_rows() -> list[tuple[str, dict, str]]:
-    """The public samples; $SAMPLES_URL is a mirror that has the four files."""
-    mirror = os.environ.get("SAMPLES_URL", "").rstrip("/")
-    urls = [f"{mirror}/{url.rsplit('/', 1)[1]}" if mirror else url for url, _, _ in SAMPLES]
-    return [(u, {"video": u, "question": DEFAULT_QUESTION, "answer": a}, s) for u, (_, a, s) in zip(urls, SAMPLES)]
-
-
-def dataset_rows(source: str, cache: Path) -> list[tuple[str, dict, str]]:
-    """(where, row, split) of a Hub id or folder that the library datasets loads. A video is a path, a URL, or the file itself."""
-    from datasets import Dataset, Video, load_dataset, load_from_disk
-    from huggingface_hub import hf_hub_download
-
-    local = Path(source).is_dir()
-    saved = local and any((Path(source) / name).exists() for name in ("dataset_dict.json", "state.json"))
-    try:
-        loaded = load_from_disk(source) if saved else load_dataset(source)
-    except (OSError, ValueError) as error:  # a missing repository is an OSError as well, an unknown format a ValueError
-        refuse(f"--dataset {source}: {brief(error)}")
-
-    def video_file(video: Any) -> str:
-        if isinstance(video, dict):  # {"path", "bytes"}: the file lies in the table
-            if not video.get("bytes"):
-                return str(video.get("path") or "")
-            target = cache / "dataset_videos" / f"{hashlib.sha256(video['bytes']).hexdigest()[:32]}.mp4"
-            if not target.exists():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                write_whole(target, lambda aside: aside.write_bytes(video["bytes"]))
-            return str(target)
-        if not isinstance(video, str) or is_url(video) or Path(video).is_absolute():
-            return video
-        return str(Path(source) / video) if local else hf_hub_download(source, video, repo_type="dataset")
-
-    rows = []
-    for name, part in ({"train": loaded} if isinstance(loaded, Dataset) else loaded).items():
-        if isinstance(part.features.get("video"), Video):
-            part = part.cast_column("video", Video(decode=False))
-        split = "held_out" if name.startswith(("val", "test", "eval", "dev")) else "train" if len(loaded) > 1 else ""
-        for number, row in enumerate(part):
-            try:
-                rows.append((f"{source}, {name} row {number}", row | {"video": video_file(row.get("video"))}, split))
-            except OSError as error:  # not on the Hub
-                rows.append((f"{source}, {name} row {number}", row | {"video": f"{row['video']}: {brief(error)}"}, split))
-    return rows
-
-
-def all_rows(cfg: Config) -> tuple[list[tuple[str, dict, str]], Path]:
-    """-> (rows as (where, row, split), the folder that relative paths start from)"""
-    if cfg.dataset:
-        return dataset_rows(cfg.dataset, cfg.cache_dir), Path()
-    if source := cfg.manifest or cfg.video_dir:
-        folder = source if source.is_dir() else source.parent
-        return [(where, row, str(row.get("split") or "")) for where, row in read_rows(source)], folder
-    return sample_rows(), Path()
-
-
-def without_mark(question: str) -> str:
-    """Without the "<image>" or "<video>" that LLaVA's own data sets put in front: the frames' place is known."""
-    return re.sub(r"^(\s*<(image|video)>)+", "", question).strip()
+    split: str = ""  # as split_of gives it
 
 
 def read_questions(cfg: Config) -> tuple[list[Clip], list[dict]]:
     """-> (a clip for each video, with all its questions, bad samples). Exit 2 when no row has a question."""
-    rows, folder = all_rows(cfg)
+    rows, folder = all_rows(cfg, videos=True)
     default = cfg.question or (DEFAULT_QUESTION if cfg.video_dir else "")
     if not default and not any(first_of(row, "question", "qa") for _, row, _ in rows):
         refuse(
@@ -491,23 +422,10 @@ def read_questions(cfg: Config) -> tuple[list[Clip], list[dict]]:
         else:
             source = video if is_url(video) else str(folder / video)
             qa = tuple(QA(without_mark(q), a.strip(), str(kind or "")) for q, a, kind in asked)
-            held_out = split.startswith(("held_out", "val", "test", "eval", "dev"))
-            part = "held_out" if held_out else "train" if split else ""
-            earlier = clips.get(source, Clip(source, (), where, part))
-            # A video that lies in both parts is trained on: its held-out questions would be about pictures that were seen.
-            part = earlier.split if earlier.split == part else "train"
+            earlier = clips.get(source, Clip(source, (), where, split))
+            part = split if split == earlier.split else "train"  # held-out questions about pictures that were seen prove nothing
             clips[source] = dataclasses.replace(earlier, qa=earlier.qa + qa, split=part)
     return list(clips.values()), bad
-
-
-def split_clips(clips: list[Clip], fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices to (train on, hold out): the data set's own split, else a random `fraction` of the videos, at least one of two."""
-    if any(clip.split == "held_out" for clip in clips):
-        held_out = {i for i, clip in enumerate(clips) if clip.split == "held_out"}
-    else:
-        count = min(len(clips) - 1, max(1, round(fraction * len(clips)))) if fraction else 0
-        held_out = set(np.random.default_rng(seed).permutation(len(clips))[:count].tolist())
-    return [i for i in range(len(clips)) if i not in held_out], sorted(held_out)
 
 
 @dataclass(frozen=True)
@@ -550,7 +468,7 @@ def load_data(cfg: Config, base: Base) -> Data:
         return [clip for clip, _ in good], [file for _, file in good], bad
 
     clips, files, bad = on_rank0(decode)
-    parts = split_clips(clips, cfg.val_fraction, cfg.seed)
+    parts = split_clips([clip.video for clip in clips], [clip.split for clip in clips], cfg.val_fraction, cfg.seed)
     if not parts[0]:
         refuse("every video is in the held-out split: there is none to train on")
     turns = range(0, max(len(clip.qa) for clip in clips), cfg.max_turns)
@@ -690,7 +608,7 @@ def get_batch(stages: list[list[Sample]], collate: Collator, cfg: Config, micro_
 class Batches:
     """The data loader: from micro-step `start` to the last, each prepared in a thread while the GPU works on the one before."""
 
-    def __init__(self, stages: list[list[Sample]], collate: Collator, cfg: Config, start: int) -> None:
+    def __init__(self, stages: list, collate: Callable[[list], dict[str, Tensor]], cfg: Config, start: int) -> None:
         self.stages, self.collate, self.cfg, self.start = stages, collate, cfg, start
 
     def __len__(self) -> int:
@@ -753,18 +671,13 @@ def open_base(source: str) -> Base:
     return Base(source, folder, config, processor, int((tokens == processor.image_token_id).sum()), size, crop)
 
 
-def target_modules(cfg: Config) -> str:
-    """The layers of the language model that get LoRA, as the pattern of names that PEFT takes."""
-    return rf".*language_model.*\.({'|'.join(cfg.lora_targets.split(','))})"
-
-
 def lora_config(cfg: Config):
     from peft import LoraConfig
 
-    whole = ["multi_modal_projector", *(["vision_tower"] if cfg.train_vision else [])]
     return LoraConfig(
-        r=cfg.lora_r, lora_alpha=cfg.lora_alpha, lora_dropout=cfg.lora_dropout, target_modules=target_modules(cfg),
-        modules_to_save=whole, task_type="CAUSAL_LM",
+        r=cfg.lora_r, lora_alpha=cfg.lora_alpha, lora_dropout=cfg.lora_dropout, task_type="CAUSAL_LM",
+        target_modules=rf".*language_model.*\.({'|'.join(cfg.lora_targets.split(','))})",
+        modules_to_save=["multi_modal_projector", *(["vision_tower"] if cfg.train_vision else [])],
     )  # fmt: skip
 
 
@@ -872,8 +785,8 @@ def evaluate(model: nn.Module, base: Base, data: Data, cfg: Config) -> dict:
     result: dict[str, Any] = {"held_out_loss": held_out_loss(model, base, data, cfg)}
     for how in SHUFFLES:
         answers: dict[int, str] = {}
-        for start in range(0, rounds, 4 * cfg.batch_size):
-            part = mine[start : start + 4 * cfg.batch_size]
+        for start in range(0, rounds, cfg.batch_size):  # a sequence's cache of keys and values is about its training memory
+            part = mine[start : start + cfg.batch_size]
             clips = [rearrange_frames(data.held_out[asked[i][0]].load(cfg.frames), how, i) for i in part]
             items = [(clip, asked[i][1].question) for clip, i in zip(clips, part)]
             answers |= dict(zip(part, generate_answers(model, base, items, cfg)))
@@ -1093,36 +1006,41 @@ class VideoTrainer(SFTTrainer):
         return loss
 
 
+def save(cfg: Config, engine: Any, facts: dict, step: int) -> None:
+    """Every rank: checkpoints/step_000200 to resume from, with what is trained alone: 14 bytes a parameter in bf16."""
+
+    def write(aside: Path) -> None:
+        engine.save_checkpoint(str(aside), tag="deepspeed", save_latest=False, exclude_frozen_parameters=True)
+
+    save_checkpoint(cfg.output_dir / "checkpoints", step, write, cfg.keep, ranks=world_size(), **facts)
+    log.info(f"saved {cfg.output_dir / 'checkpoints' / f'step_{step:06d}'}")
+
+
 class Watch(TrainerCallback):
     """Around the steps of the trainer: learning rate, seeds, log, checkpoints, evaluation, signals."""
 
-    def __init__(self, cfg: Config, base: Base, data: Data, facts: dict, step: int, caught: list[int], bar: tqdm) -> None:
-        self.cfg, self.base, self.data, self.facts, self.caught, self.bar = cfg, base, data, facts, caught, bar
-        self.step, self.first, self.skipped, self.projector_grad = step, step + 1, 0, 0.0
-        self.track = tracker(cfg.report_to, cfg.output_dir, "llava_vtt") if rank() == 0 else None
-        self.resume: Path | None = None
-        self.other_ranks = False
+    def __init__(self, cfg: Config, trainer: Any, resume: tuple, facts: dict, caught: list[int], bar: tqdm, on: dict) -> None:
+        """resume: as resume_checkpoint returns it; facts: what goes into each checkpoint; caught: signals; on: what to call after
+        the "first" step, and to "evaluate" at a step."""
+        self.cfg, self.trainer, self.facts, self.caught, self.bar, self.on = cfg, trainer, facts, caught, bar, on
+        self.found, self.step, self.other_ranks = resume
+        self.first, self.skipped = self.step + 1, 0
+        self.track = tracker(cfg.report_to, cfg.output_dir, Path(__file__).stem) if rank() == 0 else None
 
     def start_clock(self) -> None:
         self.since, self.since_step = time.monotonic(), self.step
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        engine = self.trainer.deepspeed
-        if self.resume:
-            load_engine(engine, self.resume, self.other_ranks, frozen_left_out=True)
-            log.info(f"resumed {self.resume}{', saved by another number of ranks' if self.other_ranks else ''}")
+        if self.found:
+            load_engine(self.trainer.deepspeed, self.found, self.other_ranks, frozen_left_out=True)
+            log.info(f"resumed {self.found}{', saved by another number of ranks' if self.other_ranks else ''}")
         state.global_step = self.step
-        projector = core(self.trainer.model).model.multi_modal_projector
-        self.hooks = [p.register_hook(self.watch_projector) for p in projector.parameters() if p.requires_grad]
         self.start_clock()
-
-    def watch_projector(self, grad: Tensor) -> None:
-        self.projector_grad = max(self.projector_grad, float(grad.abs().max()))
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         for group in self.trainer.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate(self.cfg, self.step)
-        torch.manual_seed(seed_of(self.cfg.seed, self.step, rank()))  # of LoRA's dropout
+        torch.manual_seed(seed_of(self.cfg.seed, self.step, rank()))  # of dropout
         self.trainer.loss_of_step = 0.0
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
@@ -1131,10 +1049,7 @@ class Watch(TrainerCallback):
         self.step = step = state.global_step
         self.bar.update()
         if step == self.first:
-            for hook in self.hooks:
-                hook.remove()
-            if over_ranks(self.projector_grad, "max") == 0:
-                raise SystemExit("error: the projector got no gradient: the model answers without the video; nothing was saved")
+            self.on["first"]()
         if engine.was_step_applied():  # an update with a gradient that is not finite is skipped by DeepSpeed, on all ranks
             self.skipped = 0
         elif not engine.fp16_enabled() or not math.isfinite(self.mean_loss()):  # fp16 skips to find its scale
@@ -1153,13 +1068,9 @@ class Watch(TrainerCallback):
             log.info(f"stopped by {signal.Signals(stop).name} after step {step}; the same command goes on from there")
             raise SystemExit(128 + stop)
         if step % cfg.eval_every == 0 and step < cfg.steps:
-            result = evaluate(self.trainer.model, self.base, self.data, cfg)
-            log.info(f"eval step {step:06d} | held-out loss {result['held_out_loss']:.4f} | " + brief_scores(result))
+            row = self.on["evaluate"](step)
             if rank() == 0:
-                row = {"step": step, "held_out_loss": result["held_out_loss"]}
-                row |= {f"{name}_{how.replace(' ', '_')}": result[how][name] for how in SHUFFLES for name in METRICS}
-                record(cfg.output_dir, row, self.track)
-                write_lines(cfg.output_dir / "samples" / f"answers_step{step:06d}.jsonl", result["answers"])
+                record(cfg.output_dir, {"step": step} | row, self.track)
                 write_loss_curve(cfg.output_dir, CURVES, "cross-entropy per answer token")
         if saved or step % cfg.eval_every == 0:  # the clock is for training alone
             self.start_clock()
@@ -1180,18 +1091,41 @@ class Watch(TrainerCallback):
         self.start_clock()
 
 
-def brief_scores(result: dict) -> str:
-    return " | ".join(f"{how} {result[how]['exact']:.2f}" for how in SHUFFLES) + " exact"
+def watch_projector(model: nn.Module) -> Callable[[], None]:
+    """-> what to call after the first step: it ends the run when no gradient has reached the projector."""
+    projector, reached = core(model).model.multi_modal_projector, []
+    hooks = [p.register_hook(lambda grad: reached.append(bool(grad.any()))) for p in projector.parameters() if p.requires_grad]
+
+    def check() -> None:
+        for hook in hooks:
+            hook.remove()
+        if not over_ranks(any(reached), "max"):
+            raise SystemExit("error: the projector got no gradient: the model answers without the video; nothing was saved")
+
+    return check
 
 
-def save(cfg: Config, engine: Any, facts: dict, step: int) -> None:
-    """Every rank: checkpoints/step_000200 to resume from, with what is trained alone: 14 bytes a parameter in bf16."""
+def evaluate_at(step: int, model: nn.Module, base: Base, data: Data, cfg: Config) -> dict[str, float]:
+    """Every rank: evaluate in the middle of the run. -> what goes into metrics.jsonl"""
+    result = evaluate(model, base, data, cfg)
+    exact = " | ".join(f"{how} {result[how]['exact']:.2f}" for how in SHUFFLES)
+    log.info(f"eval step {step:06d} | held-out loss {result['held_out_loss']:.4f} | {exact} exact")
+    if rank() == 0:
+        write_lines(cfg.output_dir / "samples" / f"answers_step{step:06d}.jsonl", result["answers"])
+    scored = {f"{name}_{how.replace(' ', '_')}": result[how][name] for how in SHUFFLES for name in METRICS}
+    return {"held_out_loss": result["held_out_loss"]} | scored
 
-    def write(aside: Path) -> None:
-        engine.save_checkpoint(str(aside), tag="deepspeed", save_latest=False, exclude_frozen_parameters=True)
 
-    save_checkpoint(cfg.output_dir / "checkpoints", step, write, cfg.keep, ranks=world_size(), **facts)
-    log.info(f"saved {cfg.output_dir / 'checkpoints' / f'step_{step:06d}'}")
+def tiny_model(cfg: Config) -> str:
+    """Rank 0: the demo's model, built once into the cache: a folder, loaded as the real one is."""
+    folder = cfg.cache_dir / f"{Path(__file__).stem}_tiny_{cfg.seed}_1"  # 1: version of build_tiny
+    if not folder.exists():
+        aside = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        build_tiny(aside, cfg.seed)
+        aside.rename(folder)
+    return str(folder)
 
 
 def train(cfg: Config) -> None:
@@ -1218,6 +1152,7 @@ def train(cfg: Config) -> None:
     stage = config["zero_optimization"]["stage"]
     facts = {"zero_stage": stage, "dtype": cfg.dtype, "base_model": cfg.model}
     found, step, other_ranks = resume_checkpoint(cfg.output_dir / "checkpoints", cfg.resume, world_size(), **facts)
+    cfg = dataclasses.replace(cfg, steps=max(cfg.steps, step))  # more GPUs make fewer steps of the same --epochs
     folder = on_rank0(lambda: fetch_model(cfg.model, "*"))
     repo = ""
     if cfg.push_to_hub:
@@ -1245,13 +1180,13 @@ def train(cfg: Config) -> None:
     batches = Batches(curriculum(data.train, cfg.curriculum), Collator(base, cfg), cfg, step * cfg.accum)
     bar = tqdm(total=cfg.steps, initial=step, unit="step", disable=None if rank() == 0 else True)
     with bar, logging_redirect_tqdm([log]), catch_signals() as caught:
-        watch = Watch(cfg, base, data, facts, step, caught, bar)
-        watch.resume, watch.other_ranks = found, other_ranks
         trainer = VideoTrainer(
-            cfg, batches, model=model, args=args, processing_class=base.processor, callbacks=[watch],
+            cfg, batches, model=model, args=args, processing_class=base.processor,
             peft_config=lora_config(cfg) if cfg.lora_r else None,
         )  # fmt: skip
-        watch.trainer = trainer
+        evaluation = functools.partial(evaluate_at, model=trainer.model, base=base, data=data, cfg=cfg)
+        on = {"first": watch_projector(trainer.model), "evaluate": evaluation}
+        trainer.add_callback(Watch(cfg, trainer, (found, step, other_ranks), facts, caught, bar, on))
         trainer.remove_callback(PrinterCallback)
         try:
             trainer.train()
@@ -1263,18 +1198,6 @@ def train(cfg: Config) -> None:
                 ) from error
             raise
     publish(cfg, trainer.model, base, data, repo)
-
-
-def tiny_model(cfg: Config) -> str:
-    """Rank 0: the demo's model, built once into the cache: a folder, loaded as the real one is."""
-    folder = cfg.cache_dir / f"llava_tiny_{cfg.seed}_1"  # 1: version of build_tiny
-    if not folder.exists():
-        aside = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        build_tiny(aside, cfg.seed)
-        aside.rename(folder)
-    return str(folder)
 
 
 # ---------------------------------------------------------------------------
@@ -1374,52 +1297,18 @@ def push_data(cfg: Config, data: Data) -> None:
     """Rank 0: the rows of both splits, with --push_videos the files, as a data set that --dataset takes. Exit 2 if that fails."""
     folder = cfg.output_dir / "dataset"
     shutil.rmtree(folder, ignore_errors=True)  # made by us, and made anew
-    folder.mkdir()
-    repo = hub_check(cfg.hub_dataset_id, cfg.public, create=True, kind="dataset")
-    counts = {}
+    (folder / "videos").mkdir(parents=True)
+    parts = {}
     for split, clips in zip(("train", "validation"), data.clips):
-        rows = []
+        parts[split] = []
         for number, clip in enumerate(clips):
             video = clip.video if is_url(clip.video) else Path(clip.video).name  # no path of this machine
             if cfg.push_videos and not is_url(clip.video):
                 video = f"videos/{split}_{number:06d}{Path(clip.video).suffix}"
-                (folder / "videos").mkdir(exist_ok=True)
                 shutil.copyfile(clip.video, folder / video)
-            rows += [{"video": video, "question": qa.question, "answer": qa.answer} for qa in clip.qa]
-        if rows:
-            write_lines(folder / f"{split}.jsonl", rows)
-            counts[split] = (len(clips), len(rows))
-    listed = "\n".join(f"  - split: {split}\n    path: {split}.jsonl" for split in counts)
-    table = "\n".join(f"| {split} | {clips} | {rows} |" for split, (clips, rows) in counts.items())
-    (folder / "README.md").write_text(f"""---
-task_categories: [visual-question-answering]
-tags: [video]
-configs:
-- config_name: default
-  data_files:
-{listed}
----
-# {repo.split("/")[-1]}
-
-Questions about videos, as `llava_vtt.py` trained on them; the splits share no video.
-
-| split | videos | questions |
-|---|---|---|
-{table}
-
-`video` is a URL{", or a file of this repository" if cfg.push_videos else ", or the name of a file that is not part of it"}.
-
-```bash
-python llava_vtt.py --dataset {repo}
-```
-""")
-    try:
-        url = hub_push(
-            folder, repo, f"{Path(__file__).name}, {sum(rows for _, rows in counts.values())} questions", kind="dataset"
-        )
-    except (OSError, RuntimeError, ValueError) as error:
-        refuse(f"Hub, push the data set to {repo}: {brief(error)}; run again, or use --no_push_to_hub")
-    log.info(f"pushed {url}")
+            parts[split] += [{"video": video, "question": qa.question, "answer": qa.answer} for qa in clip.qa]
+    files = "a file of this repository" if cfg.push_videos else "the name of a file that is not part of it"
+    push_rows(folder, cfg.hub_dataset_id, cfg.public, parts, f"`video` is a URL, or {files}.", Path(__file__).name)
 
 
 def write_card(cfg: Config, results: dict, base: Base, repo: str) -> None:

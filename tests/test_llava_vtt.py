@@ -33,8 +33,9 @@ from conftest import (
 from hub import READ, Static
 from safetensors.torch import load_file
 
+import common
 import llava_vtt
-from llava_vtt import QA, Clip, Collator, Config, Sample
+from llava_vtt import QA, Collator, Config, Sample
 
 SCRIPT = "llava_vtt.py"
 ZERO3 = ROOT / "ds_zero3_offload.json"
@@ -305,13 +306,14 @@ def test_the_mark_of_llavas_own_data_sets_is_taken_off(videos, tmp_path):
 
 
 def test_split_is_by_video():
-    found = [Clip(str(i), QUESTIONS, "") for i in range(20)]
-    train, held_out = llava_vtt.split_clips(found, 0.1, seed=0)
-    assert len(held_out) == 2 and sorted(train + held_out) == list(range(20))
-    assert llava_vtt.split_clips(found, 0.1, seed=0) == (train, held_out) != llava_vtt.split_clips(found, 0.1, seed=1)
-    assert llava_vtt.split_clips(found[:1], 0.1, 0) == ([0], []) and len(llava_vtt.split_clips(found[:2], 0.01, 0)[1]) == 1
-    own = [dataclasses.replace(clip, split="held_out" if i == 3 else "train") for i, clip in enumerate(found)]
-    assert llava_vtt.split_clips(own, 0.5, 0)[1] == [3]
+    videos, none = [str(i // 2) for i in range(40)], [""] * 40  # two rows each
+    train, held_out = common.split_clips(videos, none, 0.1, seed=0)
+    assert len(held_out) == 4 and sorted(train + held_out) == list(range(40))
+    assert not {videos[i] for i in train} & {videos[i] for i in held_out}
+    assert common.split_clips(videos, none, 0.1, 0) == (train, held_out) != common.split_clips(videos, none, 0.1, 1)
+    assert common.split_clips(videos[:2], none, 0.1, 0) == ([0, 1], []) and common.split_clips(["a", "b"], ["", ""], 0.01, 0)[1]
+    own = ["held_out" if i in (6, 7, 8) else "train" for i in range(40)]
+    assert common.split_clips(videos, own, 0.5, 0)[1] == [6, 7], "a video in both parts is trained on"
 
 
 def test_a_video_in_both_splits_is_trained_on_only(videos, tmp_path):
@@ -423,32 +425,21 @@ print("LOSS", L.held_out_loss(model, base, L.load_data(cfg, base), cfg))
     assert float(re.search(r"LOSS (\S+)", done.stdout)[1]) == pytest.approx(measured, rel=1e-6)
 
 
-def test_two_ranks_and_zero3_offload_give_the_losses_of_one(unbroken, small, videos, tmp_path):
+def test_two_ranks_with_zero3_offload_and_accumulation_give_the_losses_of_one_batch(unbroken, small, videos, tmp_path):
     """Two ranks of one clip are one rank of two: the loss is the mean over all answer tokens, however they are spread."""
     flags = ["--model", small, "--manifest", videos["manifest"], *SMALL, "--lora_dropout", 0]
     run(SCRIPT, *flags, "--batch_size", 2, "--steps", 3, "--output_dir", "one", cwd=tmp_path)
-    run(
-        SCRIPT,
-        *flags,
-        "--steps",
-        3,
-        "--deepspeed",
-        ZERO3,
-        "--gradient_checkpointing",
-        "on",
-        cwd=tmp_path,
-        ranks=2,
-        launcher="deepspeed",
-    )
-    one, two = losses(tmp_path / "one"), losses(tmp_path / "runs" / "llava_vtt")
-    for (_, a, norm_a), (_, b, norm_b) in zip(one, two):
-        assert a == pytest.approx(b, rel=1e-4) and norm_a == pytest.approx(norm_b, rel=1e-3)
+    run(SCRIPT, *flags, "--accum", 2, "--steps", 3, "--output_dir", "accumulated", cwd=tmp_path)
+    offload = ["--steps", 3, "--deepspeed", ZERO3, "--gradient_checkpointing", "on"]
+    run(SCRIPT, *flags, *offload, cwd=tmp_path, ranks=2, launcher="deepspeed")
+    for other in ("accumulated", "runs/llava_vtt"):
+        for (_, a, norm_a), (_, b, norm_b) in zip(losses(tmp_path / "one"), losses(tmp_path / other)):
+            assert a == pytest.approx(b, rel=1e-4) and norm_a == pytest.approx(norm_b, rel=1e-3), other
     a, b = adapter(tmp_path / "one"), adapter(tmp_path / "runs" / "llava_vtt")
     assert a.keys() == b.keys() and all(torch.allclose(a[name], b[name], atol=1e-3) for name in a)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_killed_while_training_goes_on_to_the_same_weights(tmp_path, ranks, unbroken, small, videos):
+def test_killed_while_training_goes_on_to_the_same_weights(tmp_path, unbroken, small, videos, ranks=1):
     flags = ["--model", small, "--manifest", videos["manifest"], *SMALL, "--output_dir", tmp_path / "run"]
     process = start(command(SCRIPT, *flags, ranks=ranks), tmp_path)
     wait_for(lambda: '"step": 3' in read(tmp_path / "run" / "metrics.jsonl"), what="step 3")
