@@ -451,14 +451,21 @@ def read_rows(source: Path) -> list[tuple[str, dict]]:
     elif not source.is_file():
         refuse(f"{source} does not exist")
     elif source.suffix == ".csv":
-        with source.open(newline="", encoding="utf-8-sig") as file:
-            rows = [(f"{source}:{number}", row) for number, row in enumerate(csv.DictReader(file), 2)]
+        try:
+            with source.open(newline="", encoding="utf-8-sig") as file:
+                rows = [(f"{source}:{number}", row) for number, row in enumerate(csv.DictReader(file), 2)]
+        except (UnicodeDecodeError, csv.Error) as error:
+            refuse(f"{source} is not CSV in UTF-8: {error}")
     elif source.suffix == ".parquet":
         try:
             import pyarrow.parquet
         except ImportError:
             refuse(f"{source}: pip install pyarrow, or convert it to JSON lines")
-        rows = [(f"{source}, row {i}", row) for i, row in enumerate(pyarrow.parquet.read_table(source).to_pylist(), 1)]
+        try:
+            table = pyarrow.parquet.read_table(source).to_pylist()
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            refuse(f"{source} is not parquet: {error}")
+        rows = [(f"{source}, row {i}", row) for i, row in enumerate(table, 1)]
     else:
         rows = [(f"{source}:{number}", row) for number, row in read_json_lines(source)]
     return rows or refuse(f"{source} is empty")
@@ -1458,7 +1465,10 @@ def check_weights(source: str) -> None:
         if missing := sorted(name for name in wanted if not (folder / name).is_file()):
             refuse(f"--model {source}: {len(missing)} of {len(wanted)} files of weights are missing, {missing[0]} among them")
     elif not offline(source):
-        files = snapshot_download(source, dry_run=True)
+        try:
+            files = retry(lambda: snapshot_download(source, dry_run=True), f"look up {source}", attempts=2)
+        except (OSError, ValueError) as error:
+            refuse(f"--model {source}: {brief(error)}")
         need, cache = sum(file.file_size for file in files if file.will_download), Path(constants.HF_HUB_CACHE)
         log.info(f"download {need / GB:.2f} GB of {source} to {cache}, {disk_free(cache) / GB:.1f} GB free")
         if need > disk_free(cache):

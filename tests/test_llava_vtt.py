@@ -300,6 +300,14 @@ def test_videos_inside_a_table_and_their_splits(videos, tmp_path):
     assert Path(found[0].video).read_bytes() == Path(rows["video"][0]).read_bytes()
 
 
+@pytest.mark.parametrize("name", ["rows.csv", "rows.parquet", "rows.jsonl"])
+def test_a_file_that_is_not_what_its_name_says(tmp_path, name, capsys):
+    (tmp_path / name).write_bytes(b"\xff\xfevideo\x00,\x80")
+    with pytest.raises(SystemExit) as stop:
+        questions(manifest=tmp_path / name)
+    assert stop.value.code == 2 and name in capsys.readouterr().err
+
+
 def test_the_mark_of_llavas_own_data_sets_is_taken_off(videos, tmp_path):
     row = {"video": str(videos["folder"] / "video_000.mp4"), "question": "<video>\nWhat is it?", "answer": "a"}
     assert questions(manifest=llava.write_rows(tmp_path / "rows.jsonl", [row]))[0][0].qa[0].question == "What is it?"
