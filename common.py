@@ -241,7 +241,7 @@ def catch_signals() -> Iterator[list[int]]:
 MAY_CHANGE = set(
     "output_dir cache_dir check prompt steps epochs lr clip log_every eval_every save_every keep resume push_to_hub hub_model_id "
     "public report_to num_workers max_bad deepspeed gradient_checkpointing predict attn compile eval_questions max_new_tokens "
-    "hub_dataset_id push_videos".split()
+    "hub_dataset_id push_videos num_beams metadata max_cut".split()
 )
 
 

@@ -691,6 +691,8 @@ def measure(base: Base, cfg: Config, source: int, target: int) -> tuple[int, int
     encoder, decoder = (torch.empty(batch, n, width, dtype=kind, device="meta", requires_grad=True) for n in (source, target))
     plain = saved_bytes(lambda: inner(inputs_embeds=encoder, decoder_inputs_embeds=decoder, use_cache=False), model)
     logits = batch * target * text.vocab_size * (2 * kind.itemsize + 8)  # chosen, in fp32, and their gradient
+    if not cfg.lora_r:  # embeddings and head are one: backward has two gradients of it before it adds them
+        logits += text.vocab_size * width * kind.itemsize
     layers = text.encoder_layers + text.decoder_layers
     once = batch * (text.encoder_layers * source + text.decoder_layers * target) * width * kind.itemsize
     frozen = (parameters if cfg.lora_r else 0) * kind.itemsize
