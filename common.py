@@ -509,7 +509,7 @@ def sample_rows() -> list[tuple[str, dict, str]]:
 
 
 def split_of(name: str) -> str:
-    """ "held_out" for validation, test and the like, "train" for other names, "" for none"""
+    """The part that a split's name means: "held_out" (validation, test and the like), "train" (others), or "" for no name"""
     return "held_out" if name.startswith(("held_out", "val", "test", "eval", "dev")) else "train" if name else ""
 
 
@@ -583,6 +583,35 @@ def all_rows(cfg: Any, videos: bool) -> tuple[list[tuple[str, dict, str]], Path]
 def without_mark(question: str) -> str:
     """Without the "<image>" or "<video>" that LLaVA's own data sets put in front: the frames' place is known."""
     return re.sub(r"^(\s*<(image|video)>)+", "", question).strip()
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def plain(text: str) -> str:
+    """Without case, blanks too many and a full stop at the end: what exact match compares."""
+    return " ".join(text.lower().split()).rstrip(".")
+
+
+def pad(rows: list[list[int]], value: int, left: bool = False) -> Any:
+    """Rows of several lengths -> a tensor (rows, longest), filled with `value` on the right or left."""
+    import torch
+
+    width = max(map(len, rows))
+    return torch.tensor([[value] * (width - len(r)) + r if left else r + [value] * (width - len(r)) for r in rows])
+
+
+def tiny_model(cfg: Any, script: str, build: Callable[[Path, int], None]) -> str:
+    """Rank 0: a demo's model, built once into the cache: a folder, loaded as the real one is."""
+    folder = cfg.cache_dir / f"{Path(script).stem}_tiny_{cfg.seed}_1"  # 1: version of what is built
+    if not folder.exists():
+        aside = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        build(aside, cfg.seed)
+        aside.rename(folder)
+    return str(folder)
 
 
 MAX_PIXELS = 8192 * 4320  # a header can declare any picture and so claim all memory: refused before decoding
@@ -908,6 +937,22 @@ def memory_plan(trained: int, frozen: int, activations: int, dtype: str, devices
         {"layout": name, "config": config, "gpu_gb": (gpu + bucket + activations) / GB, "host_gb": host * local / GB}
         for name, config, gpu, host in rows
     ]
+
+
+def memory_rows(
+    trained: int, frozen: int, kept: dict[bool, int], dtype: str, devices: int, local: int | None = None
+) -> list[dict]:
+    """memory_plan for `kept`, {with gradient checkpointing: bytes of activations}: a layout without it, then with it, then the
+    next layout. A row has the key "checkpointing" as well."""
+    rows = []
+    for on, activations in sorted(kept.items()):
+        for place, row in enumerate(memory_plan(trained, frozen, activations, dtype, devices, local)):
+            name = row["layout"] + (", checkpointing" if on else "")
+            rows.append((place, row | {"layout": name, "checkpointing": on}))
+    return [row for _, row in sorted(rows, key=lambda r: r[0])]
+
+
+CHECKPOINTING = {"auto": (False, True), "on": (True,), "off": (False,)}  # what --gradient_checkpointing allows
 
 
 def memory_here() -> tuple[float, float]:
@@ -1391,6 +1436,11 @@ def hub_push(folder: Path, repo_id: str, message: str, kind: str = "model") -> s
     return f"{api.endpoint}/{'datasets/' if kind == 'dataset' else ''}{repo_id}"
 
 
+def pushes_data(cfg: Any) -> bool:
+    """Whether a run that pushes pushes its data too: not the demo's, and none that came from the Hub."""
+    return not cfg.demo and not (cfg.dataset and not Path(cfg.dataset).is_dir())
+
+
 def push_rows(folder: Path, repo_id: str, public: bool, parts: dict[str, list[dict]], about: str, script: str) -> None:
     """Rank 0: push the rows of each split, JSON lines in `folder` beside what lies there, with a card, as a data set that the
     script's --dataset takes. Exit 2 if that fails: nothing was trained yet."""
@@ -1477,6 +1527,13 @@ def check_weights(source: str) -> None:
             )
 
 
+def check_loaded(report: dict, folder: Path) -> None:
+    """End the run when from_pretrained left weights at random, or had some that fit nowhere."""
+    if wrong := sorted(map(str, [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]])):
+        raise SystemExit(f"error: {folder}: {len(wrong)} weights are missing or do not fit, {wrong[0]} among them")
+
+
+@functools.cache  # asked before each of config, weights' sizes and weights
 def offline(source: str) -> bool:
     """Whether `source`, a folder or a Hub id, is to be loaded without the network: a folder, or a Hub that does not answer.
 

@@ -35,7 +35,6 @@ import importlib.util
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import time
@@ -57,6 +56,7 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from common import (
+    CHECKPOINTING,
     COLOURS,
     DEFAULT_QUESTION,
     GB,
@@ -66,6 +66,7 @@ from common import (
     barrier,
     brief,
     catch_signals,
+    check_loaded,
     check_settings,
     check_weights,
     choose_layout,
@@ -87,14 +88,17 @@ from common import (
     leave_out,
     load_engine,
     log,
-    memory_plan,
+    memory_rows,
     on_rank0,
     over_ranks,
+    pad,
     peak_memory_gb,
     pick_dtype,
+    plain,
     prepare_run_folder,
     push_finished,
     push_rows,
+    pushes_data,
     rank,
     read_flags,
     read_json_lines,
@@ -109,8 +113,10 @@ from common import (
     summary,
     sync,
     take_run_folder,
+    tiny_model,
     tracker,
     without_mark,
+    words,
     world_size,
     write_grid,
     write_json,
@@ -478,10 +484,6 @@ def load_data(cfg: Config, base: Base) -> Data:
     return Data(train, held_out or train, bad, tuple([clips[i] for i in part] for part in parts))
 
 
-def words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
-
-
 def rearrange_frames(clip: np.ndarray, how: str, seed: int) -> np.ndarray:
     """uint8 (F, H, W, 3) -> the same frames in order, shuffled, reversed, or all black"""
     if how == "shuffled":
@@ -551,11 +553,6 @@ def pixel_values(clips: list[np.ndarray], base: Base, dtype: str | None) -> Tens
     pictures = [frame for clip in clips for frame in clip]
     pixels = base.processor.image_processor(pictures, do_resize=False, do_center_crop=False, return_tensors="pt")
     return pixels["pixel_values"].to(TORCH_DTYPES[dtype])
-
-
-def pad(rows: list[list[int]], value: int, left: bool = False) -> Tensor:
-    width = max(map(len, rows))
-    return torch.tensor([[value] * (width - len(r)) + r if left else r + [value] * (width - len(r)) for r in rows])
 
 
 class Collator:
@@ -698,10 +695,7 @@ def load_weights(folder: Path, base: Base, cfg: Config, dtype: str):
         output_loading_info=True,
         local_files_only=True,
     )
-    if wrong := [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]:
-        raise SystemExit(
-            f"error: {folder}: {len(wrong)} weights are missing or do not fit, {sorted(map(str, wrong))[0]} among them"
-        )
+    check_loaded(report, folder)
     tokenizer = base.processor.tokenizer
     model.generation_config.update(
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -761,10 +755,6 @@ def scores(answers: list[str], references: list[str]) -> dict[str, float]:
         "bleu": BLEU(effective_order=True).corpus_score(answers, [references]).score / 100,  # one word has no 4-grams
         "rouge_l": float(np.mean([rouge.score(r, a)["rougeL"].fmeasure for a, r in zip(answers, references)])),
     }
-
-
-def plain(text: str) -> str:
-    return " ".join(text.lower().split()).rstrip(".")
 
 
 def chosen_questions(held_out: list[Sample], count: int) -> list[tuple[int, QA]]:
@@ -906,15 +896,10 @@ def measure(base: Base, cfg: Config, dtype: str, tokens: int, supervised: int, f
 
 
 def layouts(sizes: Sizes, checkpointing: str, four_bit: bool, dtype: str, devices: int, local: int | None = None) -> list[dict]:
-    """memory_plan without and, where allowed, with gradient checkpointing: least offloading first."""
-    rows = []
-    for on in {"auto": (False, True), "on": (True,), "off": (False,)}[checkpointing]:
-        plans = memory_plan(sizes.trained, sizes.frozen_bytes, sizes.checkpointed if on else sizes.plain, dtype, devices, local)
-        for place, row in enumerate(plans):
-            if not (four_bit and "ZeRO-3" in row["layout"]):  # 4-bit weights are not partitioned
-                name = row["layout"] + (", checkpointing" if on else "")
-                rows.append((place, on, row | {"layout": name, "checkpointing": on}))
-    return [row for *_, row in sorted(rows, key=lambda r: r[:2])]
+    """memory_rows; 4-bit weights are not partitioned, so they have no ZeRO-3."""
+    kept = {on: sizes.checkpointed if on else sizes.plain for on in CHECKPOINTING[checkpointing]}
+    rows = memory_rows(sizes.trained, sizes.frozen_bytes, kept, dtype, devices, local)
+    return [row for row in rows if not (four_bit and "ZeRO-3" in row["layout"])]
 
 
 def machine_table(base: Base, cfg: Config, tokens: int, supervised: int) -> str:
@@ -1116,18 +1101,6 @@ def evaluate_at(step: int, model: nn.Module, base: Base, data: Data, cfg: Config
     return {"held_out_loss": result["held_out_loss"]} | scored
 
 
-def tiny_model(cfg: Config) -> str:
-    """Rank 0: the demo's model, built once into the cache: a folder, loaded as the real one is."""
-    folder = cfg.cache_dir / f"{Path(__file__).stem}_tiny_{cfg.seed}_1"  # 1: version of build_tiny
-    if not folder.exists():
-        aside = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        build_tiny(aside, cfg.seed)
-        aside.rename(folder)
-    return str(folder)
-
-
 def train(cfg: Config) -> None:
     given, device = cfg, init_distributed()
     if cfg.push_to_hub:
@@ -1136,7 +1109,7 @@ def train(cfg: Config) -> None:
             on_rank0(lambda: hub_check(cfg.hub_dataset_id, cfg.public, create=False, kind="dataset"))
     cfg = dataclasses.replace(cfg, dtype=pick_dtype(cfg.dtype), model=cfg.model or BASE_MODEL)
     if cfg.demo:
-        cfg = dataclasses.replace(cfg, model=on_rank0(lambda: tiny_model(cfg)))
+        cfg = dataclasses.replace(cfg, model=on_rank0(lambda: tiny_model(cfg, __file__, build_tiny)))
     base = open_base(cfg.model)
     data = load_data(cfg, base)
     if not cfg.steps:
@@ -1167,7 +1140,7 @@ def train(cfg: Config) -> None:
         output_dir=str(cfg.output_dir), max_steps=cfg.steps, per_device_train_batch_size=cfg.batch_size,
         gradient_accumulation_steps=cfg.accum, learning_rate=cfg.lr, lr_scheduler_type="constant", weight_decay=cfg.weight_decay,
         max_grad_norm=cfg.clip, seed=cfg.seed, bf16=cfg.dtype == "bf16", fp16=cfg.dtype == "fp16", deepspeed=config,
-        use_cpu=device.type == "cpu", gradient_checkpointing=row.get("checkpointing", False), max_length=None, packing=False,
+        use_cpu=device.type == "cpu", gradient_checkpointing=row["checkpointing"], max_length=None, packing=False,
         dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False, logging_nan_inf_filter=False,
         logging_strategy="no", save_strategy="no", eval_strategy="no", report_to="none", disable_tqdm=True,
     )  # fmt: skip
@@ -1287,10 +1260,6 @@ def show(results: dict, folder: Path) -> None:
         f"model                 {folder / 'model'}\nanswers               {folder / 'samples' / 'answers.jsonl'}, answers.png",
     ]
     log.info("\n".join(lines))
-
-
-def pushes_data(cfg: Config) -> bool:
-    return not cfg.demo and not (cfg.dataset and not Path(cfg.dataset).is_dir())
 
 
 def push_data(cfg: Config, data: Data) -> None:

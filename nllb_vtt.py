@@ -56,12 +56,14 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PrinterCallback, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
 
 from common import (
+    CHECKPOINTING,
     DEFAULT_QUESTION,
     GB,
     all_rows,
     barrier,
     brief,
     catch_signals,
+    check_loaded,
     check_settings,
     check_weights,
     choose_layout,
@@ -80,14 +82,17 @@ from common import (
     leave_out,
     load_engine,
     log,
-    memory_plan,
+    memory_rows,
     on_rank0,
     over_ranks,
+    pad,
     peak_memory_gb,
     pick_dtype,
+    plain,
     prepare_run_folder,
     push_finished,
     push_rows,
+    pushes_data,
     rank,
     read_flags,
     read_json_lines,
@@ -102,8 +107,10 @@ from common import (
     summary,
     sync,
     take_run_folder,
+    tiny_model,
     tracker,
     without_mark,
+    words,
     world_size,
     write_json,
     write_lines,
@@ -352,10 +359,6 @@ def data_name(cfg: Config) -> str:
     return str(cfg.manifest or cfg.video_dir or cfg.dataset or ("generated metadata" if cfg.demo else "four public samples"))
 
 
-def words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
-
-
 def leaks(example: Example) -> bool:
     """Whether the source has the answer in it word by word; answers of up to three words may well be a tag."""
     answer = words(example.target)
@@ -462,11 +465,6 @@ def collate_rows(rows: list[Encoded], base: Base) -> dict[str, Tensor]:
     }
 
 
-def pad(rows: list[list[int]], value: int, left: bool = False) -> Tensor:
-    width = max(map(len, rows))
-    return torch.tensor([[value] * (width - len(r)) + r if left else r + [value] * (width - len(r)) for r in rows])
-
-
 def get_batch(stages: list[Stage], collate: Callable, cfg: Config, micro_step: int) -> dict[str, Tensor]:
     """This rank's batch at a micro-step: a pure function of (seed, micro-step, rank), so that a resumed run repeats the order."""
     per_stage = -(-cfg.steps * cfg.accum // len(stages))
@@ -552,10 +550,7 @@ def load_weights(folder: Path, base: Base, cfg: Config):
     model, report = M2M100ForConditionalGeneration.from_pretrained(
         folder, dtype=TORCH_DTYPES[cfg.dtype], output_loading_info=True, local_files_only=True
     )
-    if wrong := [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]:
-        raise SystemExit(
-            f"error: {folder}: {len(wrong)} weights are missing or do not fit, {sorted(map(str, wrong))[0]} among them"
-        )
+    check_loaded(report, folder)
     # Not in model.config: generate() refuses a model whose config was changed to control generation.
     model.generation_config.update(
         forced_bos_token_id=base.tokenizer.convert_tokens_to_ids(cfg.tgt_lang), pad_token_id=base.tokenizer.pad_token_id,
@@ -608,10 +603,6 @@ def scores(answers: list[str], references: list[str]) -> dict[str, float]:
         "rouge_l": float(np.mean([rouge.score(r, a)["rougeL"].fmeasure for a, r in zip(answers, references)])),
         "exact": float(np.mean([plain(a) == plain(r) for a, r in zip(answers, references)])),
     }
-
-
-def plain(text: str) -> str:
-    return " ".join(text.lower().split()).rstrip(".")
 
 
 def evaluate(model: nn.Module, base: Base, data: Data, cfg: Config) -> dict:
@@ -703,12 +694,9 @@ def plan(cfg: Config, base: Base, data: Data, device: torch.device) -> dict:
     """Print what this run is going to do, and check that it fits. -> the row of the memory plan that is taken"""
     world, stages = world_size(), curriculum(data.train, cfg.curriculum)
     source, target = (max(len(getattr(row, name)) for row in data.train) for name in ("source", "labels"))
-    parameters, trained, frozen, plain, checkpointed = measure(base, cfg, source, target)
-    rows = []
-    for on in {"auto": (False, True), "on": (True,), "off": (False,)}[cfg.gradient_checkpointing]:
-        for place, row in enumerate(memory_plan(trained, frozen, checkpointed if on else plain, cfg.dtype, world)):
-            rows.append((place, on, row | {"layout": row["layout"] + (", checkpointing" if on else ""), "checkpointing": on}))
-    rows = [row for *_, row in sorted(rows, key=lambda r: r[:2])]
+    parameters, trained, frozen, without, checkpointed = measure(base, cfg, source, target)
+    kept = {on: checkpointed if on else without for on in CHECKPOINTING[cfg.gradient_checkpointing]}
+    rows = memory_rows(trained, frozen, kept, cfg.dtype, world)
     memory, row = choose_layout(rows, cfg.deepspeed, f"lower --batch_size {cfg.batch_size}, or take --lora_r 16")
     size = TORCH_DTYPES[cfg.dtype].itemsize
     free = disk_free(cfg.output_dir) / GB
@@ -865,18 +853,6 @@ def evaluate_at(step: int, model: nn.Module, base: Base, data: Data, cfg: Config
     return {"held_out_loss": result["held_out_loss"]} | result["model"]
 
 
-def tiny_model(cfg: Config) -> str:
-    """Rank 0: the demo's model, built once into the cache: a folder, loaded as the real one is."""
-    folder = cfg.cache_dir / f"{Path(__file__).stem}_tiny_{cfg.seed}_1"  # 1: version of build_tiny
-    if not folder.exists():
-        aside = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        build_tiny(aside, cfg.seed)
-        aside.rename(folder)
-    return str(folder)
-
-
 def train(cfg: Config) -> None:
     given, device = cfg, init_distributed()
     if cfg.push_to_hub:
@@ -885,7 +861,7 @@ def train(cfg: Config) -> None:
             on_rank0(lambda: hub_check(cfg.hub_dataset_id, cfg.public, create=False, kind="dataset"))
     cfg = dataclasses.replace(cfg, dtype=pick_dtype(cfg.dtype), model=cfg.model or BASE_MODEL)
     if cfg.demo:
-        cfg = dataclasses.replace(cfg, model=on_rank0(lambda: tiny_model(cfg)))
+        cfg = dataclasses.replace(cfg, model=on_rank0(lambda: tiny_model(cfg, __file__, build_tiny)))
     base = open_base(cfg.model)
     for code in (cfg.src_lang, cfg.tgt_lang):
         check_language(code, base)
@@ -917,7 +893,7 @@ def train(cfg: Config) -> None:
         output_dir=str(cfg.output_dir), max_steps=cfg.steps, per_device_train_batch_size=cfg.batch_size,
         gradient_accumulation_steps=cfg.accum, learning_rate=cfg.lr, lr_scheduler_type="constant", weight_decay=cfg.weight_decay,
         max_grad_norm=cfg.clip, seed=cfg.seed, bf16=cfg.dtype == "bf16", fp16=cfg.dtype == "fp16", deepspeed=config,
-        use_cpu=device.type == "cpu", gradient_checkpointing=row.get("checkpointing", False), remove_unused_columns=False,
+        use_cpu=device.type == "cpu", gradient_checkpointing=row["checkpointing"], remove_unused_columns=False,
         logging_nan_inf_filter=False, logging_strategy="no", save_strategy="no", eval_strategy="no", report_to="none",
         disable_tqdm=True,
     )  # fmt: skip
@@ -1016,10 +992,6 @@ def show(results: dict, folder: Path) -> None:
         f"model                 {folder / 'model'}\nanswers               {folder / 'samples' / 'answers.jsonl'}",
     ]
     log.info("\n".join(lines))
-
-
-def pushes_data(cfg: Config) -> bool:
-    return not cfg.demo and not (cfg.dataset and not Path(cfg.dataset).is_dir())
 
 
 def push_data(cfg: Config, data: Data) -> None:
