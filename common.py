@@ -604,6 +604,9 @@ def pad(rows: list[list[int]], value: int, left: bool = False) -> Any:
 
 def tiny_model(cfg: Any, script: str, build: Callable[[Path, int], None]) -> str:
     """Rank 0: a demo's model, built once into the cache: a folder, loaded as the real one is."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     folder = cfg.cache_dir / f"{Path(script).stem}_tiny_{cfg.seed}_1"  # 1: version of what is built
     if not folder.exists():
         aside = folder.with_name(f".{folder.name}.partial")
