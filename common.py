@@ -46,7 +46,7 @@ from typing import Any, NoReturn, TypeVar
 import numpy as np
 
 T = TypeVar("T")
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).absolute().parent  # not resolved: the Hub's cache links each file to another folder
 GB = 1e9  # memory is printed in units of 10^9 bytes, as GPU vendors do
 
 log = logging.getLogger("video")
@@ -241,7 +241,7 @@ def catch_signals() -> Iterator[list[int]]:
 MAY_CHANGE = set(
     "output_dir cache_dir check prompt steps epochs lr clip log_every eval_every save_every keep resume push_to_hub hub_model_id "
     "public report_to num_workers max_bad deepspeed gradient_checkpointing predict attn compile eval_questions max_new_tokens "
-    "hub_dataset_id push_videos num_beams metadata max_cut".split()
+    "hub_dataset_id push_videos num_beams metadata max_cut nvme_path out max_reply repetition_penalty eval_samples speak".split()
 )
 
 
@@ -839,6 +839,18 @@ COLOURS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1
 MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # x to the right, y downwards
 
 
+def write_mp4(clip: np.ndarray, path: Path, fps: int) -> None:
+    """uint8 (F, H, W, 3), sides even -> H.264 in yuv420p, which every browser plays"""
+    import av
+
+    with av.open(str(path), "w", options={"movflags": "+faststart"}) as file:
+        stream = file.add_stream("libx264", rate=fps, options={"crf": "18"})
+        stream.height, stream.width, stream.pix_fmt = clip.shape[1], clip.shape[2], "yuv420p"
+        for picture in clip:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        file.mux(stream.encode())
+
+
 def write_grid(clips: np.ndarray, captions: list[str], path: Path) -> None:
     """One row a clip, its caption above it, one column a frame: uint8 (N, F, H, W, 3) -> a png"""
     from matplotlib.figure import Figure
@@ -909,11 +921,14 @@ def ds_config(source: Path | dict, batch_size: int, accum: int, clip: float, dty
     return config
 
 
-def memory_plan(trained: int, frozen: int, activations: int, dtype: str, devices: int, local: int | None = None) -> list[dict]:
+def memory_plan(
+    trained: int, frozen: int, activations: int, dtype: str, devices: int, local: int | None = None, leaf: int = 0
+) -> list[dict]:
     """GB per GPU and of host RAM for each memory layout, least offloading first, each with its DeepSpeed config.
 
     trained: parameters; frozen: bytes of weights. activations: bytes one micro-batch keeps for backward on one GPU. devices: GPUs
-    in all; local: those of this machine, which the host part counts. Adam in mixed precision keeps fp32 master weights and two
+    in all; local: those of this machine, which the host part counts. leaf: bytes of the largest module that ZeRO-3 gathers at
+    once. Adam in mixed precision keeps fp32 master weights and two
     moments: 12 bytes a parameter.
     The formulas are those of ZeRO (Rajbhandari et al. 2020, section 3) plus DeepSpeed's reduce bucket.
     """
@@ -927,7 +942,7 @@ def memory_plan(trained: int, frozen: int, activations: int, dtype: str, devices
         return config | {"zero_optimization": zero}
 
     weights, gradients, states = low * trained + frozen, low * trained, 12 * trained
-    live = min(weights, low * 1e9)  # ZeRO-3 keeps up to stage3_max_live_parameters gathered
+    live = min(weights, max(leaf, low * 1e9))  # ZeRO-3 keeps up to stage3_max_live_parameters gathered
     bucket = 2 * low * min(trained, int(zero2["zero_optimization"]["reduce_bucket_size"]))
     rows = [
         ("ZeRO-2", zero2, weights + (gradients + states) / devices, 0),
@@ -943,13 +958,13 @@ def memory_plan(trained: int, frozen: int, activations: int, dtype: str, devices
 
 
 def memory_rows(
-    trained: int, frozen: int, kept: dict[bool, int], dtype: str, devices: int, local: int | None = None
+    trained: int, frozen: int, kept: dict[bool, int], dtype: str, devices: int, local: int | None = None, leaf: int = 0
 ) -> list[dict]:
     """memory_plan for `kept`, {with gradient checkpointing: bytes of activations}: a layout without it, then with it, then the
     next layout. A row has the key "checkpointing" as well."""
     rows = []
     for on, activations in sorted(kept.items()):
-        for place, row in enumerate(memory_plan(trained, frozen, activations, dtype, devices, local)):
+        for place, row in enumerate(memory_plan(trained, frozen, activations, dtype, devices, local, leaf)):
             name = row["layout"] + (", checkpointing" if on else "")
             rows.append((place, row | {"layout": name, "checkpointing": on}))
     return [row for _, row in sorted(rows, key=lambda r: r[0])]
@@ -992,7 +1007,8 @@ def choose_layout(rows: list[dict], deepspeed: str, advice: str) -> tuple[str, d
     for row in rows:
         mark = f"<- {'auto' if deepspeed == 'auto' else deepspeed} takes this" if row is taken else ""
         mark = mark or ("" if row["fits"] else "does not fit")
-        lines.append(f"  {row['layout']:<40}{row['gpu_gb']:8.2f} GB per {many}{row['host_gb']:8.2f} GB of RAM  {mark}")
+        needs = f"{row['gpu_gb']:8.2f} GB per {many}{row['host_gb']:8.2f} GB of RAM"
+        lines.append(f"  {row['layout']:<40}{needs}  {'; '.join(filter(None, (row.get('note'), mark)))}")
     if deepspeed != "auto":
         return "\n".join(lines), (taken or rows[0]) | {"config": Path(deepspeed)}
     if not taken:
@@ -1064,11 +1080,31 @@ def learning_rate(cfg: Any, step: int) -> float:
     return cfg.lr * warm * (0.5 + 0.5 * math.cos(math.pi * step / cfg.steps) if cfg.lr_decay else 1.0)
 
 
-def gathered(parameters: list) -> Any:
-    """Inside, every one of these parameters is whole on every rank, also under ZeRO-3."""
+@functools.lru_cache(maxsize=2)
+def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def count_skipped(engine: Any, loss: Any, step: int, lr: float, skipped: int) -> int:
+    """Every rank, after engine.step(): how many updates in a row, `skipped` before, DeepSpeed has skipped on all ranks because a
+    gradient was not finite. Ends the run with exit 4 at the third."""
+    if engine.was_step_applied():
+        return 0
+    if engine.fp16_enabled() and math.isfinite(over_ranks(float(loss), "mean")):  # fp16 skips to find its scale
+        return skipped
+    log.warning(f"warning: step {step}: not finite, update skipped on all ranks ({skipped + 1} in a row)")
+    if skipped == 2:
+        log.warning(f"error: diverged: lower --lr {lr:g} and run again; it goes on from the last checkpoint")
+        raise SystemExit(4)
+    return skipped + 1
+
+
+def gathered(parameters: list, changed: bool = False) -> Any:
+    """Inside, every one of these parameters is whole on every rank, also under ZeRO-3. `changed`: what rank 0 writes stays."""
     from deepspeed.runtime.zero import GatheredParameters
 
-    return GatheredParameters(parameters, enabled=any(hasattr(p, "ds_id") for p in parameters))
+    enabled = any(hasattr(p, "ds_id") for p in parameters)
+    return GatheredParameters(parameters, modifier_rank=0 if changed else None, enabled=enabled)
 
 
 def full_weights(module: Any, dtype: Any, wanted: Callable[[Any], bool] = lambda p: True) -> dict[str, Any]:
@@ -1326,6 +1362,7 @@ def retry(
 
 # What a finished model consists of; never optimizer state, logs, .env, or training_args.bin, which pickles the token.
 PUSHED = "*.safetensors *.json *.txt *.model *.jinja *.py README.md *.png *.gif *.mp4 *.wav".split()
+PUSHED += "language_model_embedding.pt vision/*.pt audio/*.pt audio/global_cmvn".split()  # LongCat-Flash-Omni's parts
 PUSHED_DATA = ["*.jsonl", "README.md", "videos/*"]
 TOKEN_PAGE = "https://huggingface.co/settings/tokens"
 

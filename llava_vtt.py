@@ -70,11 +70,13 @@ from common import (
     check_settings,
     check_weights,
     choose_layout,
+    count_skipped,
     decode_all,
     device_name,
     disk_free,
     download,
     ds_config,
+    epoch_order,
     extract_frames,
     fetch_model,
     finish,
@@ -523,11 +525,6 @@ def curriculum(samples: list[Sample], by_length: bool) -> list[list[Sample]]:
         if stage and stage not in stages:
             stages.append(stage)
     return stages
-
-
-@functools.lru_cache(maxsize=2)
-def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(count)
 
 
 def encode_turn(qa: QA, frames: int, processor: Any) -> tuple[list[int], list[int]]:
@@ -1035,14 +1032,7 @@ class Watch(TrainerCallback):
         self.bar.update()
         if step == self.first:
             self.on["first"]()
-        if engine.was_step_applied():  # an update with a gradient that is not finite is skipped by DeepSpeed, on all ranks
-            self.skipped = 0
-        elif not engine.fp16_enabled() or not math.isfinite(self.mean_loss()):  # fp16 skips to find its scale
-            self.skipped += 1
-            log.warning(f"warning: step {step}: not finite, update skipped on all ranks ({self.skipped} in a row)")
-            if self.skipped == 3:
-                log.warning(f"error: diverged: lower --lr {cfg.lr:g} and run again; it goes on from the last checkpoint")
-                raise SystemExit(4)
+        self.skipped = count_skipped(engine, self.trainer.loss_of_step, step, cfg.lr, self.skipped)
         if step % cfg.log_every == 0 or step == cfg.steps:
             self.log_step(engine, self.mean_loss())
         stop = int(over_ranks(max(self.caught, default=0), "max"))

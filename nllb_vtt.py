@@ -67,6 +67,7 @@ from common import (
     check_settings,
     check_weights,
     choose_layout,
+    count_skipped,
     device_name,
     disk_free,
     ds_config,
@@ -802,14 +803,7 @@ class Watch(TrainerCallback):
         self.bar.update()
         if step == self.first:
             self.on["first"]()
-        if engine.was_step_applied():  # an update with a gradient that is not finite is skipped by DeepSpeed, on all ranks
-            self.skipped = 0
-        elif not engine.fp16_enabled() or not math.isfinite(self.mean_loss()):  # fp16 skips to find its scale
-            self.skipped += 1
-            log.warning(f"warning: step {step}: not finite, update skipped on all ranks ({self.skipped} in a row)")
-            if self.skipped == 3:
-                log.warning(f"error: diverged: lower --lr {cfg.lr:g} and run again; it goes on from the last checkpoint")
-                raise SystemExit(4)
+        self.skipped = count_skipped(engine, self.trainer.loss_of_step, step, cfg.lr, self.skipped)
         if step % cfg.log_every == 0 or step == cfg.steps:
             self.log_step(engine, self.mean_loss())
         stop = int(over_ranks(max(self.caught, default=0), "max"))

@@ -317,6 +317,14 @@ finish() {
   exit "$code"
 }
 
+run_tests() {  # a process for each core, 4 at most; the demos one after the other, for they have threads of their own
+  local cores=$(($(nproc) < 4 ? $(nproc) : 4)) parallel=()
+  choose_python
+  cd "$here"
+  if [[ " $* " != *" --demos "* ]]; then parallel=(-n "$cores" --dist loadfile); fi
+  exec "$python" -m pytest tests ${parallel[@]+"${parallel[@]}"} "$@"
+}
+
 # --- Main
 
 as_given=$(quoted "$0" "$@") hostfile='' gpus='' hidden='' settings=()
@@ -328,7 +336,7 @@ fi
 case ${1:-} in
   -h | --help) usage; exit 0 ;;
   '') usage >&2; exit 2 ;;
-  tests) choose_python; cd "$here"; exec "$python" -m pytest tests "${@:2}" ;;
+  tests) run_tests "${@:2}" ;;
 esac
 name=${1##*/}
 if ! scripts | grep -qxF -- "$name" || ! [[ $1 == "$name" || $1 -ef $here/$name ]]; then

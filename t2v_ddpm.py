@@ -59,10 +59,12 @@ from common import (
     catch_signals,
     check_settings,
     choose_layout,
+    count_skipped,
     decode_all,
     device_name,
     disk_free,
     ds_config,
+    epoch_order,
     finish,
     first_of,
     full_weights,
@@ -102,6 +104,7 @@ from common import (
     write_grid,
     write_json,
     write_loss_curve,
+    write_mp4,
     write_whole,
 )
 
@@ -493,11 +496,6 @@ def load_data(cfg: Config, device: torch.device) -> Data:
     return Data(train, clips.part(sorted(held_out)) if held_out else train, encoder, bad)
 
 
-@functools.lru_cache(maxsize=2)
-def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(count)
-
-
 def get_batch(clips: Clips, cfg: Config, micro_step: int) -> tuple[Tensor, Tensor]:
     """This rank's clips at a micro-step: a pure function of (seed, micro-step, rank), so that a resumed run repeats the order."""
     first = (micro_step * world_size() + rank()) * cfg.batch_size
@@ -817,17 +815,11 @@ def enlarge(clip: np.ndarray, least: int = 256) -> np.ndarray:
 
 
 def write_video(clip: np.ndarray, path: Path | str, fps: int = 8) -> None:
-    """uint8 (F, H, W, 3) -> path.mp4 (H.264, yuv420p: every browser plays it) and path.gif"""
-    import av
+    """uint8 (F, H, W, 3) -> path.mp4 and path.gif"""
     from PIL import Image
 
     clip, path = enlarge(clip), Path(path)
-    with av.open(str(path.with_suffix(".mp4")), "w", options={"movflags": "+faststart"}) as file:
-        stream = file.add_stream("libx264", rate=fps, options={"crf": "18"})
-        stream.height, stream.width, stream.pix_fmt = clip.shape[1], clip.shape[2], "yuv420p"
-        for picture in clip:
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        file.mux(stream.encode())
+    write_mp4(clip, path.with_suffix(".mp4"), fps)
     first, *rest = (Image.fromarray(picture) for picture in clip)
     first.save(path.with_suffix(".gif"), save_all=True, append_images=rest, duration=1000 // fps, loop=0)
 
@@ -955,13 +947,7 @@ def train_steps(cfg: Config, engine, optimizer, ema: dict[str, Tensor], data: Da
 
             if engine.was_step_applied():
                 update_ema(ema, engine.module, min(cfg.ema, (1 + step) / (10 + step)))
-                skipped = 0
-            elif not engine.fp16_enabled() or not math.isfinite(over_ranks(mean.item(), "mean")):  # fp16 skips to find its scale
-                skipped += 1
-                log.warning(f"warning: step {step}: not finite, update skipped on all ranks ({skipped} in a row)")
-                if skipped == 3:
-                    log.warning(f"error: diverged: lower --lr {cfg.lr:g} and run again; it goes on from the last checkpoint")
-                    raise SystemExit(4)
+            skipped = count_skipped(engine, mean, step, cfg.lr, skipped)
             if step % cfg.log_every == 0 or step == cfg.steps:
                 loss, speed = over_ranks(mean.item(), "mean"), (step - since_step) / (time.monotonic() - since)
                 left = timedelta(seconds=round((cfg.steps - step) / speed))
