@@ -12,9 +12,9 @@ from conftest import ROOT
 SCRIPTS = sorted(path for path in ROOT.glob("*_*.py") if path.read_text().startswith("# /// script"))
 # What each script has of its own under a name that all of them use.
 OWN = set(
-    "Config Data Base build_tiny open_base load_data curriculum get_batch load_weights lora_config generate_answers scores "
-    "answer_loss measure plan train train_steps save evaluate evaluate_at held_out_loss export publish show push_data write_card "
-    "generate sample predict main".split()
+    "Config Data Base Clip Collator Sizes build_tiny open_base load_data core layouts machine_table report curriculum get_batch "
+    "load_weights lora_config generate_answers scores answer_loss measure plan train train_steps save evaluate evaluate_at "
+    "held_out_loss export publish show push_data write_card generate sample predict main".split()
 )
 PACKAGES = {
     "cv2": "opencv-python-headless",
@@ -66,7 +66,13 @@ def test_the_check_above_can_fail():
 def test_header_lists_what_a_lone_copy_imports(path):
     header = path.read_text().split("# ///\n")[0]
     listed = {re.split("[<>=!;]", name)[0].lower() for name in re.findall(r'"([^"]+)"', header.split("dependencies")[1])}
-    optional = {"wandb", "pyarrow", "datasets", "bitsandbytes"}  # asked for by a flag, and then the message says what to install
+    optional = {
+        "wandb",
+        "pyarrow",
+        "datasets",
+        "bitsandbytes",
+        "networks",
+    }  # asked for by a flag, and then the message says what to install
     needed = {PACKAGES.get(name, name).lower() for name in imported(path) | imported(ROOT / "common.py")}
     assert needed - optional <= listed <= needed
     pinned = {

@@ -1,0 +1,2308 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#   "av", "deepspeed", "einops", "huggingface_hub", "kaldiio", "matplotlib", "numpy", "opencv-python-headless", "peft", "pystoi",
+#   "safetensors", "scipy", "tokenizers", "torch", "tqdm", "transformers", "tyro",
+# ]
+# ///
+"""Video and speech to speech: LongCat-Flash-Omni 560B learns to see a clip, hear a question and speak the answer, by LoRA.
+
+    python longcat_vss.py --demo                                # minutes on 2 CPU cores: a tiny one learns to speak, then LoRA
+    python longcat_vss.py --check                               # storage, memory, time: what would it take, and what fits here?
+    ./run.sh longcat_vss.py 8 --data_dir data --codec LongCat-Audio-Codec     # eight GPUs, adapter pushed to the Hub at the end
+    python longcat_vss.py --predict in.mp4 in.wav               # writes out.wav and prints the text
+
+DATA: data/train/01/{in.mp4,in.wav,out.wav}, data/train/02/..., and, if there, a folder data/test beside it. Also .mov, .mkv, .mp3
+and .flac; without in.wav the sound track of in.mp4 is the question; out.txt, what out.wav says, is optional and helps much.
+
+The model is meituan-longcat/LongCat-Flash-Omni (1.1 TB) in its own files; its authors published no training code. The language
+model is transformers' LongcatFlash, corrected to load the checkpoint; encoders and speech heads are written here, under the names
+of the official weights. Replies are spoken in four parallel streams of codes beside the text. LoRA on the attention, ZeRO-3 with
+weights in RAM or on NVMe. Speech codes come from LongCat-Audio-Codec (--codec, a checkout with its ckpts/, encoder too).
+
+Writes the run folder described in README.md. The same command again goes on from the newest whole checkpoint.
+
+Never run on the real weights, nor on a GPU. Measured: --demo, MEASURED
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+import warnings
+import wave
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from einops import rearrange
+from torch import Tensor, nn
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+from transformers import LongcatFlashConfig, LongcatFlashForCausalLM
+from transformers.models.longcat_flash import modeling_longcat_flash as longcat_flash
+
+from common import (
+    CHECKPOINTING,
+    COLOURS,
+    GB,
+    BadSample,
+    barrier,
+    brief,
+    cached_frames,
+    catch_signals,
+    check_loaded,
+    check_settings,
+    choose_layout,
+    count_skipped,
+    device_name,
+    disk_free,
+    ds_config,
+    epoch_order,
+    fetch_model,
+    finish,
+    from_all_ranks,
+    full_weights,
+    gathered,
+    hub_check,
+    init_distributed,
+    learning_rate,
+    leave_out,
+    load_engine,
+    log,
+    memory_rows,
+    on_rank0,
+    over_ranks,
+    peak_memory_gb,
+    pick_dtype,
+    plain,
+    prepare_run_folder,
+    push_finished,
+    rank,
+    read_flags,
+    read_json,
+    record,
+    refuse,
+    resume_checkpoint,
+    run,
+    save_array,
+    save_checkpoint,
+    seed_of,
+    split_clips,
+    split_of,
+    summary,
+    sync,
+    take_run_folder,
+    tiny_model,
+    tracker,
+    world_size,
+    write_json,
+    write_lines,
+    write_loss_curve,
+    write_mp4,
+    write_whole,
+)
+
+BASE_MODEL = "meituan-longcat/LongCat-Flash-Omni"
+PUBLISHED_BYTES = 1.125e12  # 562.6 B parameters in bf16, counted with the published sizes (tests/test_longcat_maths.py)
+SAMPLE_RATE = 16_000  # of all speech that the model hears
+# Of the speech streams, from constants.py of the official repository (commit 9df66a8).
+CODEBOOKS = 4  # one semantic, three acoustic
+CODEC_EOS, CODEC_PAD, CODEC_OFFSET = 2, 3, 32  # codes are stored 32 higher, the ids below are special
+FRAME_SECONDS = 0.06  # of speech for one row of codes: LongCat-Audio-Codec has 16.67 a second
+AUDIO_VOCABULARY = 8224  # CODEC_OFFSET and the 8192 semantic codes
+# What the official tokenizer calls them; the names that users see are in the comments.
+SPECIAL = {
+    "audio_start": "<mask_110>",  # <|audio|>
+    "audio_end": "<mask_111>",  # <|/audio|>
+    "audio_pad": "<mask_112>",  # <|audio_pad|>
+    "pause": "<mask_113>",  # </pause>
+    "image_pad": "<mask_118>",  # <|image_pad|>
+}
+HEADS = ("semantic", "acoustic_1", "acoustic_2", "acoustic_3")
+CURVES = ("loss", "held_out_loss")  # in loss.png
+SHOWN = ("as it is", "video blanked", "audio silenced")  # how held-out clips are shown in an evaluation
+TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+# ---------------------------------------------------------------------------
+# Config
+# ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    demo: bool = False  # a tiny model on clips and words made on the spot: minutes on 2 CPU cores, no network
+    check: bool = False  # all checks and the plan, no training
+    output_dir: Path = Path("runs/longcat_vss")  # run folder; the same folder again resumes the run
+    seed: int = 0
+
+    # data
+
+    data_dir: Path = Path("data")  # train/01/{in.mp4,in.wav,out.wav,out.txt}, ... and, if there, test/ beside it
+    frames: int = 64  # most frames of a clip; two a second are taken
+    size: int = 224  # height and width, pixels; a multiple of 28
+    max_seconds: float = 120.0  # longest in.wav and out.wav
+    val_fraction: float = 0.1  # share of the clips held out when there is no test/
+    max_bad: float = 0.05  # share of unusable samples above which the run refuses
+    cache_dir: Path = Path("cache")  # decoded frames and speech, speech codes
+    num_workers: int = os.cpu_count() or 1  # threads that decode
+
+    # model
+
+    model: str = ""  # LongCat-Flash-Omni, a Hub id or a folder; for --predict <output_dir>/model
+    codec: Path | None = None  # checkout of LongCat-Audio-Codec with its ckpts/; the tiny model has a codec of its own
+    lora_r: int = 8  # rank; 0: full fine-tuning
+    lora_alpha: int = 16
+    lora_dropout: float = 0.05
+    lora_targets: str = "q_a_proj,q_b_proj,kv_a_proj_with_mqa,kv_b_proj,o_proj"  # also dense MLPs and audio_output_layers
+    gradient_checkpointing: Literal["auto", "on", "off"] = "auto"  # auto: when it does not fit without
+
+    # loss: the published weights of the first pre-training stage; those of fine-tuning are not published
+
+    text_weight: float = 1.5  # of what the reply says
+    audio_weight: float = 0.25  # of each of the four code streams
+    semantic_weight: float = 0.1  # of the semantic stream once more
+
+    # optimisation
+
+    steps: int = 0  # optimizer steps in all, over all resumes; 0: as many as --epochs are
+    epochs: float = 3.0  # passes over the training clips
+    batch_size: int = 1  # clips per GPU per micro-step
+    accum: int = 16  # micro-steps per optimizer step
+    lr: float = 1e-5
+    warmup_steps: int = 100
+    lr_decay: bool = True  # to 0 at the last step, along a cosine
+    weight_decay: float = 0.1
+    beta2: float = 0.95  # of AdamW
+    clip: float = 1.0  # gradient norm limit
+    dtype: Literal["bf16", "fp16", "fp32"] | None = None  # default: bf16, fp16 on GPUs without it, fp32 on a CPU
+    deepspeed: Annotated[str, tyro.conf.arg(aliases=["--deepspeed_config"])] = "auto"  # JSON file, or auto: what fits
+    nvme_path: Path | None = None  # folder on a fast disk: weights may lie there when they do not fit into RAM
+
+    # speaking
+
+    predict: tuple[Path, ...] = ()  # in.mp4 [in.wav]: speak the reply with --model and stop
+    out: Path = Path("out.wav")  # of --predict
+    max_reply: float = 30.0  # longest reply, seconds
+    repetition_penalty: float = 1.1  # of codes heard in the last 30 rows, as the official demo has it
+    eval_samples: int = 8  # held-out clips of an evaluation; 0: none
+    speak: bool = True  # answer them aloud at the end: one pass through the model for each 60 ms
+
+    # watching and saving
+
+    log_every: int = 1
+    eval_every: int = 200
+    save_every: int = 50
+    keep: int = 2  # newest checkpoints kept
+    resume: bool = True  # --no_resume: refuse a folder that has checkpoints
+    report_to: Literal["none", "tensorboard", "wandb"] = "wandb" if os.environ.get("WANDB_API_KEY") else "none"
+
+    # Hub
+
+    push_to_hub: bool = False  # needs HF_TOKEN, and HF_USER_ID or a full --hub_model_id
+    hub_model_id: str = "longcat_vss"
+    public: bool = False  # visibility of a new repository
+
+    def __post_init__(self) -> None:
+        check_settings(
+            self,
+            at_least_1="frames batch_size accum log_every eval_every save_every keep num_workers",
+            above_0="lr clip epochs lora_alpha max_seconds max_reply repetition_penalty",
+            shares="val_fraction lora_dropout max_bad",
+        )
+        for name in ("steps", "lora_r", "eval_samples", "text_weight", "audio_weight", "semantic_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} {getattr(self, name)}: at least 0")
+        if self.size < 28 or self.size % 28:
+            raise ValueError(
+                f"--size {self.size}: a multiple of 28 (pairs of 14-pixel patches), {max(1, self.size // 28) * 28} say"
+            )
+        if self.frames % 2:
+            raise ValueError(f"--frames {self.frames}: an even number, the model sees frames in pairs")
+        if self.demo and self.data_dir != Path("data"):
+            raise ValueError(f"--demo makes its own clips: leave out --data_dir {self.data_dir}")
+        if len(self.predict) > 2:
+            raise ValueError(f"--predict {' '.join(map(str, self.predict))}: one video and one file of speech, in.mp4 in.wav")
+        if self.nvme_path and not self.nvme_path.is_dir():
+            raise ValueError(f"--nvme_path {self.nvme_path}: no such folder")
+
+
+# The demo is two presets: the same code with other numbers. Recipe and scores: README.md and benchmarks/RESULTS.md.
+DEMO = dict(
+    demo=True, output_dir=Path("runs/longcat_vss_demo"), report_to="none", size=56, lora_r=0, steps=800, batch_size=8, accum=1,
+    lr=2e-3, warmup_steps=40, weight_decay=0.01, max_reply=3.0, repetition_penalty=1.0, eval_samples=96, log_every=50,
+    eval_every=400, save_every=200,
+)  # fmt: skip
+# What the demo does with the model that it trained: a frozen base learns other words in another voice.
+ADAPT = dict(
+    lora_r=8, lora_dropout=0.0, steps=150, lr=4e-3, warmup_steps=20,
+    lora_targets="q_a_proj,q_b_proj,kv_a_proj_with_mqa,kv_b_proj,o_proj,gate_proj,up_proj,down_proj,audio_output_layers",
+)  # fmt: skip
+
+# ---------------------------------------------------------------------------
+# Data: generated clips and words
+# ---------------------------------------------------------------------------
+
+# Words are two syllables. The colour that fills the clip and the number that is heard make the reply: 6 x 4 of them.
+WORDS = {"red": "seta", "green": "miso", "blue": "tume", "yellow": "mati", "magenta": "sumo", "cyan": "tosi"}
+NUMBERS = ("samu", "tiso", "metu", "tami")
+FORMANTS = {  # Hz, of men's vowels: Peterson and Barney 1952, table II
+    "a": (730, 1090, 2440), "e": (530, 1840, 2480), "i": (270, 2290, 3010), "o": (570, 840, 2410), "u": (300, 870, 2240),
+}  # fmt: skip
+DEMO_SECONDS, NUM_TRAIN, NUM_HELD_OUT = 2.0, 768, 96
+
+
+def say(word: str, pitch: float, rng: np.random.Generator) -> np.ndarray:
+    """A word of consonant-vowel syllables (s, t, m; a, e, i, o, u) as float32 (N,) at 16 kHz, a little different each time."""
+    parts = []
+    for consonant, vowel in zip(word[::2], word[1::2]):
+        length = int(SAMPLE_RATE * rng.uniform(0.075, 0.09))
+        if consonant == "m":  # a low hum
+            parts.append(0.25 * voiced(length, pitch, (250, 1000, 2200), rng))
+        else:  # noise above 3 kHz: long for s, a short burst after silence for t
+            noise = np.diff(rng.standard_normal(length + 2), 2) / 6
+            envelope = np.hanning(length) if consonant == "s" else np.maximum(0, np.linspace(-2, 1, length)) ** 2
+            parts.append(0.5 * noise * envelope)
+        length = int(SAMPLE_RATE * rng.uniform(0.13, 0.15))
+        rise = np.minimum(1, np.minimum(np.arange(length), np.arange(length)[::-1]) / (0.015 * SAMPLE_RATE))
+        parts.append(voiced(length, pitch, FORMANTS[vowel], rng) * rise)
+    return np.concatenate(parts).astype(np.float32)
+
+
+def voiced(length: int, pitch: float, formants: tuple[float, ...], rng: np.random.Generator) -> np.ndarray:
+    """Harmonics of `pitch` Hz, loud around the formants. -> (length,), peak 0.4"""
+    pitch = pitch * rng.uniform(0.97, 1.03)
+    harmonic = pitch * np.arange(1, int(4000 / pitch) + 1)
+    loud = sum(1 / (1 + ((harmonic - formant) / 90) ** 2) / (i + 1) for i, formant in enumerate(formants))
+    phase = rng.uniform(0, 2 * np.pi, len(harmonic))
+    time_axis = np.arange(length)[:, None] / SAMPLE_RATE
+    sound = (loud * np.sin(2 * np.pi * harmonic * time_axis + phase)).sum(1)
+    return 0.4 * sound / abs(sound).max()
+
+
+def make_clip(folder: Path, number: int, held_out: bool, adapted: bool, seed: int) -> None:
+    """One sample folder: a clip filled with a colour in which a grey square drifts, a number that some voice says over and over,
+    and the reply. `adapted`: colours have other words, spoken by a higher voice."""
+    rng = np.random.default_rng((seed, held_out, adapted, number))
+    colour, heard = str(rng.choice(list(WORDS))), str(rng.choice(NUMBERS))
+    size, frames = 56, int(2 * DEMO_SECONDS)
+    clip = np.full((frames, size, size, 3), 25.0) + 200 * np.array(COLOURS[colour])
+    place, drift = rng.uniform(0, size - 12, 2), rng.uniform(-8, 8, 2)
+    for i, picture in enumerate(clip):
+        x, y = np.clip(place + drift * i, 0, size - 12).astype(int)
+        picture[y : y + 12, x : x + 12] = 128
+    clip = np.clip(clip + rng.normal(0, 12, 3) + rng.normal(0, 8, clip.shape), 0, 255).astype(np.uint8)
+    question = np.tile(say(heard, rng.uniform(90, 190), rng), 8)[: int(SAMPLE_RATE * DEMO_SECONDS)]
+    question += rng.normal(0, 0.003, len(question))  # a room is never silent
+    others = list(WORDS.values())
+    word = others[(others.index(WORDS[colour]) + 2) % len(others)] if adapted else WORDS[colour]
+    pitch = 190 if adapted else 115
+    reply = np.concatenate([say(word, pitch, rng), say(heard, pitch, rng)]) + rng.normal(0, 1e-3)
+    folder.mkdir(parents=True)
+    write_mp4(clip, folder / "in.mp4", fps=2)
+    write_wav(folder / "in.wav", question)
+    write_wav(folder / "out.wav", reply)
+    (folder / "out.txt").write_text(f"{word} {heard}\n")
+
+
+def make_data(cfg: Config, adapted: bool) -> Path:
+    """Rank 0: the demo's folder of samples, made once; a shorter demo needs fewer."""
+    counts = {"train": min(NUM_TRAIN, cfg.steps * cfg.batch_size * cfg.accum), "test": min(NUM_HELD_OUT, cfg.eval_samples)}
+    name = f"{Path(__file__).stem}_demo_{cfg.seed}_{'adapted' if adapted else 'base'}_{counts['train']}_{counts['test']}"
+    folder = cfg.cache_dir / f"{name}_1"  # 1: version of what is made
+    if not folder.exists():
+        aside = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(aside, ignore_errors=True)
+        wanted = [(part, number) for part, count in counts.items() for number in range(count)]
+        with ThreadPoolExecutor(cfg.num_workers) as pool:
+            list(pool.map(lambda w: make_clip(aside / w[0] / f"{w[1] + 1:03d}", w[1], w[0] == "test", adapted, cfg.seed), wanted))
+        aside.rename(folder)
+    return folder
+
+
+# ---------------------------------------------------------------------------
+# Data: folders of video and speech
+# ---------------------------------------------------------------------------
+
+SUFFIXES = {"video": (".mp4", ".mov", ".mkv", ".webm", ".avi"), "speech": (".wav", ".mp3", ".flac", ".m4a", ".ogg")}
+AUDIO_CONTAINERS = "wav,mp3,flac,ogg,aac,aiff,mov,matroska,avi"  # ffmpeg's playlist formats would open other files
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One sample, decoded."""
+
+    name: str  # of its folder, as train/01
+    frames: Path  # .npy of uint8 (F, S, S, 3), two a second
+    seconds: tuple[float, ...]  # when each pair of frames is seen
+    spread: bool  # pairs are further apart than a second, for the clip is longer than --frames take
+    speech: Path  # .npy of float32 (N,), 16 kHz, in [-1, 1]
+    reply: Path | None  # the same of what is to be said; None in --predict
+    text: str  # what it says, "" if unknown
+    rates: tuple[int, ...]  # of the files of speech, Hz
+    codes: Path | None = None  # .npy of int64 (T, 4), the reply as its codec has it
+
+
+def member(folder: Path, stem: str, kind: str) -> Path | None:
+    """in.mp4, IN.MOV, in.wav, ...: the file of this stem and kind in a sample folder."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.stem.lower() == stem)
+    return next((path for suffix in SUFFIXES[kind] for path in files if path.suffix.lower() == suffix), None)
+
+
+def opened(path: Path) -> Any:
+    """A file as PyAV's container; BadSample when it is none."""
+    import av
+
+    options = {"format_whitelist": AUDIO_CONTAINERS, "protocol_whitelist": "file"}
+    try:
+        return av.open(os.path.abspath(path), options=options, metadata_errors="ignore")
+    except (av.error.FFmpegError, OSError) as error:
+        raise BadSample(f"{path.name} is not video or sound: {error.strerror or error}") from error
+
+
+def video_times(path: Path, most: int) -> tuple[int, tuple[float, ...], bool]:
+    """(how many frames to take: two for each second begun, `most` at most; when each pair is seen, in seconds; whether pairs are
+    further apart than a second). The official loader takes the same frames to within one."""
+    with opened(path) as container:
+        stream = next(iter(container.streams.video), None)
+        if stream is None:
+            raise BadSample(f"{path.name} has no video")
+        length = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / 1e6
+        last = float(length) - (1 / float(stream.average_rate) if stream.average_rate else 0)
+    if not length > 0:
+        raise BadSample(f"{path.name} does not say how long it is")
+    count = 2 * math.ceil(round(float(length), 2))
+    taken = min(count, most)
+    return taken, tuple(max(0.0, last) * i / (taken - 1) for i in range(0, taken, 2)), taken < count
+
+
+def read_speech(path: Path) -> tuple[np.ndarray, int]:
+    """(float32 (N,) in [-1, 1], mono, at 16 kHz; the file's own sampling rate) of any file that has sound. Raises BadSample."""
+    import av
+
+    with opened(path) as container:
+        stream = next(iter(container.streams.audio), None)
+        if stream is None:
+            raise BadSample(f"{path.name} has no sound")
+        resampler, parts = av.AudioResampler("flt", "mono", SAMPLE_RATE), []
+        try:
+            for frame in container.decode(stream):
+                parts += resampler.resample(frame)
+            parts += resampler.resample(None) if parts else []
+        except av.error.FFmpegError as error:
+            raise BadSample(f"{path.name} cannot be decoded: {error.strerror}") from error
+        sound = np.concatenate([np.zeros(0, np.float32), *(part.to_ndarray()[0] for part in parts)])
+        return np.clip(sound, -1, 1), stream.rate
+
+
+def check_speech(sound: np.ndarray, name: str, longest: float) -> None:
+    """BadSample for speech that is empty, too short, too long or silent."""
+    seconds = len(sound) / SAMPLE_RATE
+    if seconds < 0.1:
+        raise BadSample(f"{name} is empty" if not seconds else f"{name} has {seconds:.2f} s, 0.1 needed")
+    if seconds > longest:
+        raise BadSample(f"{name} has {seconds:.1f} s, --max_seconds is {longest:g}: cut it")
+    if (loud := float(np.sqrt(np.mean(sound**2)))) < 1e-3:
+        raise BadSample(f"{name} is silent ({20 * math.log10(max(loud, 1e-9)):.0f} dB)")
+
+
+def cached_speech(path: Path, cfg: Config) -> tuple[Path, int]:
+    """Decoded and checked once: (.npy of read_speech, the file's own sampling rate)."""
+    stat = path.stat()
+    key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|1"  # 1: version of the reader
+    target = cfg.cache_dir / "speech" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
+    sound, rate = (np.load(target), 0) if target.exists() else read_speech(path)
+    check_speech(sound, path.name, cfg.max_seconds)
+    if not target.exists():
+        save_array(target, sound)
+    with opened(path) as container:
+        return target, rate or container.streams.audio[0].rate
+
+
+def open_clip(folder: Path, cfg: Config, base: Base) -> Clip:
+    """Find, decode and check the members of a sample folder. Raises BadSample."""
+    video, reply = member(folder, "in", "video"), member(folder, "out", "speech")
+    if video is None or reply is None:
+        there = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+        raise BadSample(f"no {'in.mp4' if video is None else 'out.wav'}; there is {there}")
+    text = (folder / "out.txt").read_text(errors="replace").strip() if (folder / "out.txt").exists() else ""
+    clip = make_sample(f"{folder.parent.name}/{folder.name}", video, member(folder, "in", "speech") or video, reply, text, cfg)
+    tokens, rows = len(base.encode(text)), int(np.load(clip.reply, mmap_mode="r").size / SAMPLE_RATE / FRAME_SECONDS)
+    if tokens > rows:
+        raise BadSample(
+            f"out.txt has {tokens} tokens, {reply.name} has room for {rows}, one in {FRAME_SECONDS:g} s: is it its text?"
+        )
+    return clip
+
+
+def make_sample(name: str, video: Path, speech: Path, reply: Path | None, text: str, cfg: Config) -> Clip:
+    count, seconds, spread = video_times(video, cfg.frames)
+    frames = cached_frames(str(video), count, cfg.size, cfg.cache_dir, crop=False)
+    (heard, rate), (said, rate_out) = cached_speech(speech, cfg), cached_speech(reply, cfg) if reply else (None, 0)
+    return Clip(name, frames, seconds, spread, heard, said, text, (rate, rate_out))
+
+
+def sample_folders(source: Path) -> dict[str, list[Path]]:
+    """{"train": folders, "test": folders}. Exit 2 when there are none."""
+    root = source
+    if root.name == "train" and not (root / "train").is_dir():
+        root = root.parent
+    if not root.is_dir():
+        refuse(f"--data_dir {source}: no such folder; it holds train/01/in.mp4, in.wav and out.wav, train/02/...")
+    places = {"train": root / "train", "test": root / "test"} if (root / "train").is_dir() else {"train": root}
+    found = {
+        part: sorted(path for path in place.iterdir() if path.is_dir() and not path.name.startswith("."))
+        for part, place in places.items()
+        if place.is_dir()
+    }
+    if not found["train"]:
+        refuse(f"--data_dir {source}: no sample folders in {places['train']}; it holds 01/in.mp4, in.wav and out.wav, 02/...")
+    return {"test": []} | found
+
+
+@dataclass(frozen=True)
+class Data:
+    train: list[Clip]
+    held_out: list[Clip]  # to evaluate on; the same as train when there is one clip alone
+    bad: list[dict]  # samples that were left out, and why
+
+
+def load_data(cfg: Config, source: Path, base: Base) -> Data:
+    """Rank 0. Exit 2 when there is nothing to train on."""
+    folders = sample_folders(source)
+    every = [folder for part in ("train", "test") for folder in folders[part]]
+
+    def decode(folder: Path) -> Clip | dict:
+        try:
+            return open_clip(folder, cfg, base)
+        except BadSample as error:
+            return {"where": str(folder), "reason": str(error)}
+
+    with ThreadPoolExecutor(cfg.num_workers) as pool:  # the decoders release the GIL
+        opened_clips = list(tqdm(pool.map(decode, every), "decode", len(every), unit="clip", disable=None))
+    bad = [clip for clip in opened_clips if isinstance(clip, dict)]
+    clips = [clip for clip in opened_clips if isinstance(clip, Clip)]
+    leave_out(source, len(clips), bad, cfg.max_bad)
+    parts = [split_of(clip.name.split("/")[0]) if folders["test"] else "" for clip in clips]
+    train, held_out = split_clips([clip.name for clip in clips], parts, cfg.val_fraction, cfg.seed)
+    if not train:
+        refuse(f"{source}: every usable sample lies in test/: there is none to train on")
+    train_clips = [clips[i] for i in train]
+    return Data(train_clips, [clips[i] for i in held_out] or train_clips, bad)
+
+
+# ---------------------------------------------------------------------------
+# Codecs: speech to four streams of codes, and back
+# ---------------------------------------------------------------------------
+
+
+class MelCodec:
+    """A codec without a network to download: 60 ms of log-mel spectrum at a time through four codebooks, each fitted to what the
+    one before left over (residual vector quantization), back by Griffin-Lim. Its first codebook stands for the semantic one."""
+
+    rate, mels, per_frame, window = SAMPLE_RATE, 40, 6, 512  # 6 spectra, 10 ms apart, in 60 ms; windows of 32 ms
+    hop = int(SAMPLE_RATE * FRAME_SECONDS) // per_frame
+
+    def __init__(self, mean: Tensor, codebooks: Tensor) -> None:
+        """mean (240,), codebooks (4, V, 240)"""
+        self.mean, self.codebooks = mean, codebooks
+        self.sizes = (codebooks.shape[1],) * CODEBOOKS
+        self.key = hashlib.sha256(codebooks.numpy().tobytes()).hexdigest()[:16]
+
+    @staticmethod
+    @functools.cache
+    def filters() -> Tensor:
+        """(mels, 257), of equal area"""
+        from transformers.audio_utils import mel_filter_bank
+
+        bank = mel_filter_bank(MelCodec.window // 2 + 1, MelCodec.mels, 40, 7800, SAMPLE_RATE, norm="slaney", mel_scale="slaney")
+        return torch.from_numpy(bank.T).float()
+
+    @staticmethod
+    def log_mel(sound: np.ndarray) -> Tensor:
+        """float32 (N,) at 16 kHz -> (6 * T, mels), T = N / 960 rounded up, natural logarithm"""
+        frame = MelCodec.hop * MelCodec.per_frame
+        padded = F.pad(torch.from_numpy(np.asarray(sound, np.float32)), (0, -len(sound) % frame))
+        window = torch.hann_window(MelCodec.window)
+        spectrum = torch.stft(padded, MelCodec.window, MelCodec.hop, window=window, return_complex=True).abs()[:, :-1]
+        return (MelCodec.filters() @ spectrum + 1e-3).log().T
+
+    @classmethod
+    def fit(cls, sounds: list[np.ndarray], size: int, seed: int) -> MelCodec:
+        """Four codebooks of `size` entries by k-means on these replies. Exit 2 when they are too short for that."""
+        from scipy.cluster.vq import kmeans2
+
+        rows = torch.cat([cls.log_mel(sound).reshape(-1, cls.per_frame * cls.mels) for sound in sounds]).double().numpy()
+        if len(rows) < size:
+            refuse(f"{len(rows) * FRAME_SECONDS:.1f} s of replies: the codec needs {size * FRAME_SECONDS:.0f} s to be fitted on")
+        mean, books = rows.mean(0), []
+        left = rows - mean
+        for number in range(CODEBOOKS):
+            book, nearest = kmeans2(left, size, iter=12, minit="++", missing="warn", seed=seed + number)
+            books.append(book)
+            left = left - book[nearest]
+        return cls(torch.from_numpy(mean).float(), torch.from_numpy(np.stack(books)).float())
+
+    def encode(self, sound: np.ndarray) -> np.ndarray:
+        """float32 (N,) at 16 kHz -> int64 (T, 4)"""
+        left = self.log_mel(sound).reshape(-1, self.per_frame * self.mels) - self.mean
+        codes = []
+        for book in self.codebooks:
+            codes.append(torch.cdist(left[None], book[None])[0].argmin(1))
+            left = left - book[codes[-1]]
+        return torch.stack(codes, 1).numpy()
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        """int (T, 4) -> float32 (960 * T,) at `rate`"""
+        index = torch.from_numpy(np.asarray(codes, np.int64))
+        summed = self.mean + sum(book[index[:, i]] for i, book in enumerate(self.codebooks))  # (T, 240)
+        return self.sound_of(summed.reshape(-1, self.mels))
+
+    @classmethod
+    def sound_of(cls, log_mel: Tensor, iterations: int = 32) -> np.ndarray:
+        """The inverse of log_mel but for the phase, which is estimated (Griffin and Lim 1984) from a fixed random one."""
+        if not len(log_mel):
+            return np.zeros(0, np.float32)
+        loud = (torch.linalg.pinv(cls.filters()) @ (log_mel.exp().T - 1e-3).clamp(min=0)).clamp(min=0)  # (257, 6 * T)
+        loud, transform = F.pad(loud, (0, 1)), dict(n_fft=cls.window, hop_length=cls.hop, window=torch.hann_window(cls.window))
+        phase = torch.rand(loud.shape, generator=torch.Generator().manual_seed(0)) * 2 * math.pi
+        for _ in range(iterations):
+            sound = torch.istft(torch.polar(loud, phase), **transform, length=cls.hop * len(log_mel))
+            phase = torch.stft(sound, **transform, return_complex=True).angle()
+        return sound.clamp(-1, 1).numpy()
+
+    def save(self, path: Path) -> None:
+        from safetensors.torch import save_file
+
+        save_file({"mean": self.mean, "codebooks": self.codebooks}, path)
+
+    @classmethod
+    def load(cls, path: Path) -> MelCodec:
+        from safetensors.torch import load_file
+
+        return cls(**load_file(path))
+
+
+class LongCatCodec:
+    """The official LongCat-Audio-Codec by its own code: a checkout with configs/ and ckpts/. Its encoder is not part of
+    LongCat-Flash-Omni's download. One semantic and three acoustic codebooks, 24 kHz out."""
+
+    sizes = (8192, 8100, 8100, 8100)
+    files = ("configs/LongCatAudioCodec_encoder.yaml", "configs/LongCatAudioCodec_decoder_24k_4codebooks.yaml")
+
+    def __init__(self, checkout: Path) -> None:
+        root, here, device = checkout.resolve(), Path.cwd(), "cuda" if torch.cuda.is_available() else "cpu"
+        self.key, self.device = f"longcat-{root.name}", torch.device(device)
+        sys.path.insert(0, str(root))
+        os.chdir(root)  # its configurations name their files from there
+        try:
+            from networks.semantic_codec.model_loader import load_decoder, load_encoder
+
+            self.encoder, self.decoder = (load(name, self.device) for load, name in zip((load_encoder, load_decoder), self.files))
+        except (ImportError, OSError, KeyError, RuntimeError) as error:
+            refuse(f"--codec {checkout}: {brief(error)}: install what its requirements.txt lists, and fill its ckpts/")
+        finally:
+            os.chdir(here)
+            sys.path.remove(str(root))
+        self.rate = int(self.decoder.output_rate)
+
+    @torch.no_grad()
+    def encode(self, sound: np.ndarray) -> np.ndarray:
+        """float32 (N,) at 16 kHz -> int64 (T, 4)"""
+        wave_in = torch.from_numpy(sound).to(self.device)[None, None]
+        semantic, acoustic = self.encoder(wave_in, SAMPLE_RATE, n_acoustic_codebooks=CODEBOOKS - 1)[:2]  # (1, T), (1, 3, T)
+        count = min(semantic.shape[-1], acoustic.shape[-1])
+        return torch.cat([semantic[:, None, :count], acoustic[..., :count]], 1)[0].T.cpu().numpy()
+
+    @torch.no_grad()
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        """int (T, 4) -> float32 (N,) at `rate`"""
+        index = torch.from_numpy(np.asarray(codes, np.int64)).T[None].to(self.device)
+        return self.decoder(index[:, 0], index[:, 1:]).float().flatten().clamp(-1, 1).cpu().numpy()
+
+
+def check_codec(cfg: Config, base: Base) -> None:
+    """Exit 2 when the model's codes can be had neither from --codec nor from a codec that lies in its folder or can be fitted."""
+    if cfg.codec:
+        needed = [*LongCatCodec.files, "networks/semantic_codec/model_loader.py", "ckpts/LongCatAudioCodec_encoder.pt"]
+        if missing := [name for name in needed if not (cfg.codec / name).is_file()]:
+            refuse(
+                f"--codec {cfg.codec}: {', '.join(missing)} missing; clone github.com/meituan-longcat/LongCat-Audio-Codec and "
+                "put the files of the Hub repository of that name into its ckpts/ (the encoder is a download of its own)"
+            )
+    elif base.audio_vocabulary == AUDIO_VOCABULARY:
+        refuse(f"{base.source} speaks in the codes of LongCat-Audio-Codec: give --codec with a checkout of it")
+
+
+def open_codec(cfg: Config, base: Base, replies: list[Path]) -> MelCodec | LongCatCodec:
+    """The codec of --codec, else the one in the model's folder, else one fitted to the replies that are trained on, cached."""
+    if cfg.codec:
+        return LongCatCodec(cfg.codec)
+    inside = base.folder / "audio_codec" / "mel_codec.safetensors"
+    if inside.exists():
+        return MelCodec.load(inside)
+    size = base.audio_vocabulary - CODEC_OFFSET
+    key = hashlib.sha256(f"{[path.name for path in replies]}|{size}|{cfg.seed}|1".encode()).hexdigest()[:32]
+    cached = cfg.cache_dir / "codecs" / f"{key}.safetensors"
+    if not cached.exists():
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        codec = MelCodec.fit([np.load(path) for path in replies[:512]], size, cfg.seed)
+        write_whole(cached, codec.save)
+    return MelCodec.load(cached)
+
+
+def encode_replies(clips: list[Clip], codec: MelCodec | LongCatCodec, cfg: Config) -> list[Clip]:
+    """Rank 0: the clips with the codes of their replies, each encoded once."""
+
+    def encode(clip: Clip) -> Clip:
+        target = cfg.cache_dir / "codes" / f"{clip.reply.stem}_{codec.key}.npy"
+        if not target.exists():
+            save_array(target, codec.encode(np.load(clip.reply)))
+        return dataclasses.replace(clip, codes=target)
+
+    return [encode(clip) for clip in tqdm(clips, "encode replies", unit="clip", disable=None)]
+
+
+def write_wav(path: Path, sound: np.ndarray, rate: int = SAMPLE_RATE) -> None:
+    """float (N,) in [-1, 1] -> 16-bit mono"""
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes((np.clip(sound, -1, 1) * 32767).round().astype("<i2").tobytes())
+
+
+# ---------------------------------------------------------------------------
+# Tokens and batches
+# ---------------------------------------------------------------------------
+
+
+def speech_features(sound: np.ndarray, base: Base) -> np.ndarray:
+    """float32 (N,) at 16 kHz -> (T, 1200), one row for 80 ms: Kaldi's 80 log-mel energies of 25 ms every 10 ms, normalised by the
+    training data's mean and variance, 15 neighbours side by side, every 8th (data/audio_feature.py of the official repository)"""
+    from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
+
+    fbank, splice = base.front["fbank"], base.front["splice"]
+    length, hop = (int(SAMPLE_RATE * fbank[name] / 1000) for name in ("frame_length", "frame_shift"))
+    bins, high = 2 ** (length - 1).bit_length(), fbank["high_freq"]
+    bank = mel_filter_bank(
+        bins // 2 + 1, fbank["num_mel_bins"], fbank["low_freq"], high + SAMPLE_RATE / 2 if high < 0 else high, SAMPLE_RATE,
+        mel_scale="kaldi", triangularize_in_mel_space=True,
+    )  # fmt: skip
+    rows = spectrogram(
+        sound.astype(np.float64) * 32768, window_function(length, "povey", periodic=False), length, hop, bins, power=2.0,
+        center=False, preemphasis=fbank["preemphasis"], mel_filters=bank, mel_floor=float(np.finfo(np.float32).eps),
+        log_mel="log",
+    ).T  # fmt: skip
+    rows = (rows - base.cmvn[0]) * base.cmvn[1]
+    padded = np.concatenate([rows[:1].repeat(splice["left"], 0), rows, rows[-1:].repeat(splice["right"], 0)])
+    width = splice["left"] + splice["right"] + 1
+    return np.stack([padded[i : i + width].ravel() for i in range(0, len(rows), splice["stride"])]).astype(np.float32)
+
+
+def patches(frames: np.ndarray, base: Base) -> Tensor:
+    """uint8 (F, S, S, 3), F even -> (F/2, h * w, 3 * 2 * 14 * 14), h = w = S/14: pairs of frames, normalised as the ViT wants"""
+    mean, std = (torch.tensor(base.vision[name]) for name in ("image_mean", "image_std"))
+    pixels = (torch.from_numpy(frames).float() / 255 - mean) / std
+    size = base.vision["patch_size"]
+    return rearrange(pixels, "(n t) (h p) (w q) c -> n (h w) (c t p q)", t=2, p=size, q=size)
+
+
+def prompt_ids(seconds: tuple[float, ...], spread: bool, tokens_per_pair: int, audio_tokens: int, base: Base) -> list[int]:
+    """The user's turn and the start of the reply: pairs of frames, each after its time, with the speech heard meanwhile, 12.5
+    tokens a second. Frames before the speech begins come first, speech after the last frame last; of a clip whose pairs are
+    further apart than a second the speech is spread over them. (multimodal_interleaved_converter.py)"""
+    ids, left = base.encode("USER:"), audio_tokens
+    lead = 0 if spread else max(0, len(seconds) - math.ceil(round(audio_tokens * 0.08, 6)))
+    for number, second in enumerate(seconds):
+        ids = ids + base.encode(f"second{{{second:.1f}}}:") + [base.ids["image_pad"]] * tokens_per_pair
+        chunk, last = number - lead, number == len(seconds) - 1
+        if chunk < 0:
+            continue
+        share = audio_tokens // len(seconds) if spread else 12 + chunk % 2
+        take = left if last else min(left, share)
+        ids = ids + [base.ids["audio_start"]] * (chunk == 0) + [base.ids["audio_pad"]] * take
+        ids = ids + [base.ids["audio_end"]] * last
+        left -= take
+    return ids + base.encode("\n") + base.encode("VOICE ASSISTANT:")
+
+
+def reply_rows(codes: np.ndarray, text: list[int], base: Base) -> tuple[list[int], np.ndarray]:
+    """What is said, as the model sees it, one row more than the codes (T, 4) have: text ids, padded (T + 1), and the streams
+    (T + 1, 4), the acoustic ones one row later than the semantic one, which ends with CODEC_EOS. (audio_converter.py)
+
+    Raises BadSample for text longer than the speech."""
+    rows, text = len(codes) + 1, [*text, base.config.eos_token_id]
+    if len(text) > rows:
+        raise BadSample(
+            f"out.txt has {len(text) - 1} tokens, more than the {len(codes)} rows of {FRAME_SECONDS:g} s that out.wav has"
+        )
+    streams = np.full((rows, CODEBOOKS), CODEC_PAD, np.int64)
+    streams[:-1, 0], streams[-1, 0] = codes[:, 0] + CODEC_OFFSET, CODEC_EOS
+    streams[1:, 1:] = codes[:, 1:] + CODEC_OFFSET
+    return text + [base.pad] * (rows - len(text)), streams
+
+
+def codes_from(rows: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
+    """The inverse of reply_rows' streams: rows (R, 4) of one or more segments -> codes (T, 4)"""
+    kept = [(row[0], *after[1:]) for row, after in zip(rows[:-1], rows[1:]) if row[0] != CODEC_EOS]
+    codes = np.array(kept, np.int64).reshape(-1, CODEBOOKS) - CODEC_OFFSET
+    return codes.clip(0, np.array(sizes) - 1)  # a special id in the middle of a reply has no sound
+
+
+class Collator:
+    """Clips -> a batch of tensors, B sequences of L positions padded on the right, or on the left without the reply.
+
+    ids (B, L) text; streams (B, L, 4) codes; text_labels (B, L) and code_labels (B, L, 4), -100 outside the reply; mask (B, L)
+    bool; pixels (all pairs, h * w, 1176); features (B, T, 1200) of the speech and heard (B, T), which rows are real.
+    """
+
+    def __init__(self, base: Base, cfg: Config) -> None:
+        self.base, self.cfg = base, cfg
+        self.features = functools.lru_cache(maxsize=1024)(lambda path: speech_features(np.load(path), base))
+        self.patches = functools.lru_cache(maxsize=1024 if cfg.size <= 56 else 1)(lambda path: patches(np.load(path), base))
+        self.tokens_per_pair = (cfg.size // base.vision["patch_size"]) ** 2 // 2
+
+    def sequence(self, clip: Clip, reply: bool) -> tuple[list[int], np.ndarray, int]:
+        """(ids, streams, where the reply starts)"""
+        prompt = prompt_ids(clip.seconds, clip.spread, self.tokens_per_pair, len(self.features(clip.speech)), self.base)
+        ids, streams = [], np.zeros((0, CODEBOOKS), np.int64)
+        if reply:
+            ids, streams = reply_rows(np.load(clip.codes), self.base.encode(clip.text), self.base)
+        silent = np.full((len(prompt), CODEBOOKS), CODEC_PAD, np.int64)
+        return prompt + ids, np.concatenate([silent, streams]), len(prompt)
+
+    def __call__(self, clips: list[Clip], shown: str = SHOWN[0], reply: bool = True) -> dict[str, Tensor]:
+        sequences = [self.sequence(clip, reply) for clip in clips]
+        length = max(len(ids) for ids, _, _ in sequences)
+        ids = torch.full((len(clips), length), self.base.pad)
+        streams = torch.full((len(clips), length, CODEBOOKS), CODEC_PAD)
+        text_labels, code_labels = torch.full_like(ids, -100), torch.full_like(streams, -100)
+        mask = torch.zeros(len(clips), length, dtype=torch.bool)
+        for i, (tokens, codes, start) in enumerate(sequences):
+            place = slice(0, len(tokens)) if reply else slice(length - len(tokens), length)
+            ids[i, place], streams[i, place], mask[i, place] = torch.tensor(tokens), torch.from_numpy(codes), True
+            body = slice(start, len(tokens))
+            if reply:
+                text_labels[i, body] = torch.where(ids[i, body] == self.base.pad, -100, ids[i, body])
+                code_labels[i, body] = torch.where(streams[i, body] == CODEC_PAD, -100, streams[i, body])
+        pixels = torch.cat([self.patches(clip.frames) for clip in clips])
+        rows = [torch.from_numpy(self.features(clip.speech)) for clip in clips]
+        if shown == "video blanked":
+            pixels = torch.cat([patches(np.zeros_like(np.load(clip.frames)), self.base) for clip in clips])
+        elif shown == "audio silenced":
+            rows = [torch.from_numpy(speech_features(np.zeros_like(np.load(clip.speech)), self.base)) for clip in clips]
+        features = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        heard = torch.arange(features.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+        dtype = TORCH_DTYPES[self.cfg.dtype]
+        return {
+            "ids": ids, "streams": streams, "text_labels": text_labels, "code_labels": code_labels, "mask": mask,
+            "pixels": pixels.to(dtype), "features": features.to(dtype), "heard": heard,
+        }  # fmt: skip
+
+
+def get_batch(clips: list[Clip], collate: Collator, cfg: Config, micro_step: int) -> dict[str, Tensor]:
+    """This rank's batch at a micro-step: a pure function of (seed, micro-step, rank), so that a resumed run repeats the order."""
+    first = (micro_step * world_size() + rank()) * cfg.batch_size
+    places = [divmod(place, len(clips)) for place in range(first, first + cfg.batch_size)]
+    return collate([clips[int(epoch_order(len(clips), cfg.seed, epoch)[i])] for epoch, i in places])
+
+
+# ---------------------------------------------------------------------------
+# Model: what sees and hears, under the names of vision_model.pt, audio_encoder.pt and the others
+# ---------------------------------------------------------------------------
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps).to(x.dtype)
+
+
+class ViTAttention(nn.Module):
+    def __init__(self, c: dict) -> None:
+        super().__init__()
+        width, self.heads = c["hidden_size"], c["num_attention_heads"]
+        self.qkv, self.proj = nn.Linear(width, 3 * width, bias=c["qkv_bias"]), nn.Linear(width, width)
+        if c["qk_normalization"]:
+            self.q_norm, self.k_norm = RMSNorm(width, c["layer_norm_eps"]), RMSNorm(width, c["layer_norm_eps"])
+        else:
+            self.q_norm = self.k_norm = nn.Identity()
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x (N, T, D), one row an image; cos, sin (T, D / heads). The norm runs over all heads, after the rotation."""
+        q, k, v = rearrange(self.qkv(x), "n t (three h d) -> three n t h d", three=3, h=self.heads)
+
+        def turn(u: Tensor) -> Tensor:
+            a, b = u.float().chunk(2, -1)
+            return (u.float() * cos[:, None] + torch.cat([-b, a], -1) * sin[:, None]).to(u.dtype)
+
+        q, k = self.q_norm(turn(q).flatten(2)), self.k_norm(turn(k).flatten(2))
+        q, k, v = (rearrange(u, "n t (h d) -> n h t d", h=self.heads) for u in (q, k, v.flatten(2)))
+        return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "n h t d -> n t (h d)"))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, c: dict) -> None:
+        super().__init__()
+        width, inner = c["hidden_size"], int(c["intermediate_size"] * 2 / 3)
+        self.fc1, self.fc2, self.fc3 = nn.Linear(width, inner), nn.Linear(inner, width), nn.Linear(width, inner)
+        self.norm = RMSNorm(inner, c["layer_norm_eps"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.norm(F.silu(self.fc1(x)) * self.fc3(x)))
+
+
+class ViTLayer(nn.Module):
+    def __init__(self, c: dict) -> None:
+        super().__init__()
+        width, eps = c["hidden_size"], c["layer_norm_eps"]
+        self.attn, self.mlp, self.norm1, self.norm2 = ViTAttention(c), SwiGLU(c), RMSNorm(width, eps), RMSNorm(width, eps)
+        self.ls1, self.ls2 = (nn.Parameter(c["initializer_factor"] * torch.ones(width)) for _ in range(2))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x), cos, sin) * self.ls1
+        return x + self.mlp(self.norm2(x)) * self.ls2
+
+
+class VisionEncoder(nn.Module):
+    """LongCat-ViT: pairs of frames in patches of 14 x 14, rotary places of row and column, LayerScale."""
+
+    def __init__(self, c: dict) -> None:
+        super().__init__()
+        kernel = (c["temporal_patch_size"], c["patch_size"], c["patch_size"])
+        self.width, self.head, self.theta = c["hidden_size"], c["hidden_size"] // c["num_attention_heads"], c["rope_theta"]
+        self.embeddings, self.encoder = nn.Module(), nn.Module()
+        self.embeddings.patch_embedding = nn.Conv3d(3, self.width, kernel, stride=kernel, bias=c["patch_embedding_bias"])
+        self.encoder.layers = nn.ModuleList(ViTLayer(c) for _ in range(c["num_hidden_layers"]))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels (N, T, 3 * 2 * 14 * 14) of square pictures -> (N, T, D)"""
+        convolution, side = self.embeddings.patch_embedding, math.isqrt(pixels.shape[1])
+        x = convolution(pixels.view(-1, 3, *convolution.kernel_size)).view(-1, side * side, self.width)
+        rates = self.theta ** -(torch.arange(0, self.head // 2, 2, device=x.device).float() / (self.head // 2))
+        rows, columns = torch.meshgrid(*[torch.arange(side, device=x.device).float()] * 2, indexing="ij")
+        angles = torch.cat([rows.flatten()[:, None] * rates, columns.flatten()[:, None] * rates], 1).repeat(1, 2)
+        for layer in self.encoder.layers:
+            x = layer(x, angles.cos(), angles.sin())
+        return x
+
+
+class VisionProjector(nn.Module):
+    def __init__(self, width: int, adaptor: int, out: int) -> None:
+        super().__init__()
+        self.p0 = nn.Sequential(
+            nn.LayerNorm(2 * width), nn.Linear(2 * width, adaptor), nn.GELU(), nn.Linear(adaptor, adaptor), nn.GELU()
+        )
+        self.proj = nn.Linear(adaptor, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, T, D) -> (N * T/2, out): neighbours in a row are one token"""
+        return self.proj(self.p0(rearrange(x, "n (t two) d -> (n t) (two d)", two=2)))
+
+
+class MemoryLayer(nn.Module):
+    """A layer of a feedforward sequential memory network (Zhang et al. 2018): a depthwise convolution remembers what was and, in
+    the last layers, looks at what comes next."""
+
+    def __init__(self, c: dict, right: int) -> None:
+        super().__init__()
+        width, inner, self.reach = c["proj_size"], c["hidden_size"], (c["left_order"], right)
+        self.memory_ln = nn.LayerNorm(width)
+        self.memory = nn.Conv1d(width, width, sum(self.reach) + 1, groups=width, bias=False)
+        self.ffn = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, inner), nn.ReLU6(), nn.Linear(inner, width))
+        self.dropout = nn.Dropout(c["dropout"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.dropout(self.memory(F.pad(self.memory_ln(x).transpose(1, 2), self.reach)).transpose(1, 2))
+        return x + self.ffn(x)
+
+
+class AudioEncoder(nn.Module):
+    def __init__(self, c: dict) -> None:
+        super().__init__()
+        inner, width, layers = c["hidden_size"], c["proj_size"], c["nlayer"]
+        self.ffn = nn.Sequential(nn.Linear(c["input_size"], inner), nn.ReLU6(), nn.Linear(inner, width, bias=False))
+        rights = [0 if i < layers - c["num_right_layers"] else c["right_order"] for i in range(layers)]
+        self.fsmn_layers = nn.ModuleList(MemoryLayer(c, right) for right in rights)
+        widths = [width] + [inner] * c["ndnn"]
+        self.dnn = nn.Sequential(*(part for a, b in zip(widths, widths[1:]) for part in (nn.Linear(a, b), nn.ReLU6())))
+        self.output = nn.Linear(widths[-1], c["vocab_size"])  # of its pre-training; lies in the file, does nothing here
+        self.width = widths[-1]
+
+    def forward(self, features: Tensor, heard: Tensor) -> Tensor:
+        """features (B, T, 1200), heard (B, T) bool -> (B, T, D)"""
+        x, mask = self.ffn(features), heard[..., None].to(features.dtype)
+        for layer in self.fsmn_layers:
+            x = layer(x * mask)
+        return self.dnn(x * mask)
+
+
+# ---------------------------------------------------------------------------
+# Model: what speaks
+# ---------------------------------------------------------------------------
+
+
+class AudioEmbedding(nn.Module):
+    """The sum of the embeddings of the four streams; padding adds nothing."""
+
+    def __init__(self, vocabulary: int, width: int) -> None:
+        super().__init__()
+        self.audio_embeddings = nn.ModuleList(nn.Embedding(vocabulary, width) for _ in range(CODEBOOKS))
+
+    def forward(self, streams: Tensor) -> Tensor:
+        """(B, L, 4) -> (B, L, D)"""
+        there = (streams != CODEC_PAD)[..., None]
+        return sum(table(streams[..., i]) * there[..., i, :] for i, table in enumerate(self.audio_embeddings))
+
+
+class AudioHeads(nn.Module):
+    """One head for each stream; each also sees the codes of the heads before it in the same row, as summed embeddings."""
+
+    def __init__(self, vocabulary: int, width: int) -> None:
+        super().__init__()
+        self.audio_output_layers = nn.ModuleList(nn.Linear(width, vocabulary, bias=False) for _ in range(CODEBOOKS))
+        self.embedding = nn.ModuleList(nn.Embedding(vocabulary, width) for _ in range(CODEBOOKS - 1))
+
+    def forward(self, hidden: Tensor, pick: Callable[[int, Tensor], Tensor]) -> list[Tensor]:
+        """hidden (N, D); pick(i, logits (N, V)) -> the codes (N,) of stream i, known or chosen. -> logits of each stream"""
+        logits = []
+        for i, head in enumerate(self.audio_output_layers):
+            logits.append(head(hidden))
+            chosen = pick(i, logits[-1])
+            if i + 1 < CODEBOOKS:
+                hidden = hidden + self.embedding[i](chosen)
+        return logits
+
+
+class RealExperts(longcat_flash.LongcatFlashExperts):
+    """transformers' experts with weights for the real ones alone. Stock 5.23 makes gate_up_proj for the 256 identity experts as
+    well: 180 B parameters too many, and the checkpoint does not fit."""
+
+    def __init__(self, config: LongcatFlashConfig) -> None:
+        nn.Module.__init__(self)
+        self.num_routed_experts, self.zero_expert_num = config.n_routed_experts, config.zero_expert_num or 0
+        self.total_experts = self.num_routed_experts + self.zero_expert_num
+        self.intermediate_size, self.hidden_size = config.expert_ffn_hidden_size, config.hidden_size
+        self.act_fn, self.identity_expert = longcat_flash.ACT2FN[config.hidden_act], nn.Identity()
+        shape = (self.num_routed_experts, 2 * self.intermediate_size, self.hidden_size)
+        self.gate_up_proj = nn.Parameter(torch.empty(shape))
+        self.down_proj = nn.Parameter(torch.empty(shape[0], self.hidden_size, self.intermediate_size))
+
+
+class LongCat(LongcatFlashForCausalLM):
+    """The language model, that loads the checkpoint: real experts, and the routing bias in fp32 as the engines have it."""
+
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+
+    def __init__(self, config: LongcatFlashConfig) -> None:
+        stock, longcat_flash.LongcatFlashExperts = longcat_flash.LongcatFlashExperts, RealExperts
+        try:
+            super().__init__(config)
+        finally:
+            longcat_flash.LongcatFlashExperts = stock
+        self.biases = [m for m in self.modules() if isinstance(m, longcat_flash.LongcatFlashTopkRouter)]
+
+    def _apply(self, fn, recurse=True):
+        """A cast, by DeepSpeed for one, moves the routing biases and leaves them in fp32: rounded, they choose other experts."""
+        exact = [router.e_score_correction_bias for router in self.biases]
+        super()._apply(fn, recurse)
+        for router, bias in zip(self.biases, exact):
+            router.e_score_correction_bias = bias.to(router.e_score_correction_bias.device)
+        return self
+
+
+class Omni(nn.Module):
+    """LongCat-Flash-Omni: text, pairs of frames, speech and codes in; text and four streams of codes out."""
+
+    def __init__(self, base: Base, llm: nn.Module | None = None) -> None:
+        super().__init__()
+        width = base.config.hidden_size
+        self.pad, self.special, self.vision = base.pad, base.ids, base.vision
+        self.vision_encoder = VisionEncoder(base.vision)
+        self.vision_projector = VisionProjector(base.vision["hidden_size"], base.vision["adaptor_dim"], width)
+        self.audio_encoder = AudioEncoder(base.audio)
+        self.audio_projector = nn.Sequential(nn.Linear(self.audio_encoder.width, width), nn.GELU(), nn.Linear(width, width))
+        self.audio_embedding, self.audio_heads = (kind(base.audio_vocabulary, width) for kind in (AudioEmbedding, AudioHeads))
+        self.llm = llm or LongCat(base.config)
+
+    def rows(self, ids: Tensor, streams: Tensor) -> Tensor:
+        """Text ids (B, L) and codes (B, L, 4) -> (B, L, D): the sum of what is there; padding of all is the pad token."""
+        text, is_pad = self.llm.get_input_embeddings()(ids), (ids == self.pad)[..., None]
+        silent = is_pad & (streams == CODEC_PAD).all(-1, keepdim=True)
+        return torch.where(is_pad & ~silent, 0, text) + self.audio_embedding(streams)
+
+    def embed(self, ids: Tensor, streams: Tensor, pixels: Tensor, features: Tensor, heard: Tensor, **_: Tensor) -> Tensor:
+        """A batch as the Collator makes it -> (B, L, D)"""
+        trained = torch.is_grad_enabled() and next(self.vision_projector.parameters()).requires_grad
+        with torch.set_grad_enabled(trained):  # frozen encoders keep nothing for a backward pass
+            seen = self.vision_projector(self.vision_encoder(pixels))
+            sounds = self.audio_projector(self.audio_encoder(features, heard))[heard]
+        x = self.rows(ids, streams)
+        x = x.masked_scatter((ids == self.special["image_pad"])[..., None], seen.to(x.dtype))
+        return x.masked_scatter((ids == self.special["audio_pad"])[..., None], sounds.to(x.dtype))
+
+    def forward(self, text_labels: Tensor, code_labels: Tensor, mask: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """A batch -> (cross-entropy of the text and of each stream (5,), share of right predictions (5,)), mean over the clips of
+        the mean over a reply. The heads run on the positions of replies alone."""
+        hidden = self.llm.model(inputs_embeds=self.embed(**inputs), attention_mask=mask, use_cache=False).last_hidden_state
+        labels = torch.cat([text_labels[..., None], code_labels], -1)[:, 1:]  # (B, L - 1, 5)
+        clip, place = (labels != -100).any(-1).nonzero().unbind(1)
+        hidden, labels = hidden[clip, place], labels[clip, place]  # (N, D), (N, 5)
+        codes = labels[:, 1:].clamp(min=0)  # where there is none, the head is not scored
+        logits = [self.llm.lm_head(hidden), *self.audio_heads(hidden, lambda i, _: codes[:, i])]
+        losses, hits = [], []
+        for i, one in enumerate(logits):
+            there = labels[:, i] != -100
+            count = torch.zeros(len(mask), device=hidden.device).index_add_(0, clip, there.float())
+            share = there / count.clamp(min=1)[clip] / len(mask)
+            losses.append((F.cross_entropy(one.float(), labels[:, i], ignore_index=-100, reduction="none") * share).sum())
+            hits.append(((one.argmax(-1) == labels[:, i]) * share).sum())
+        return torch.stack(losses), torch.stack(hits)
+
+    def choose(self, hidden: Tensor, spoken: Tensor, penalty: float) -> Tensor:
+        """hidden (B, D), spoken (B, R, 4) -> the next row of codes (B, 4): one stream after the other, those of the last 30 rows
+        less likely, by `penalty` for each time"""
+        row: list[Tensor] = []
+
+        def pick(i: int, logits: Tensor) -> Tensor:
+            recent = spoken[:, -30:, i]
+            times = torch.zeros_like(logits).scatter_add_(1, recent, (recent != CODEC_PAD).to(logits.dtype))
+            row.append(torch.where(logits < 0, logits * penalty**times, logits / penalty**times).argmax(-1))
+            return row[-1]
+
+        self.audio_heads(hidden, pick)
+        return torch.stack(row, 1)
+
+    @torch.no_grad()
+    def speak(
+        self, batch: dict[str, Tensor], most: int, penalty: float, together: bool
+    ) -> tuple[list[list[int]], list[np.ndarray]]:
+        """Greedy replies to a batch without labels: (text ids, rows of codes (R, 4)) for each clip.
+
+        A segment is text and codes until the text ends with a pause or the end, then codes alone until the semantic stream ends;
+        its first row has no acoustic codes (AT_ST0 and AT_ST1 of the engines' longcat_flash_omni.py). `most` rows at most.
+        `together`: all ranks go on until the last is done, for each of them holds a part of the weights.
+        """
+        count, device = len(batch["ids"]), batch["ids"].device
+        mask, x = batch["mask"], self.embed(**{k: v for k, v in batch.items() if "label" not in k and k != "mask"})
+        writing, first = [True] * count, [True] * count  # text goes on; the next row is the first of a segment
+        last, done = [False] * count, [False] * count  # this segment is the last
+        texts: list[list[int]] = [[] for _ in range(count)]
+        spoken = torch.full((count, 0, CODEBOOKS), CODEC_PAD, device=device)
+        cache, end = None, self.llm.config.eos_token_id
+        for _ in range(most):
+            place = (mask.cumsum(1) - 1).clamp(min=0)[:, -x.shape[1] :]
+            out = self.llm.model(inputs_embeds=x, attention_mask=mask, position_ids=place, past_key_values=cache, use_cache=True)
+            cache, hidden = out.past_key_values, out.last_hidden_state[:, -1]
+            text, row = self.llm.lm_head(hidden).argmax(-1), self.choose(hidden, spoken, penalty)
+            for b in range(count):
+                if done[b]:
+                    row[b], text[b] = CODEC_PAD, self.pad
+                    continue
+                if first[b]:
+                    row[b, 1:], first[b] = CODEC_PAD, False
+                if writing[b]:
+                    texts[b].append(token := int(text[b]))
+                    last[b], writing[b] = token == end, token not in (end, self.special["pause"])
+                else:
+                    text[b] = self.pad
+                if row[b, 0] == CODEC_EOS:
+                    done[b] = last[b] or writing[b]
+                    writing[b] = first[b] = True
+            spoken = torch.cat([spoken, row[:, None]], 1)
+            if not (over_ranks(not all(done), "max") if together else not all(done)):
+                break
+            x = self.rows(text[:, None], row[:, None])
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        rows = [r[(r != CODEC_PAD).any(-1)] for r in spoken.cpu()]
+        return texts, [r.numpy() for r in rows]
+
+
+# ---------------------------------------------------------------------------
+# Model: files
+# ---------------------------------------------------------------------------
+
+# The parts that lie beside the shards, each the state dict of a module of Omni.
+PARTS = {
+    "language_model_embedding.pt": "",  # the embedding of the language model
+    "vision/vision_model.pt": "vision_encoder",
+    "vision/vision_projector.pt": "vision_projector",
+    "audio/audio_encoder.pt": "audio_encoder",
+    "audio/audio_projector.pt": "audio_projector",
+    "audio/audio_embeddings.pt": "audio_embedding",
+    "audio/audio_output_layers.pt": "audio_heads",
+}
+SMALL = [
+    "*.json",
+    "tokenizer*",
+    "*.txt",
+    "*.jinja",
+    "*.py",
+    "vision/config.json",
+    "audio/*.json",
+    "audio/global_cmvn",
+    "audio_codec/*",
+]
+# Defaults of the official code, LongCatVisionConfig and LongCatAudioConfig, and of the report's table 1 where they differ.
+VISION = dict(
+    hidden_size=1280, intermediate_size=5184, num_hidden_layers=32, num_attention_heads=16, patch_size=14, temporal_patch_size=2,
+    patch_embedding_bias=True, qkv_bias=False, qk_normalization=True, layer_norm_eps=1e-6, initializer_factor=0.1,
+    rope_theta=10000, spatial_merge_size=1, adaptor_dim=7168, image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225],
+)  # fmt: skip
+AUDIO = dict(
+    input_size=1200, hidden_size=6144, proj_size=1536, vocab_size=5252, nlayer=22, ndnn=2, num_right_layers=6, left_order=10,
+    right_order=1, dropout=0.1,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that is trained, all but its weights."""
+
+    source: str  # Hub id or folder
+    folder: Path | None  # where its files lie; None: not to be had here, the sizes are the published ones
+    config: LongcatFlashConfig
+    tokenizer: Any
+    vision: dict  # vision/config.json
+    audio: dict  # audio/config.json
+    front: dict  # audio/preprocessor_config.json
+    cmvn: tuple[np.ndarray, np.ndarray]  # mean and 1 / standard deviation (80,) of the log-mel energies
+    ids: dict[str, int]  # of SPECIAL
+    audio_vocabulary: int
+
+    @property
+    def pad(self) -> int:
+        return self.config.pad_token_id
+
+    def encode(self, text: str) -> list[int]:
+        return list(token_ids(self.tokenizer, text))
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def token_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def published_base(source: str) -> Base:
+    """The sizes alone, for --check where the model cannot be looked up."""
+    config = LongcatFlashConfig(pad_token_id=3)
+    return Base(source, None, config, None, VISION, AUDIO, {}, (np.zeros(80), np.ones(80)), {}, AUDIO_VOCABULARY)
+
+
+def open_base(source: str) -> Base:
+    """Rank 0 fetches configs and tokenizer, every rank opens them. Exit 2 for anything but LongCat-Flash-Omni's files."""
+    import kaldiio
+    from transformers import AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # of loading and saving, on each rank
+    folder = on_rank0(lambda: fetch_model(source, *SMALL))
+    try:
+        config = LongcatFlashConfig.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        vision, audio = VISION | read_json(folder / "vision" / "config.json"), AUDIO | read_json(folder / "audio" / "config.json")
+        front = read_json(folder / "audio" / "preprocessor_config.json")
+        stats = kaldiio.load_mat(str(folder / "audio" / "global_cmvn"))
+    except (OSError, ValueError, KeyError) as error:
+        missing = missing_files(folder)
+        refuse(f"--model {source}: " + (f"{len(missing)} files are missing: {', '.join(missing)}" if missing else brief(error)))
+    if json.loads((folder / "config.json").read_text()).get("model_type", "longcat_flash") != "longcat_flash":
+        refuse(f"--model {source}: LongCat-Flash-Omni (model_type longcat_flash) is wanted")
+    config.pad_token_id = tokenizer.pad_token_id if config.pad_token_id is None else config.pad_token_id
+    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in SPECIAL.items()}
+    if unknown := [SPECIAL[name] for name, i in ids.items() if i is None or i == tokenizer.unk_token_id]:
+        refuse(f"--model {source}: its tokenizer does not know {', '.join(unknown)}, which stand for speech and pictures")
+    width = front["fbank"]["num_mel_bins"] * (front["splice"]["left"] + front["splice"]["right"] + 1)
+    odd = {
+        "vision spatial_merge_size": (vision["spatial_merge_size"], 1),
+        "audio delta_order": (front.get("delta", {}).get("delta_order", 0), 0),
+        "audio freq": (front["fbank"]["freq"], SAMPLE_RATE),
+        "audio input_size": (audio["input_size"], width),
+    }
+    for name, (has, knows) in odd.items():
+        if has != knows:
+            refuse(f"--model {source}: {name} is {has}; this script knows {knows}")
+    total = stats[0, -1]
+    mean = stats[0, :-1] / total  # Kaldi's statistics: sums and count, sums of squares
+    scale = 1 / np.sqrt(np.maximum(stats[1, :-1] / total - mean**2, np.finfo(np.float32).eps ** 2))
+    table = folder / "audio" / "audio_embeddings.pt"
+    vocabulary = AUDIO_VOCABULARY
+    if table.exists():
+        vocabulary = len(torch.load(table, weights_only=True, map_location="cpu")["audio_embeddings.0.weight"])
+    return Base(source, folder, config, tokenizer, vision, audio, front, (mean, scale), ids, vocabulary)
+
+
+def missing_files(folder: Path) -> list[str]:
+    """What LongCat-Flash-Omni consists of and is not in the folder, the shards that its index lists included."""
+    index = folder / "model.safetensors.index.json"
+    shards = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {index.name}
+    around = ["config.json", "tokenizer_config.json", "vision/config.json", "audio/config.json", "audio/preprocessor_config.json"]
+    return [name for name in (*around, "audio/global_cmvn", *PARTS, *sorted(shards)) if not (folder / name).is_file()]
+
+
+def part_of(net: Omni, name: str) -> nn.Module:
+    """The module whose state dict a file of PARTS is; of the embedding under the name that the file has."""
+    if PARTS[name]:
+        return getattr(net, PARTS[name])
+    words_of = nn.Module()
+    words_of.word_embeddings = net.llm.get_input_embeddings()
+    return words_of
+
+
+def load_omni(base: Base, dtype: str) -> Omni:
+    """The weights of a folder; one that is missing, left over or of another shape ends the run. Under ZeRO-3: a rank's part."""
+    from safetensors import safe_open
+
+    folder, kind = base.folder, TORCH_DTYPES[dtype]
+    llm, report = LongCat.from_pretrained(folder, config=base.config, dtype=kind, output_loading_info=True, local_files_only=True)
+    report["missing_keys"] = [name for name in report["missing_keys"] if name != "model.embed_tokens.weight"]  # has its own file
+    check_loaded(report, folder)
+    where = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    for name, buffer in llm.named_buffers():
+        if name.endswith("e_score_correction_bias"):  # exact, whatever the class has made of it
+            with safe_open(folder / where[name], "pt") as shard:
+                buffer.data = shard.get_tensor(name).to(buffer.device, torch.float32)
+    net = Omni(base, llm)
+    for name in PARTS:
+        part, weights = part_of(net, name), torch.load(folder / name, weights_only=True, map_location="cpu")
+        shapes = {key: tuple(getattr(value, "ds_shape", value.shape)) for key, value in part.state_dict(keep_vars=True).items()}
+        if wrong := sorted(set(shapes.items()) ^ {(key, tuple(value.shape)) for key, value in weights.items()}):
+            raise SystemExit(f"error: {folder / name}: {len(wrong)} weights are missing or do not fit, {wrong[0][0]} among them")
+        with gathered(list(part.parameters()), changed=True):
+            for key, value in part.state_dict(keep_vars=True).items():
+                value.data.copy_(weights[key])
+    for part in (m for n, m in net.named_children() if n != "llm"):
+        part.to(kind)
+    return net
+
+
+def checkpoint_names(weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The language model's weights under the names of the checkpoint: an expert's three matrices each have their own."""
+    for name, value in weights.items():
+        if name.endswith("experts.gate_up_proj"):
+            for number, expert in enumerate(value):
+                gate, up = expert.chunk(2)
+                yield f"{name.removesuffix('gate_up_proj')}{number}.gate_proj.weight", gate
+                yield f"{name.removesuffix('gate_up_proj')}{number}.up_proj.weight", up
+        elif name.endswith("experts.down_proj"):
+            for number, expert in enumerate(value):
+                yield f"{name.removesuffix('down_proj')}{number}.down_proj.weight", expert
+        else:
+            yield name, value
+
+
+def write_omni(folder: Path, weights: dict[str, Tensor], base: Base) -> None:
+    """A whole model in the layout that load_omni reads: shards with an index, the .pt parts, configs, tokenizer."""
+    from huggingface_hub import save_torch_state_dict
+
+    for name in ("vision", "audio"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    words_of = "llm.model.embed_tokens.weight"
+    llm = {name.removeprefix("llm."): value for name, value in weights.items() if name.startswith("llm.") and name != words_of}
+    for old in folder.glob("model*.safetensors"):
+        old.unlink()
+    shards = {name: value.clone(memory_format=torch.contiguous_format) for name, value in checkpoint_names(llm)}
+    for name in shards:
+        if name.endswith("e_score_correction_bias"):
+            shards[name] = shards[name].float()
+    half = sum(value.nbytes for value in shards.values()) // 2  # at least two shards, so that there is an index
+    save_torch_state_dict(shards, folder, max_shard_size=min(half, 10**10))
+    for file, prefix in PARTS.items():
+        part = {
+            name.removeprefix(f"{prefix}."): value for name, value in weights.items() if prefix and name.startswith(f"{prefix}.")
+        }
+        torch.save(part or {"word_embeddings.weight": weights[words_of]}, folder / file)
+    base.config.save_pretrained(folder)
+    base.tokenizer.save_pretrained(folder)
+    write_json(folder / "vision" / "config.json", base.vision)
+    write_json(folder / "audio" / "config.json", base.audio)
+    write_json(folder / "audio" / "preprocessor_config.json", base.front)
+    if base.folder and base.folder != folder:
+        shutil.copyfile(base.folder / "audio" / "global_cmvn", folder / "audio" / "global_cmvn")
+
+
+def build_tiny(folder: Path, seed: int) -> None:
+    """A LongCat-Flash-Omni of 1.6 M random weights, 8 real experts and 4 identities, in the real files: a byte-level tokenizer
+    trained on what the demo says, statistics of its speech, codes of 4 x 64."""
+    import kaldiio
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    rng = np.random.default_rng(seed)
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<unk>", "<longcat_s>", "</longcat_s>", "<longcat_pad>", *(f"<mask_{i}>" for i in range(110, 120))]
+    learn = trainers.BpeTrainer(
+        vocab_size=352, special_tokens=special, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    said = [f"{word} {number}" for word in WORDS.values() for number in NUMBERS]
+    bpe.train_from_iterator([*said, *["USER:second{0.0}:second{1.0}:second{0.6}:\nVOICE ASSISTANT:"] * 9], learn)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, unk_token="<unk>", bos_token="<longcat_s>", eos_token="</longcat_s>", pad_token="<longcat_pad>"
+    )
+    config = LongcatFlashConfig(
+        vocab_size=len(tokenizer), hidden_size=128, num_layers=2, num_attention_heads=4, ffn_hidden_size=256, q_lora_rank=48,
+        kv_lora_rank=32, qk_nope_head_dim=24, qk_rope_head_dim=8, head_dim=8, v_head_dim=32, moe_topk=3, n_routed_experts=8,
+        zero_expert_num=4, expert_ffn_hidden_size=64, max_position_embeddings=2048, pad_token_id=3, routed_scaling_factor=2.0,
+    )  # fmt: skip
+    vision = VISION | dict(
+        hidden_size=64, intermediate_size=144, num_hidden_layers=2, num_attention_heads=4, initializer_factor=1.0, adaptor_dim=128
+    )
+    audio = AUDIO | dict(
+        hidden_size=128, proj_size=64, vocab_size=8, nlayer=3, ndnn=1, num_right_layers=2, dropout=0.0
+    )  # fmt: skip
+    front = {
+        "fbank": {"freq": SAMPLE_RATE, "frame_length": 25, "frame_shift": 10, "num_mel_bins": 80, "low_freq": 20,
+                  "high_freq": 7800, "preemphasis": 0.97, "dither": 0.0},
+        "delta": {"delta_order": 0, "window_size": 2}, "cmvn": {"global_cmvn": "global_cmvn"},
+        "splice": {"left": 7, "right": 7, "stride": 8, "random_start": False, "seed": 0},
+    }  # fmt: skip
+    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in SPECIAL.items()}
+    plain_rows = (np.zeros(80), np.ones(80))
+    base = Base("", None, config, tokenizer, vision, audio, front, plain_rows, ids, CODEC_OFFSET + 64)
+    heard = [np.tile(say(str(rng.choice(NUMBERS)), rng.uniform(90, 190), rng), 3) for _ in range(32)]
+    rows = np.concatenate(
+        [speech_features(s + rng.normal(0, 0.003, len(s)), base)[:, 560:640] for s in heard]
+    )  # the middle frame
+    stats = np.stack([np.append(rows.sum(0), len(rows)), np.append((rows**2).sum(0), 0)])
+    torch.manual_seed(seed)
+    net = Omni(base)
+    for name, module in net.named_modules():  # 0.02 and the like are for models that are fifty times as wide
+        if isinstance(module, (nn.Linear, nn.Conv3d, nn.Conv1d)) and not name.startswith(("llm.", "audio_heads.")):
+            gain = 1.0 if isinstance(module, nn.Conv1d) else 2.0
+            nn.init.normal_(module.weight, std=(gain / module.weight[0].numel()) ** 0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.3)
+    (folder / "audio").mkdir(parents=True)
+    kaldiio.save_mat(str(folder / "audio" / "global_cmvn"), stats.astype(np.float32))
+    write_omni(folder, dict(net.state_dict()), base)
+
+
+def lora_names(base: Base) -> dict[str, int]:
+    """{name of a layer that LoRA can be given: parameters that it adds there for each unit of rank}, over the whole model"""
+    with torch.device("meta"):
+        net = Omni(base)
+    found: dict[str, int] = {}
+    for name, module in net.named_modules():
+        inside = any(part in name for part in (".self_attn.", ".mlps.", "audio_heads.audio_output_layers"))
+        if isinstance(module, nn.Linear) and inside:
+            last = "audio_output_layers" if "audio_output_layers" in name else name.split(".")[-1]
+            found[last] = found.get(last, 0) + module.in_features + module.out_features
+    return found
+
+
+def lora_config(cfg: Config, base: Base):
+    """Exit 2 for a name that is no such layer: the router is never called as a module, experts are one tensor, and PEFT would
+    pass over what it does not find."""
+    from peft import LoraConfig
+
+    names, asked = lora_names(base), [name.strip() for name in cfg.lora_targets.split(",") if name.strip()]
+    if wrong := [name for name in asked if name not in names]:
+        real = ", ".join(f"{name} ({cfg.lora_r * size / 1e6:.3g} M)" for name, size in names.items())
+        why = "; the router and the experts cannot be adapted" if wrong[0] in ("classifier", "router", "experts", "mlp") else ""
+        refuse(
+            f"--lora_targets {wrong[0]}: no such layer{why}. There are, with what each trains at --lora_r {cfg.lora_r}: {real}"
+        )
+    layers = "|".join(name for name in asked if name != "audio_output_layers")
+    spoken = r"|audio_heads\.audio_output_layers\.\d+" if "audio_output_layers" in asked else ""
+    return LoraConfig(
+        r=cfg.lora_r, lora_alpha=cfg.lora_alpha, lora_dropout=cfg.lora_dropout,
+        target_modules=rf"llm\.model\.layers\.\d+\.(self_attn|mlps)\.\d+\.({layers}){spoken}",
+    )  # fmt: skip
+
+
+def with_adapter(net: Omni, cfg: Config, base: Base) -> nn.Module:
+    """What is trained: LoRA over frozen weights, or with --lora_r 0 everything but a head that does nothing."""
+    net.requires_grad_(not cfg.lora_r)
+    net.audio_encoder.output.requires_grad_(False)
+    if not cfg.lora_r:
+        return net
+    from peft import get_peft_model
+
+    adapted = get_peft_model(net, lora_config(cfg, base), autocast_adapter_dtype=False)
+    adapted.peft_config["default"].base_model_name_or_path = base.source  # PEFT looks for it in a model of transformers
+    return adapted
+
+
+def with_finished(net: Omni, folder: Path) -> nn.Module:
+    """The adapter of a finished model, if that is what lies in its folder."""
+    if not (folder / "adapter_config.json").exists():
+        return net
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(net, folder)
+
+
+def core(net: nn.Module) -> Omni:
+    """The Omni inside PEFT's wrapping."""
+    return net.get_base_model() if hasattr(net, "get_base_model") else net
+
+
+# ---------------------------------------------------------------------------
+# Evaluate
+# ---------------------------------------------------------------------------
+
+
+def weighted(losses: Tensor, cfg: Config) -> Tensor:
+    """The loss of training from those of text and the four streams (5,)"""
+    weights = [cfg.text_weight, cfg.audio_weight + cfg.semantic_weight, *[cfg.audio_weight] * (CODEBOOKS - 1)]
+    return (losses * torch.tensor(weights, device=losses.device)).sum()
+
+
+def fingerprint(sound: np.ndarray, columns: int = 32) -> np.ndarray:
+    """What recognition compares: the log-mel spectrum, stretched to `columns` -> (columns, 40)"""
+    spectrum = MelCodec.log_mel(sound).T[None]
+    return F.interpolate(spectrum, columns, mode="linear")[0].T.numpy()
+
+
+def recognised(sound: np.ndarray, known: dict[str, np.ndarray]) -> str:
+    """Which of the known replies (fingerprints, several for each text) is nearest, "" for no sound."""
+    if len(sound) < SAMPLE_RATE // 10:
+        return ""
+    print_of = fingerprint(sound)
+    return min(known, key=lambda text: min(abs(known[text] - print_of).mean((1, 2))))
+
+
+def speech_distance(target: np.ndarray, output: np.ndarray) -> dict[str, float]:
+    """STOI (Taal et al. 2011), mel-cepstral distance in dB (Kubichek 1993, coefficients 1 to 13), and the error of the duration
+    as a share of the target's. The first two compare moment by moment: they say nothing where other words are spoken."""
+    from pystoi import stoi
+    from scipy.fft import dct
+
+    length = min(len(target), len(output))
+    cepstra = [dct(MelCodec.log_mel(sound[:length]).numpy(), norm="ortho")[:, 1:14] for sound in (target, output)]
+    moved = np.sqrt(2 * ((cepstra[0] - cepstra[1]) ** 2).sum(1)).mean() if length else math.nan
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of speech that is shorter than its 0.4 s
+        similar = float(stoi(target[:length], output[:length], SAMPLE_RATE)) if length > 6400 else 0.0
+    return {
+        "stoi": similar, "mel_cepstral_distance": 10 / math.log(10) * float(moved),
+        "duration_error": abs(len(output) - len(target)) / len(target),
+    }  # fmt: skip
+
+
+def baseline(data: Data, codec: MelCodec | LongCatCodec, cfg: Config) -> dict:
+    """Rank 0: what the mean of the training replies would score: codes by frequency, the mean spectrum for the mean duration."""
+    known, clips = data.train[:256], some_of(data.held_out, cfg.eval_samples)
+    codes = np.concatenate([np.load(clip.codes) for clip in known])
+    wanted = np.concatenate([np.load(clip.codes) for clip in clips])
+    entropy, best = [], []
+    for i, size in enumerate(codec.sizes):
+        share = (np.bincount(codes[:, i], minlength=size) + 1) / (len(codes) + size)
+        entropy.append(float(-np.log(share[wanted[:, i]]).mean()))
+        best.append(float((wanted[:, i] == share.argmax()).mean()))
+    spectra = [MelCodec.log_mel(np.load(clip.reply)) for clip in known]
+    mean = torch.cat(spectra).mean(0).expand(round(np.mean([len(s) for s in spectra])), -1)
+    sound = MelCodec.sound_of(mean)
+    distances = [speech_distance(np.load(clip.reply), sound) for clip in clips]
+    return {
+        "cross_entropy": dict(zip(HEADS, entropy)), "accuracy": dict(zip(HEADS, best)),
+        **{name: float(np.mean([d[name] for d in distances])) for name in distances[0]},
+    }  # fmt: skip
+
+
+def some_of(clips: list[Clip], count: int) -> list[Clip]:
+    """Up to `count`, spread evenly, the same in every evaluation."""
+    return [clips[i * len(clips) // min(count, len(clips))] for i in range(min(count, len(clips)))]
+
+
+def evaluate(net: nn.Module, base: Base, data: Data, cfg: Config, aloud: bool) -> dict:
+    """Every rank: held-out clips as they are, with the video blanked and with the audio silenced. For each of SHOWN {"loss",
+    "text", "cross_entropy" and "accuracy" of each stream}, given the reply so far; and `aloud` the replies themselves, in the
+    demo for all three: "replies" {number of the clip: (text, rows of codes (R, 4))}."""
+    was_training, device = net.training, next(net.parameters()).device
+    net.eval()
+    collate, clips = Collator(base, cfg), some_of(data.held_out, cfg.eval_samples)
+    rounds = -(-len(clips) // world_size())  # under ZeRO-3 all ranks must go through the model equally often
+    mine = [min(rank() + i * world_size(), len(clips) - 1) for i in range(rounds)]
+    together, most = any(hasattr(p, "ds_id") for p in net.parameters()), math.ceil(cfg.max_reply / FRAME_SECONDS)
+    result: dict[str, Any] = {}
+    for shown in SHOWN:
+        sums = np.zeros(10)
+        for i, number in enumerate(mine):
+            with torch.no_grad():
+                batch = {name: value.to(device) for name, value in collate([clips[number]], shown).items()}
+                scores = torch.cat(net(**batch)).double().cpu().numpy()
+            sums += scores * (rank() + i * world_size() < len(clips))
+        means = [over_ranks(value, "mean") * world_size() / len(clips) for value in sums]
+        result[shown] = {
+            "loss": float(weighted(torch.tensor(means[:5]), cfg)), "text": {"cross_entropy": means[0], "accuracy": means[5]},
+            "cross_entropy": dict(zip(HEADS, means[1:5])), "accuracy": dict(zip(HEADS, means[6:])),
+        }  # fmt: skip
+        if aloud and (cfg.demo or shown == SHOWN[0]):
+            replies = {}
+            for start in range(0, rounds, cfg.batch_size):  # a sequence's cache of keys and values is about its training memory
+                part = mine[start : start + cfg.batch_size]
+                batch = {k: v.to(device) for k, v in collate([clips[i] for i in part], shown, reply=False).items()}
+                texts, rows = core(net).speak(batch, most, cfg.repetition_penalty, together)
+                said = [base.tokenizer.decode(text, skip_special_tokens=True).strip() for text in texts]
+                replies |= dict(zip(part, zip(said, rows)))
+            result[shown]["replies"] = {i: reply for several in from_all_ranks(replies) for i, reply in several.items()}
+    net.train(was_training)
+    return result
+
+
+def listen(result: dict, data: Data, codec: MelCodec | LongCatCodec, cfg: Config) -> dict[str, np.ndarray]:
+    """Rank 0: what the spoken replies are worth, added as "spoken" to each part of an evaluation that has some.
+    -> {name of the clip: float32 at codec.rate} of those to the clips as they are"""
+    from scipy.signal import resample_poly
+
+    clips, known, sounds = some_of(data.held_out, cfg.eval_samples), {}, {}
+    if cfg.demo:
+        for clip in data.train:
+            known.setdefault(clip.text, []).append(fingerprint(np.load(clip.reply)))
+        known = {text: np.stack(prints[:8]) for text, prints in known.items()}
+    for shown in SHOWN:
+        if "replies" not in result[shown]:
+            continue
+        rows = []
+        for i, clip in enumerate(clips):
+            text, codes = result[shown]["replies"][i]
+            sound = codec.decode(codes_from(codes, codec.sizes))
+            sounds.setdefault(clip.name, sound)
+            heard = resample_poly(sound, SAMPLE_RATE, codec.rate).astype(np.float32) if codec.rate != SAMPLE_RATE else sound
+            row = {"text_right": float(plain(text) == plain(clip.text))} if clip.text else {}
+            row |= speech_distance(np.load(clip.reply), heard)
+            rows.append(row | ({"recognised": float(recognised(heard, known) == clip.text)} if cfg.demo else {}))
+        names = dict.fromkeys(name for row in rows for name in row)
+        result[shown]["spoken"] = {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
+    return sounds
+
+
+# ---------------------------------------------------------------------------
+# Plan
+# ---------------------------------------------------------------------------
+
+# (GPUs, usable memory of one in GB, GPUs of one machine, RAM of one machine in GB)
+MACHINES = {
+    "8x H100 80 GB, 512 GB RAM": (8, 84.9, 8, 512),
+    "8x H100 80 GB, 1 TB RAM": (8, 84.9, 8, 1000),
+    "2x B200 192 GB, 512 GB RAM": (2, 191.0, 2, 512),
+    "2x B200 192 GB, 2 TB RAM": (2, 191.0, 2, 2000),
+    "8x H100 80 GB, 2 TB RAM": (8, 84.9, 8, 2000),
+    "8x H200 141 GB, 2 TB RAM": (8, 149.2, 8, 2000),
+    "8x B200 192 GB, 2 TB RAM": (8, 191.0, 8, 2000),
+    "16x H200 141 GB, two machines": (16, 149.2, 8, 2000),
+}
+# Bytes a second, assumed: RAM to one GPU over PCIe 5, NVLink between GPUs, one good NVMe disk.
+HOST, LINK, DISK = 50e9, 350e9, 7e9
+
+
+@dataclass(frozen=True)
+class Sizes:
+    parameters: int
+    trained: int  # parameters
+    experts: int  # parameters of all of them
+    layer: int  # of one mixture, which ZeRO-3 gathers whole
+    largest: int  # of the largest tensor, which is read from NVMe in one piece for each rank
+    smallest_expert: int  # of the smaller of the two tensors of a mixture
+    tensors: int  # of a layer of the language model that are large enough to be swapped
+    plain: int  # bytes one micro-batch keeps for the backward pass
+    checkpointed: int  # the same with gradient checkpointing
+
+
+def measure(base: Base, cfg: Config, dtype: str, tokens: int, supervised: int) -> Sizes:
+    """Parameters counted on the meta device. Activations of the language model by a count of what its layers keep; not yet
+    measured. Exit 2 for LoRA targets that there are not."""
+    c = base.config
+    with torch.device("meta"):
+        net = Omni(base)
+    parameters = sum(p.numel() for p in net.parameters())
+    first = net.llm.model.layers[0]
+    fused = sorted(p.numel() for p in first.mlp.experts.parameters())
+    swapped = sum(p.numel() >= 2**20 for p in first.parameters())
+    trained = sum(p.numel() for p in with_adapter(net, cfg, base).parameters() if p.requires_grad)
+    heads, low = c.num_attention_heads, TORCH_DTYPES[dtype].itemsize
+    attention = 3 * c.hidden_size + 2 * c.q_lora_rank + 2 * c.kv_lora_rank + c.qk_rope_head_dim
+    attention += heads * (3 * c.qk_head_dim + c.qk_nope_head_dim + 2 * c.v_head_dim)
+    mixture = 4 * (c.n_routed_experts + (c.zero_expert_num or 0))
+    mixture += c.moe_topk * (3 * c.hidden_size + 5 * c.expert_ffn_hidden_size)
+    one = 2 * (attention + c.hidden_size + 4 * c.ffn_hidden_size) + mixture  # numbers a token in one layer
+    rows, words = cfg.batch_size * tokens * low, c.vocab_size + CODEBOOKS * base.audio_vocabulary
+    around = cfg.batch_size * supervised * words * (low + 8)  # logits, in fp32, and their gradient
+    around += 0 if cfg.lora_r else rows * 40 * base.vision["hidden_size"]
+    return Sizes(
+        parameters, trained, sum(fused) * c.num_layers, sum(fused), fused[-1], fused[0], swapped,
+        plain=rows * c.num_layers * one + around, checkpointed=rows * (c.num_layers * c.hidden_size + one) + around,
+    )  # fmt: skip
+
+
+def layouts(
+    sizes: Sizes, cfg: Config, dtype: str, devices: int, local: int | None = None, nvme: Path | None = None
+) -> list[dict]:
+    """memory_rows with the time that the transfer of weights alone takes, and with NVMe last."""
+    low = TORCH_DTYPES[dtype].itemsize
+    frozen = low * (sizes.parameters - (0 if cfg.lora_r else sizes.trained))
+    kept = {on: sizes.checkpointed if on else sizes.plain for on in CHECKPOINTING[cfg.gradient_checkpointing]}
+    rows = memory_rows(sizes.trained, frozen, kept, dtype, devices, local, low * sizes.layer)
+    weights = low * sizes.parameters
+    if nvme:
+        rows += nvme_rows(rows[-1], sizes, low, devices, local or devices, nvme)
+    for row in rows:
+        passes, zero3 = 2 + row["checkpointing"], "ZeRO-3" in row["layout"]
+        if zero3 and not row["checkpointing"]:
+            row["gpu_gb"] += weights / GB  # autograd holds on to slices of what was gathered
+        row["seconds"] = passes * max(
+            weights * (devices - 1) / devices / LINK if zero3 else 0,
+            weights / devices / HOST if "on CPU" in row["layout"] and "all" in row["layout"] else 0,
+            weights * (local or devices) / devices / DISK if "NVMe" in row["layout"] else 0,
+        )
+        if "all on CPU" in row["layout"] or "NVMe" in row["layout"]:
+            row["gpu_gb"] += low * sizes.layer / devices / GB  # a rank's own part of what is gathered, on its way
+        if row["seconds"] > 1:
+            row["note"] = f"at least {duration(row['seconds'])} a micro-step, {duration(row['seconds'] * cfg.accum)} a step"
+    return rows
+
+
+def nvme_rows(like: dict, sizes: Sizes, low: int, devices: int, local: int, nvme: Path) -> list[dict]:
+    """The layout "all on CPU" with weights on a disk, for machines with too little RAM: ds_zero3_offload.json with a buffer for
+    each tensor that may be in use at once, of the size of a rank's part of the largest. First the experts alone on the disk,
+    two tensors a layer, and all else resident on each GPU; then every weight there, and the tensors of a whole layer at once.
+    Prefetching is off: DeepSpeed 0.19.8 would ask for a tensor twice. Optimizer states stay in RAM: with LoRA they are small."""
+    buffer, around, rows = math.ceil(1.05 * sizes.largest / devices), sizes.parameters - sizes.experts, []
+    for name, tensors, resident in (("experts on NVMe", 4, around), ("weights on NVMe", sizes.tensors + 1, 0)):
+        config = json.loads(json.dumps(like["config"]))
+        config["zero_optimization"] |= {
+            "offload_param": {"device": "nvme", "nvme_path": str(nvme), "buffer_count": tensors, "buffer_size": buffer,
+                              "pin_memory": True},
+            "stage3_prefetch_bucket_size": 0, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0,
+            "stage3_param_persistence_threshold": sizes.smallest_expert - 1 if resident else 0,
+        }  # fmt: skip
+        config["aio"] = {"block_size": 2**20, "queue_depth": 8, "intra_op_parallelism": 1, "single_submit": False,
+                         "overlap_events": True}  # fmt: skip
+        host = (tensors * buffer * low + 14 * sizes.trained / devices) * local / GB
+        gpu = like["gpu_gb"] + low * resident / GB
+        rows.append(like | {"layout": f"ZeRO-3, {name}, checkpointing", "config": config, "host_gb": host, "gpu_gb": gpu})
+    return rows
+
+
+def check_nvme(cfg: Config) -> None:
+    """Exit 2 where DeepSpeed cannot read weights from a disk, or (0.19.8) reads them into what is still in use."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        refuse(f"--nvme_path {cfg.nvme_path}: DeepSpeed needs libaio for it: apt-get install libaio-dev")
+    if not torch.cuda.is_available() and world_size() == 1:
+        refuse("--nvme_path: with one process on a CPU DeepSpeed computes wrong gradients; take two, or leave it out")
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def large(count: float) -> str:
+    """Bytes for people: 1.1 TB, 8.4 MB"""
+    name, unit = next((n, u) for n, u in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1)) if count >= u / 2)
+    return f"{count / unit:.1f} {name}"
+
+
+def storage(cfg: Config) -> list[str]:
+    """Rank 0, without the network: the storage check, whose first lines are those of the public tutorial. -> what is short"""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    folder = Path(cfg.model)
+    if not folder.is_dir():  # a Hub id, perhaps downloaded already
+        cached = try_to_load_from_cache(cfg.model, "config.json")
+        folder = Path(cached).parent if isinstance(cached, str) else None
+    missing, shards, weights = missing_files(folder) if folder else ["all"], set(), PUBLISHED_BYTES
+    if folder and (index := folder / "model.safetensors.index.json").exists():
+        listed = json.loads(index.read_text())
+        shards, weights = set(listed["weight_map"].values()), listed.get("metadata", {}).get("total_size", weights)
+    place, need = (folder, 0.0) if folder and not missing else (Path(constants.HF_HUB_CACHE), 1.06 * weights)
+    status, free, short = "OK", disk_free(place), []
+    if missing and Path(cfg.model).is_dir():
+        status, need = f"{len(missing)} files missing", 0.0
+        short.append(f"--model {cfg.model}: missing are {', '.join(missing[:8])}{' ...' if len(missing) > 8 else ''}")
+    elif need > free:
+        status = f"{large(need - free)} short"
+        short.append(f"--model {cfg.model}: {large(need)} are needed in {place}, {large(free)} are free: set HF_HOME")
+    log.info(f"Model weights: {large(weights)}\nAvailable space: {large(free)} in {place}\nStatus: {status}")
+    told = f"{len(shards - set(missing))} of {len(shards)} are there" if shards else "not downloaded"
+    log.info(f"shards   {told}{f'; {large(need)} of disk for the download' if need else ''}")
+    if cfg.nvme_path:
+        swap = disk_free(cfg.nvme_path)
+        log.info(f"nvme     {large(weights)} of weights once more in {cfg.nvme_path}, {large(swap)} free")
+        short += [f"--nvme_path {cfg.nvme_path}: {large(swap)} free, {large(weights)} needed"] if swap < weights else []
+    return short
+
+
+def machine_table(sizes: Sizes, cfg: Config) -> str:
+    """What holds the model and what each step then takes at least, by arithmetic."""
+    low, lines = (
+        2,
+        ["machines estimated for bf16, one clip a GPU; transfer alone, at assumed 50 GB/s RAM, 350 GB/s NVLink, 7 GB/s NVMe"],
+    )
+    for machine, (devices, gpu, local, ram) in MACHINES.items():
+        rows = layouts(sizes, cfg, "bf16", devices, local, Path("nvme"))
+        fits = next((r for r in rows if r["gpu_gb"] < 0.92 * gpu and r["host_gb"] < 0.9 * ram), None)
+        weights = low * sizes.parameters * local / devices / GB
+        held = "" if weights < 0.9 * ram else f"cannot hold the {weights:.0f} GB of weights in its RAM; "
+        told = (
+            f"{fits['layout']} ({fits['gpu_gb']:.0f} GB a GPU, {fits['host_gb']:.0f} GB RAM): {fits.get('note', '')}"
+            if fits
+            else "does not fit"
+        )
+        lines.append(f"  {machine:<30}{held}{told}")
+    return "\n".join(lines)
+
+
+def nearest_machine(sizes: Sizes, cfg: Config) -> str:
+    """The first of MACHINES that takes the model without NVMe."""
+    for machine, (devices, gpu, local, ram) in MACHINES.items():
+        rows = layouts(sizes, cfg, "bf16", devices, local)
+        if any(row["gpu_gb"] < 0.92 * gpu and row["host_gb"] < 0.9 * ram for row in rows):
+            return machine
+    return "none of those listed"
+
+
+def plan(cfg: Config, base: Base, data: Data | None, source: Path, device: torch.device) -> dict:
+    """Print what this run is going to do, and check that it fits. -> the row of the memory plan that is taken"""
+    world, dtype, low = world_size(), cfg.dtype, TORCH_DTYPES[cfg.dtype].itemsize
+    tokens, supervised, lines = 1650, 168, ["data     none yet: the plan is for clips of 10 s with replies of 10 s"]
+    if data:
+        collate = Collator(base, cfg)
+        some = data.train[:: max(1, len(data.train) // 256)]
+        lengths = [(len(ids), len(ids) - start) for ids, _, start in (collate.sequence(clip, True) for clip in some)]
+        tokens, supervised = max(length for length, _ in lengths), max(length for _, length in lengths)
+        lines = describe(cfg, data, source)
+    if tokens > base.config.max_position_embeddings:
+        refuse(f"sequences of {tokens} tokens, {base.source} takes {base.config.max_position_embeddings}: lower --frames")
+    sizes = measure(base, cfg, dtype, tokens, supervised)
+    rows = layouts(sizes, cfg, dtype, world, None, cfg.nvme_path)
+    advice = f"the nearest machine that would do: {nearest_machine(sizes, cfg)}; or give --nvme_path, a folder on a fast disk"
+    lines += [
+        f"sequence {tokens} tokens at most, {supervised} of them the reply",
+        f"loss     {cfg.text_weight:g} text + {cfg.audio_weight:g} each stream + {cfg.semantic_weight:g} semantic; published are "
+        "those of the first stage of pre-training, not of fine-tuning",
+        f"model    {base.source}, {sizes.parameters / 1e6:,.2f} M parameters; "
+        + (f"LoRA r {cfg.lora_r}: {sizes.trained / 1e6:.2f} M trained" if cfg.lora_r else "all are trained"),
+        f"experts  one mixture, {large(low * sizes.layer)}, is gathered whole on each GPU under ZeRO-3",
+        f"steps    {cfg.steps or 'not known yet,'} of {world} {'GPU' if device.type == 'cuda' else 'CPU process'} x "
+        f"{cfg.batch_size} clips x {cfg.accum} accum = {world * cfg.batch_size * cfg.accum} clips per step",
+    ]
+    state = sizes.trained * (12 + low)
+    whole = sizes.trained if cfg.lora_r else sizes.parameters
+    free, need = disk_free(cfg.output_dir) / GB, ((cfg.keep + 1) * state + whole * low) / GB
+    lines.append(f"disk     {need:.2f} GB for checkpoints and model, {free:.1f} GB free")
+    log.info("\n".join([f"Out: {cfg.output_dir} | Device: {device_name(device)}, {dtype}", *lines]))
+    if cfg.check and not cfg.demo:
+        log.info(machine_table(sizes, cfg))
+    memory, row = choose_layout(rows, cfg.deepspeed, advice)
+    log.info(memory)
+    if need > free:
+        refuse(f"--output_dir {cfg.output_dir}: {free:.2f} GB free, the run writes {need:.2f} GB; make room or lower --keep")
+    return row
+
+
+def describe(cfg: Config, data: Data, source: Path) -> list[str]:
+    """The plan's lines about the data."""
+    clips = data.train if data.held_out is data.train else data.train + data.held_out
+    heard, said = ([np.load(path, mmap_mode="r").size / SAMPLE_RATE for path in paths] for paths in
+                   ([c.speech for c in clips], [c.reply for c in clips]))  # fmt: skip
+    pairs, narrow = [len(clip.seconds) for clip in clips], [clip.name for clip in clips if min(clip.rates) < SAMPLE_RATE]
+    written = sum(bool(clip.text) for clip in clips)
+    lines = [
+        f"data     {source}: {len(data.train)} clips to train on, {len(data.held_out)} held out"
+        f"{' (the same: there is one clip)' if data.held_out is data.train else ''}, {len(data.bad)} left out as bad",
+        f"frames   {2 * min(pairs)} to {2 * max(pairs)}, two a second, {cfg.size}x{cfg.size}",
+        f"speech   in {min(heard):.1f} to {max(heard):.1f} s, out {min(said):.1f} to {max(said):.1f} s",
+        f"text     {written} of {len(clips)} clips have an out.txt"
+        + (
+            ""
+            if written == len(clips)
+            else ": without it the model has no words to hold on to (a tiny one spoke .50 right, not .97)"
+        ),
+    ]
+    if narrow:
+        lines.append(f"warning: below 16 kHz, so dull: {', '.join(narrow[:5])}{' ...' if len(narrow) > 5 else ''}")
+    return lines
+
+
+# ---------------------------------------------------------------------------
+# Train
+# ---------------------------------------------------------------------------
+
+
+def load_net(base: Base, cfg: Config, config: dict, finish_net: Callable[[Omni], nn.Module]) -> nn.Module:
+    """Every rank: the model for a layout of memory, under ZeRO-3 each rank's part of it; finish_net adds an adapter. ZeRO-3
+    gathers a mixture of experts whole: ranks choose different experts, and would else wait for each other for ever."""
+    import deepspeed  # after init_distributed has told it the device
+    from transformers.integrations import HfDeepSpeedConfig
+
+    zero3 = config["zero_optimization"]["stage"] == 3
+    told = HfDeepSpeedConfig(config) if zero3 else None  # while it lives from_pretrained gives each rank its part
+    net = load_omni(base, cfg.dtype)
+    del told
+    net = finish_net(net)
+    if zero3:
+        deepspeed.utils.set_z3_leaf_modules(net, [longcat_flash.LongcatFlashMoE])
+    return net
+
+
+def prepare(cfg: Config, base: Base, source: Path) -> tuple[Data, Any]:
+    """Every rank: (the data, on rank 0 the codec). Exit 2 when the one does not fit the other."""
+    codec = None
+
+    def read() -> Data:
+        nonlocal codec
+        check_codec(cfg, base)
+        data = load_data(cfg, source, base)
+        codec = open_codec(cfg, base, [clip.reply for clip in data.train])
+        train = encode_replies(data.train, codec, cfg)
+        return Data(train, train if data.held_out is data.train else encode_replies(data.held_out, codec, cfg), data.bad)
+
+    return on_rank0(read), codec
+
+
+def with_steps(cfg: Config, data: Data) -> Config:
+    """--steps, or as many as --epochs are."""
+    clips = cfg.batch_size * cfg.accum * world_size()
+    return dataclasses.replace(cfg, steps=cfg.steps or math.ceil(cfg.epochs * len(data.train) / clips))
+
+
+def train(cfg: Config, source: Path, part: Literal["", "base", "adapt"] = "") -> dict:
+    """From the samples in `source` to cfg.output_dir/model. -> results.json. `part` of the demo: after the base comes more; how
+    it speaks before it is adapted is measured too."""
+    given, device = cfg, init_distributed()
+    if cfg.push_to_hub:
+        on_rank0(lambda: hub_check(cfg.hub_model_id, cfg.public, create=False))
+    cfg = dataclasses.replace(cfg, dtype=pick_dtype(cfg.dtype), model=cfg.model or BASE_MODEL)
+    if short := on_rank0(lambda: storage(cfg)):
+        refuse("\n".join(short))
+    if cfg.nvme_path:
+        check_nvme(cfg)
+    base = open_base(cfg.model)
+    data, codec = prepare(cfg, base, source)
+    cfg = with_steps(cfg, data)
+    row = plan(cfg, base, data, source, device)
+    config = ds_config(row["config"], cfg.batch_size, cfg.accum, cfg.clip, cfg.dtype)
+    if cfg.check:
+        return {}
+    on_rank0(lambda: take_run_folder(given))
+    facts = {"zero_stage": config["zero_optimization"]["stage"], "dtype": cfg.dtype, "base_model": cfg.model}
+    found, step, other_ranks = resume_checkpoint(cfg.output_dir / "checkpoints", cfg.resume, world_size(), **facts)
+    cfg = dataclasses.replace(cfg, steps=max(cfg.steps, step))  # more GPUs make fewer steps of the same --epochs
+    base = dataclasses.replace(base, folder=on_rank0(lambda: fetch_model(cfg.model, *SMALL, *PARTS, "*.safetensors")))
+    repo = on_rank0(lambda: hub_check(cfg.hub_model_id, cfg.public, create=True)) if cfg.push_to_hub else ""
+    on_rank0(lambda: prepare_run_folder(given, __file__, step, data.bad, config))
+
+    if other_ranks:
+        config["checkpoint"] = {"load_universal": True}
+    import deepspeed
+
+    torch.manual_seed(cfg.seed)  # the same adapter on every rank
+    net = load_net(base, cfg, config, functools.partial(with_adapter, cfg=cfg, base=base))
+    if row["checkpointing"]:
+        core(net).llm.gradient_checkpointing_enable({"use_reentrant": False})
+    trained = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, cfg.lr, (0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
+    engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=config)
+    before = cfg.output_dir / "before.json"
+    if part == "adapt" and not found:
+        result = evaluate(engine.module, base, data, cfg, aloud=True)
+        if rank() == 0:
+            listen(result, data, codec, cfg)
+            write_json(before, {shown: result[shown]["spoken"] for shown in SHOWN})
+    if found:
+        load_engine(engine, found, other_ranks, frozen_left_out=True)
+        log.info(f"resumed {found}{', saved by another number of ranks' if other_ranks else ''}")
+    try:
+        train_steps(cfg, engine, base, data, facts, step)
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            move = "--gradient_checkpointing on"
+            raise SystemExit(
+                f"error: out of memory: lower --batch_size {cfg.batch_size}, --size {cfg.size}, --frames {cfg.frames}, or {move}"
+            ) from error
+        raise
+    return publish(cfg, engine.module, base, codec, data, repo, source, last=part != "base")
+
+
+def train_steps(cfg: Config, engine: Any, base: Base, data: Data, facts: dict, step: int) -> None:
+    """From `step` to cfg.steps. Ends the process with 143 or 130 after a checkpoint when a signal comes, with 4 on divergence."""
+    device, collate, names = engine.device, Collator(base, cfg), ("text", *HEADS)
+    track = tracker(cfg.report_to, cfg.output_dir, "longcat_vss") if rank() == 0 else None
+    pool = ThreadPoolExecutor(1)  # reads the next batch while the GPU works
+    ahead = pool.submit(get_batch, data.train, collate, cfg, step * cfg.accum)
+    skipped, since, since_step = 0, time.monotonic(), step
+    bar = tqdm(total=cfg.steps, initial=step, unit="step", disable=None if rank() == 0 else True)
+    with bar, logging_redirect_tqdm([log]), catch_signals() as caught:
+        while step < cfg.steps:
+            for group in engine.optimizer.param_groups:
+                group["lr"] = learning_rate(cfg, step)
+            torch.manual_seed(seed_of(cfg.seed, step, rank()))  # of dropout
+            means = torch.zeros(10, device=device)
+            for micro in range(step * cfg.accum, (step + 1) * cfg.accum):
+                batch = {name: value.to(device) for name, value in ahead.result().items()}
+                ahead = pool.submit(get_batch, data.train, collate, cfg, micro + 1)
+                losses, hits = engine(**batch)
+                engine.backward(weighted(losses, cfg))
+                engine.step()  # skips the update, on all ranks, when a gradient is not finite
+                means += torch.cat([losses, hits]).detach() / cfg.accum
+            loss = weighted(means[:5], cfg)
+            step += 1
+            bar.update()
+
+            skipped = count_skipped(engine, loss, step, cfg.lr, skipped)
+            if step % cfg.log_every == 0 or step == cfg.steps:
+                loss, speed = over_ranks(loss.item(), "mean"), (step - since_step) / (time.monotonic() - since)
+                left = timedelta(seconds=round((cfg.steps - step) / speed))
+                parts = [over_ranks(value, "mean") for value in means.tolist()]
+                right = " ".join(f"{value:.2f}" for value in parts[5:])
+                log.info(f"step {step:06d} | loss {loss:.4f} | right: text, streams {right} | {speed:.2f} steps/s | {left} left")
+                bar.set_postfix(loss=f"{loss:.4f}")
+                norm = engine.get_global_grad_norm()  # None until a first update was made
+                row = {"step": step, "loss": loss, "lr": group["lr"], "grad_norm": math.nan if norm is None else float(norm)}
+                row |= {f"{name}_loss": value for name, value in zip(names, parts)}
+                row |= {f"{name}_accuracy": value for name, value in zip(names, parts[5:])}
+                row |= {"samples_per_s": speed * engine.train_batch_size(), "peak_memory_gb": peak_memory_gb()}
+                record(cfg.output_dir, row, track)
+                since, since_step = time.monotonic(), step
+            stop = int(over_ranks(max(caught, default=0), "max"))
+            if step % cfg.save_every == 0 or step == cfg.steps or stop:
+                save(cfg, engine, facts, step)
+            if stop:
+                log.info(f"stopped by {signal.Signals(stop).name} after step {step}; the same command goes on from there")
+                raise SystemExit(128 + stop)
+            if step % cfg.eval_every == 0 and step < cfg.steps and cfg.eval_samples:
+                evaluate_at(step, engine.module, base, data, cfg, track)
+            if step % cfg.save_every == 0 or step % cfg.eval_every == 0:  # the clock is for training alone
+                since, since_step = time.monotonic(), step
+
+
+def save(cfg: Config, engine: Any, facts: dict, step: int) -> None:
+    """Every rank: checkpoints/step_000200 to resume from, with what is trained alone: 14 bytes a parameter in bf16."""
+
+    def write(aside: Path) -> None:
+        engine.save_checkpoint(str(aside), tag="deepspeed", save_latest=False, exclude_frozen_parameters=True)
+
+    save_checkpoint(cfg.output_dir / "checkpoints", step, write, cfg.keep, ranks=world_size(), **facts)
+    log.info(f"saved {cfg.output_dir / 'checkpoints' / f'step_{step:06d}'}")
+
+
+def evaluate_at(step: int, net: nn.Module, base: Base, data: Data, cfg: Config, track: Any) -> None:
+    """Every rank: evaluate in the middle of the run, without speaking."""
+    result = evaluate(net, base, data, cfg, aloud=False)
+    right = " | ".join(f"{shown} {result[shown]['accuracy']['semantic']:.2f}" for shown in SHOWN)
+    log.info(f"eval step {step:06d} | held-out loss {result[SHOWN[0]]['loss']:.4f} | semantic codes right: {right}")
+    if rank() == 0:
+        row = {f"held_out_loss_{shown.replace(' ', '_')}": result[shown]["loss"] for shown in SHOWN[1:]}
+        record(cfg.output_dir, {"step": step, "held_out_loss": result[SHOWN[0]]["loss"]} | row, track)
+        write_loss_curve(cfg.output_dir, CURVES, "weighted cross-entropy")
+
+
+# ---------------------------------------------------------------------------
+# The finished model: export, card, Hub
+# ---------------------------------------------------------------------------
+
+
+def export(cfg: Config, net: nn.Module, base: Base, codec: Any) -> None:
+    """Every rank: model/ with what was trained (the adapter as PEFT has it; with --lora_r 0 the whole model in LongCat's files),
+    the fitted codec if there is one, and the scripts that speak with it."""
+    target = cfg.output_dir / "model"
+    weights = full_weights(net, TORCH_DTYPES[cfg.dtype], lambda p: p.requires_grad or not cfg.lora_r)
+    if rank() == 0:
+        target.mkdir(exist_ok=True)
+        if cfg.lora_r:
+            net.save_pretrained(target, state_dict=weights)
+        else:
+            write_omni(target, weights, base)
+        if isinstance(codec, MelCodec):
+            (target / "audio_codec").mkdir(exist_ok=True)
+            codec.save(target / "audio_codec" / "mel_codec.safetensors")
+        kept = {name: getattr(cfg, name) for name in ("frames", "size", "max_reply", "repetition_penalty", "dtype")}
+        write_json(target / "longcat_vss.json", kept)
+        for name in (Path(__file__).name, "common.py", "ds_zero2.json", "ds_zero3_offload.json"):
+            shutil.copyfile(Path(__file__).with_name(name), target / name)
+        for path in target.rglob("*"):
+            sync(path)
+    barrier()
+
+
+def publish(cfg: Config, net: nn.Module, base: Base, codec: Any, data: Data, repo: str, source: Path, last: bool) -> dict:
+    """Every rank: model/, its evaluation, its card; the Hub last. Exit code 3 when only the push failed. -> results.json"""
+    folder, target = cfg.output_dir, cfg.output_dir / "model"
+    results = on_rank0(lambda: json.loads(path.read_text()) if (path := folder / "results.json").exists() else {})
+    if results.get("steps") != cfg.steps:
+        export(cfg, net, base, codec)  # before the evaluation: a run that dies there keeps its model
+        result = evaluate(net, base, data, cfg, aloud=cfg.speak) if cfg.eval_samples else {}
+        if rank() == 0:
+            sounds = listen(result, data, codec, cfg) if result else {}
+            results = report(result, data, codec, cfg) | summary(folder, cfg.steps)
+            show_samples(folder / "samples", sounds, result, data, codec, cfg)
+            if cfg.demo and sounds:  # else nothing of what users say leaves the machine
+                for path in sorted((folder / "samples").glob("*.png"))[:2]:
+                    shutil.copyfile(path, target / path.name)
+                    shutil.copyfile(path.with_suffix(".wav"), target / path.with_suffix(".wav").name)
+            write_loss_curve(folder, CURVES, "weighted cross-entropy")
+            shutil.copyfile(folder / "loss.png", target / "loss.png")
+            write_json(folder / "results.json", results)
+        results = on_rank0(lambda: results)
+    if rank() == 0:
+        write_card(cfg, results, base, repo, source)  # a late push too: it names the repo
+        show(results, folder)
+
+    def push() -> None:
+        if repo:
+            push_finished(target, repo, f"{Path(__file__).name}, step {cfg.steps}")
+        if last:
+            finish(folder)
+
+    on_rank0(push)
+    return results
+
+
+def report(result: dict, data: Data, codec: Any, cfg: Config) -> dict:
+    """-> results.json: score, controls and the table."""
+    if not result:
+        return {"score": None, "score_is": "not evaluated: --eval_samples 0", "controls": {}, "evaluation": {}}
+    which, count = "training" if data.held_out is data.train else "held-out", min(cfg.eval_samples, len(data.held_out))
+    kept = {shown: {name: value for name, value in result[shown].items() if name != "replies"} for shown in SHOWN}
+    if "recognised" in kept[SHOWN[0]].get("spoken", {}):
+        score, of = {shown: kept[shown]["spoken"]["recognised"] for shown in SHOWN}, "spoken replies recognised"
+    else:
+        score, of = {shown: kept[shown]["accuracy"]["semantic"] for shown in SHOWN}, "semantic codes right, given those before"
+    before = json.loads(path.read_text()) if (path := cfg.output_dir / "before.json").exists() else {}
+    return {
+        "score": score[SHOWN[0]], "score_is": f"{of}, {count} {which} clips",
+        "controls": {shown.replace(" ", "_"): score[shown] for shown in SHOWN[1:]},
+        "held_out_loss": kept[SHOWN[0]]["loss"], "evaluation": kept, "training_mean": baseline(data, codec, cfg),
+        **({"before": before} if before else {}),
+    }  # fmt: skip
+
+
+def show_samples(folder: Path, sounds: dict, result: dict, data: Data, codec: Any, cfg: Config) -> None:
+    """Rank 0: for each spoken reply NAME.wav, NAME_target.wav and NAME.png with both spectra, and samples.jsonl."""
+    from matplotlib.figure import Figure
+
+    clips, rows = {clip.name: clip for clip in data.held_out}, []
+    for number, (name, sound) in enumerate(sounds.items()):
+        clip, path = clips[name], folder / name.replace("/", "_")
+        target = np.load(clip.reply)
+        said = result[SHOWN[0]]["replies"][number][0]
+        write_wav(path.with_suffix(".wav"), sound, codec.rate)
+        write_wav(path.with_name(f"{path.name}_target.wav"), target)
+        rows.append({"clip": name, "text": said, "wanted": clip.text, "seconds": len(sound) / codec.rate})
+        axes = (figure := Figure(figsize=(8, 4.2), layout="constrained")).subplots(2, 1, sharex=True)
+        both = ((f"wanted: {clip.text}", target, SAMPLE_RATE), (f"spoken: {said}", sound, codec.rate))
+        for place, (title, wave_of, rate) in zip(axes, both):
+            long_enough = np.pad(wave_of, (0, max(0, 512 - len(wave_of)))) + 1e-6
+            place.specgram(long_enough, NFFT=512, Fs=rate, noverlap=352, vmin=-120, vmax=-20)
+            place.set(title="".join(c if c.isprintable() else "?" for c in title), ylabel="Hz", ylim=(0, 8000))
+        axes[1].set(xlabel="s")
+        figure.savefig(path.with_suffix(".png"), dpi=90)
+    write_lines(folder / "samples.jsonl", rows)
+
+
+def show(results: dict, folder: Path) -> None:
+    """The table at the end of a run, and where things are."""
+    lines = [f"\nscore                 {results['score'] or 0:.3f}   {results['score_is']}"]
+    lines += [f"{name:<22}{value:.3f}   a control: must be low" for name, value in results["controls"].items()]
+    if before := results.get("before"):
+        told = "   ".join(f"{shown} {before[shown]['recognised']:.3f}" for shown in SHOWN)
+        lines.append(f"before this training  {told}")
+    if evaluation := results["evaluation"]:
+        mean = results["training_mean"]
+        lines.append(f"{'given the reply so far':<26}" + "".join(f"{shown:>16}" for shown in (*SHOWN, "training mean")))
+        for what in ("cross_entropy", "accuracy"):
+            for head in HEADS:
+                values = [evaluation[shown][what][head] for shown in SHOWN] + [mean[what][head]]
+                lines.append(f"{f'{what}, {head}'.replace('_', ' '):<26}" + "".join(f"{value:16.3f}" for value in values))
+        values = [evaluation[shown]["text"]["accuracy"] for shown in SHOWN]
+        lines.append(f"{'accuracy, text':<26}" + "".join(f"{value:16.3f}" for value in values))
+        for name in next((evaluation[s]["spoken"] for s in SHOWN if "spoken" in evaluation[s]), {}):
+            values = [evaluation[shown].get("spoken", {}).get(name, math.nan) for shown in SHOWN] + [mean.get(name, math.nan)]
+            lines.append(f"{f'spoken, {name}'.replace('_', ' '):<26}" + "".join(f"{value:16.3f}" for value in values))
+        lines.append(f"held-out loss         {results['held_out_loss']:.4f}")
+    lines += [
+        f"speed                 {results['samples_per_s']:.2f} clips/s, peak memory {results['peak_memory_gb']:.2f} GB",
+        f"model                 {folder / 'model'}\nsamples               {folder / 'samples'}: wavs, spectra, samples.jsonl",
+    ]
+    log.info("\n".join(lines))
+
+
+def write_card(cfg: Config, results: dict, base: Base, repo: str, source: Path) -> None:
+    made = json.loads((cfg.output_dir / "environment.json").read_text())
+    numbers = {"score": results["score"]} | results["controls"]
+    numbers |= {name: results.get(name) for name in ("held_out_loss", "steps", "final_loss", "samples_per_s", "peak_memory_gb")}
+    numbers |= results["evaluation"].get(SHOWN[0], {}).get("spoken", {})
+    rows = "\n".join(f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in numbers.items() if value is not None)
+    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
+    snippet = f'from huggingface_hub import snapshot_download\n\nfolder = snapshot_download("{repo}")' if repo else 'folder = "."'
+    data = "generated clips and words" if cfg.demo else f"`{source.name}`"
+    what = f"a LoRA adapter (r {cfg.lora_r}, PEFT)" if cfg.lora_r else "all weights, in LongCat-Flash-Omni's files"
+    known = f"base_model: {base.source}\n" if not Path(base.source).exists() else ""
+    pictures = sorted(path.name for path in (cfg.output_dir / "model").glob("*.png") if path.name != "loss.png")
+    shown = "\n".join(f"![wanted and spoken]({name})" for name in pictures)
+    codec = f', codec="{cfg.codec.name}"  # your checkout of it' if cfg.codec else ""
+    (cfg.output_dir / "model" / "README.md").write_text(f"""---
+library_name: {"peft" if cfg.lora_r else "pytorch"}
+pipeline_tag: any-to-any
+{known}tags: [longcat-flash-omni, speech-to-speech, video, deepspeed]
+---
+# {(repo or cfg.hub_model_id).split("/")[-1]}
+
+`{Path(base.source).name if Path(base.source).exists() else base.source}`, fine-tuned to answer spoken questions
+about videos aloud, on {data} by `longcat_vss.py`, which lies in this repository. Here are {what}.
+
+| measured | |
+|---|---|
+{rows}
+
+Score: {results["score_is"]}. The controls show the same with the video blanked and the audio silenced.
+
+{shown}
+![loss](loss.png)
+
+```python
+import sys
+
+{snippet}
+sys.path.insert(0, folder)  # longcat_vss.py, whose first lines say what it needs
+from longcat_vss import reply, write_wav
+
+text, sound, rate = reply("in.mp4", "in.wav", folder{codec})
+write_wav("out.wav", sound, rate)
+```
+
+Command: `{made["command"]}`; all settings are in the `config.json` of the run. {made["world_size"]} x {made["device"]};
+{versions}; revision {made["git_revision"] or "unknown"}.
+""")
+
+
+def reply(
+    video: str | Path, speech: str | Path, model: str | Path, codec: str | Path = "", **flags: Any
+) -> tuple[str, np.ndarray, int]:
+    """What a finished model, a folder or a Hub id, answers to a video and a spoken question: (text, float32 (N,), sampling rate).
+
+    Under ZeRO-3, when the plan or deepspeed= says so, every rank must call it. Raises OSError when the model cannot be found,
+    BadSample (a ValueError) when video or speech cannot be used.
+    """
+    folder, device = fetch_model(str(model), "*"), init_distributed()
+    made = json.loads(path.read_text()) if (path := folder / "longcat_vss.json").exists() else {}
+    adapter = folder / "adapter_config.json"
+    below = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else str(folder)
+    if device.type == "cpu" and made.get("dtype") == "fp16":
+        made["dtype"] = "fp32"
+    cfg = Config(report_to="none", lora_r=0, codec=Path(codec) if codec else None, **{**made, **flags})
+    cfg = dataclasses.replace(cfg, dtype=pick_dtype(cfg.dtype))
+    clip = on_rank0(lambda: make_sample("predict", Path(video), Path(speech), None, "", cfg))
+    base = open_base(below)
+    base = dataclasses.replace(base, folder=on_rank0(lambda: fetch_model(below, *SMALL, *PARTS, "*.safetensors")))
+    check_codec(cfg, base)
+    spoken = (
+        MelCodec.load(path) if (path := folder / "audio_codec" / "mel_codec.safetensors").exists() else open_codec(cfg, base, [])
+    )
+    sizes = dataclasses.replace(measure(base, cfg, cfg.dtype, 0, 0), trained=0)
+    rows = layouts(sizes, cfg, cfg.dtype, world_size(), None, cfg.nvme_path)
+    taken = choose_layout(rows, cfg.deepspeed, "give more GPUs, or --nvme_path")[1]["config"]
+    config = ds_config(taken, 1, 1, 1.0, cfg.dtype)
+    net = load_net(base, cfg, config, functools.partial(with_finished, folder=folder)).eval()
+    if together := config["zero_optimization"]["stage"] == 3:
+        import deepspeed
+
+        net = deepspeed.initialize(model=net, config=config)[0].module
+    net = core(net if together else net.to(device))
+    batch = {name: value.to(device) for name, value in Collator(base, cfg)([clip], reply=False).items()}
+    texts, codes = net.speak(batch, math.ceil(cfg.max_reply / FRAME_SECONDS), cfg.repetition_penalty, together)
+    text = base.tokenizer.decode(texts[0], skip_special_tokens=True).strip()
+    return text, spoken.decode(codes_from(codes[0], spoken.sizes)), spoken.rate
+
+
+def check(cfg: Config) -> None:
+    """--check: storage first, then as far as they are there the model, the data, memory and time. Exit 2 if anything is short."""
+    device = init_distributed()
+    cfg = dataclasses.replace(cfg, model=cfg.model or BASE_MODEL)
+    wrong, base, data = on_rank0(lambda: storage(cfg)), published_base(cfg.model), None
+    if cfg.push_to_hub:
+        on_rank0(lambda: hub_check(cfg.hub_model_id, cfg.public, create=False))
+    try:
+        base = open_base(cfg.model)
+    except SystemExit:
+        wrong.append(f"--model {cfg.model} cannot be opened: the plan is for the published sizes, in bf16")
+    cfg = dataclasses.replace(cfg, dtype=pick_dtype(cfg.dtype) if base.folder else "bf16")
+    if not cfg.data_dir.is_dir():
+        wrong.append(f"--data_dir {cfg.data_dir}: no such folder")
+    elif base.folder:
+        data, _ = prepare(cfg, base, cfg.data_dir)
+        cfg = with_steps(cfg, data)
+    for text in wrong:
+        log.warning(f"error: {text}")
+    plan(cfg, base, data, cfg.data_dir, device)
+    if wrong:
+        raise SystemExit(2)
+
+
+def predict(cfg: Config) -> None:
+    """--predict: write the spoken reply to --out, print the text."""
+    model = cfg.model or str(cfg.output_dir / "model")
+    video, speech = cfg.predict[0], cfg.predict[-1]  # the video's own sound when there is no other
+    flags = {name: getattr(cfg, name) for name in ("deepspeed", "nvme_path", "cache_dir")}
+    try:
+        text, sound, rate = reply(video, speech, model, cfg.codec or "", **flags)
+    except BadSample as error:
+        refuse(f"--predict {' '.join(map(str, cfg.predict))}: {error}")
+    except (OSError, ValueError) as error:
+        refuse(f"--model {model}: {brief(error)}; give a folder that a run wrote, or a Hub id")
+    if rank() == 0:
+        cfg.out.parent.mkdir(parents=True, exist_ok=True)
+        write_wav(cfg.out, sound, rate)
+        print(f"{text}\n{cfg.out}: {len(sound) / rate:.2f} s")
+
+
+def demo(cfg: Config) -> None:
+    """A tiny model learns to speak; then, frozen, other words in another voice by LoRA. Both are runs as any other."""
+    init_distributed()
+    tiny = on_rank0(lambda: tiny_model(cfg, __file__, build_tiny))
+    spoken, other = (on_rank0(functools.partial(make_data, cfg, adapted)) for adapted in (False, True))
+    base = train(dataclasses.replace(cfg, model=tiny), spoken, "base")
+    if cfg.check:
+        return
+    adapt = ADAPT | {"steps": min(cfg.steps, ADAPT["steps"]), "model": str(cfg.output_dir / "model"), "push_to_hub": False}
+    adapted = train(dataclasses.replace(cfg, output_dir=cfg.output_dir / "lora", **adapt), other, "adapt")
+    if rank() == 0:
+        before = adapted["before"][SHOWN[0]]["recognised"]
+        log.info(f"\nscore                 {base['score']:.3f}   {base['score_is']}")
+        log.info(
+            "".join(f"{name:<22}{value:.3f}   a control: must be low\n" for name, value in base["controls"].items()).rstrip()
+        )
+        log.info(f"LoRA, other words     {before:.3f} -> {adapted['score']:.3f}   in another voice, over the frozen model")
+        write_json(cfg.output_dir / "results.json", base | {"lora": {"before": before, "score": adapted["score"]}})
+        finish(cfg.output_dir)
+
+
+def main() -> None:
+    cfg = read_flags(Config, __doc__, DEMO, {})
+    if cfg.predict:
+        predict(cfg)
+    elif cfg.demo:
+        demo(cfg)
+    elif cfg.check:
+        check(cfg)
+    else:
+        train(cfg, cfg.data_dir)
+
+
+if __name__ == "__main__":
+    run(main)
