@@ -244,13 +244,13 @@ class Config:
 
 # The demo is two presets: the same code with other numbers. Recipe and scores: README.md and benchmarks/RESULTS.md.
 DEMO = dict(
-    demo=True, output_dir=Path("runs/longcat_vss_demo"), report_to="none", size=56, lora_r=0, steps=800, batch_size=8, accum=1,
+    demo=True, output_dir=Path("runs/longcat_vss_demo"), report_to="none", size=56, lora_r=0, steps=1000, batch_size=8, accum=1,
     lr=2e-3, warmup_steps=40, weight_decay=0.01, max_reply=3.0, repetition_penalty=1.0, eval_samples=96, log_every=50,
-    eval_every=400, save_every=200,
+    eval_every=500, save_every=250,
 )  # fmt: skip
 # What the demo does with the model that it trained: a frozen base learns other words in another voice.
 ADAPT = dict(
-    lora_r=8, lora_dropout=0.0, steps=150, lr=4e-3, warmup_steps=20,
+    lora_r=8, lora_dropout=0.0, steps=200, lr=4e-3, warmup_steps=20,
     lora_targets="q_a_proj,q_b_proj,kv_a_proj_with_mqa,kv_b_proj,o_proj,gate_proj,up_proj,down_proj,audio_output_layers",
 )  # fmt: skip
 
@@ -312,7 +312,7 @@ def make_clip(folder: Path, number: int, held_out: bool, adapted: bool, seed: in
     others = list(WORDS.values())
     word = others[(others.index(WORDS[colour]) + 2) % len(others)] if adapted else WORDS[colour]
     pitch = 190 if adapted else 115
-    reply = np.concatenate([say(word, pitch, rng), say(heard, pitch, rng)]) + rng.normal(0, 1e-3)
+    reply = np.concatenate([say(word, pitch, rng), say(heard, pitch, rng)])
     folder.mkdir(parents=True)
     write_mp4(clip, folder / "in.mp4", fps=2)
     write_wav(folder / "in.wav", question)
@@ -377,17 +377,19 @@ def opened(path: Path) -> Any:
 
 def video_times(path: Path, most: int) -> tuple[int, tuple[float, ...], bool]:
     """(how many frames to take: two for each second begun, `most` at most; when each pair is seen, in seconds; whether pairs are
-    further apart than a second). The official loader takes the same frames to within one."""
+    further apart than a second). Of whole seconds the official loader takes the same frames to within one; of others it repeats
+    the last frame, here they are spread evenly and the prompt says when each is seen."""
     with opened(path) as container:
         stream = next(iter(container.streams.video), None)
         if stream is None:
             raise BadSample(f"{path.name} has no video")
         length = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / 1e6
         last = float(length) - (1 / float(stream.average_rate) if stream.average_rate else 0)
+        there = stream.frames or round(float(length) * float(stream.average_rate or 0))
     if not length > 0:
         raise BadSample(f"{path.name} does not say how long it is")
     count = 2 * math.ceil(round(float(length), 2))
-    taken = min(count, most)
+    taken = min(count, most, max(2, there // 2 * 2))  # of a slideshow, what there is
     return taken, tuple(max(0.0, last) * i / (taken - 1) for i in range(0, taken, 2)), taken < count
 
 
@@ -399,14 +401,14 @@ def read_speech(path: Path) -> tuple[np.ndarray, int]:
         stream = next(iter(container.streams.audio), None)
         if stream is None:
             raise BadSample(f"{path.name} has no sound")
-        resampler, parts = av.AudioResampler("flt", "mono", SAMPLE_RATE), []
+        resampler, parts = av.AudioResampler("fltp", None, SAMPLE_RATE), []
         try:
             for frame in container.decode(stream):
                 parts += resampler.resample(frame)
             parts += resampler.resample(None) if parts else []
         except av.error.FFmpegError as error:
             raise BadSample(f"{path.name} cannot be decoded: {error.strerror}") from error
-        sound = np.concatenate([np.zeros(0, np.float32), *(part.to_ndarray()[0] for part in parts)])
+        sound = np.concatenate([np.zeros(0, np.float32), *(part.to_ndarray().mean(0) for part in parts)])
         return np.clip(sound, -1, 1), stream.rate
 
 
@@ -424,7 +426,7 @@ def check_speech(sound: np.ndarray, name: str, longest: float) -> None:
 def cached_speech(path: Path, cfg: Config) -> tuple[Path, int]:
     """Decoded and checked once: (.npy of read_speech, the file's own sampling rate)."""
     stat = path.stat()
-    key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|1"  # 1: version of the reader
+    key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|2"  # 2: version of the reader
     target = cfg.cache_dir / "speech" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
     sound, rate = (np.load(target), 0) if target.exists() else read_speech(path)
     check_speech(sound, path.name, cfg.max_seconds)
@@ -442,7 +444,7 @@ def open_clip(folder: Path, cfg: Config, base: Base) -> Clip:
         raise BadSample(f"no {'in.mp4' if video is None else 'out.wav'}; there is {there}")
     text = (folder / "out.txt").read_text(errors="replace").strip() if (folder / "out.txt").exists() else ""
     clip = make_sample(f"{folder.parent.name}/{folder.name}", video, member(folder, "in", "speech") or video, reply, text, cfg)
-    tokens, rows = len(base.encode(text)), int(np.load(clip.reply, mmap_mode="r").size / SAMPLE_RATE / FRAME_SECONDS)
+    tokens, rows = len(base.encode(text)), int(np.load(clip.reply, mmap_mode="r").size / SAMPLE_RATE / FRAME_SECONDS) - 1
     if tokens > rows:
         raise BadSample(
             f"out.txt has {tokens} tokens, {reply.name} has room for {rows}, one in {FRAME_SECONDS:g} s: is it its text?"
@@ -453,8 +455,12 @@ def open_clip(folder: Path, cfg: Config, base: Base) -> Clip:
 def make_sample(name: str, video: Path, speech: Path, reply: Path | None, text: str, cfg: Config) -> Clip:
     count, seconds, spread = video_times(video, cfg.frames)
     frames = cached_frames(str(video), count, cfg.size, cfg.cache_dir, crop=False)
-    (heard, rate), (said, rate_out) = cached_speech(speech, cfg), cached_speech(reply, cfg) if reply else (None, 0)
-    return Clip(name, frames, seconds, spread, heard, said, text, (rate, rate_out))
+    heard, *rates = cached_speech(speech, cfg)
+    said = None
+    if reply:
+        said, rate = cached_speech(reply, cfg)
+        rates.append(rate)
+    return Clip(name, frames, seconds, spread, heard, said, text, tuple(rates))
 
 
 def sample_folders(source: Path) -> dict[str, list[Path]]:
@@ -666,13 +672,15 @@ def open_codec(cfg: Config, base: Base, replies: list[Path]) -> MelCodec | LongC
     return MelCodec.load(cached)
 
 
-def encode_replies(clips: list[Clip], codec: MelCodec | LongCatCodec, cfg: Config) -> list[Clip]:
+def encode_replies(clips: list[Clip], codec: MelCodec | LongCatCodec, base: Base, cfg: Config) -> list[Clip]:
     """Rank 0: the clips with the codes of their replies, each encoded once."""
 
     def encode(clip: Clip) -> Clip:
         target = cfg.cache_dir / "codes" / f"{clip.reply.stem}_{codec.key}.npy"
         if not target.exists():
             save_array(target, codec.encode(np.load(clip.reply)))
+        if (rows := len(np.load(target, mmap_mode="r"))) < len(base.encode(clip.text)):
+            refuse(f"{clip.name}: out.txt has {len(base.encode(clip.text))} tokens, the codec makes {rows} rows of out.wav")
         return dataclasses.replace(clip, codes=target)
 
     return [encode(clip) for clip in tqdm(clips, "encode replies", unit="clip", disable=None)]
@@ -744,14 +752,8 @@ def prompt_ids(seconds: tuple[float, ...], spread: bool, tokens_per_pair: int, a
 
 def reply_rows(codes: np.ndarray, text: list[int], base: Base) -> tuple[list[int], np.ndarray]:
     """What is said, as the model sees it, one row more than the codes (T, 4) have: text ids, padded (T + 1), and the streams
-    (T + 1, 4), the acoustic ones one row later than the semantic one, which ends with CODEC_EOS. (audio_converter.py)
-
-    Raises BadSample for text longer than the speech."""
+    (T + 1, 4), the acoustic ones one row later than the semantic one, which ends with CODEC_EOS. (audio_converter.py)"""
     rows, text = len(codes) + 1, [*text, base.config.eos_token_id]
-    if len(text) > rows:
-        raise BadSample(
-            f"out.txt has {len(text) - 1} tokens, more than the {len(codes)} rows of {FRAME_SECONDS:g} s that out.wav has"
-        )
     streams = np.full((rows, CODEBOOKS), CODEC_PAD, np.int64)
     streams[:-1, 0], streams[-1, 0] = codes[:, 0] + CODEC_OFFSET, CODEC_EOS
     streams[1:, 1:] = codes[:, 1:] + CODEC_OFFSET
@@ -1019,13 +1021,13 @@ class LongCat(LongcatFlashForCausalLM):
             super().__init__(config)
         finally:
             longcat_flash.LongcatFlashExperts = stock
-        self.biases = [m for m in self.modules() if isinstance(m, longcat_flash.LongcatFlashTopkRouter)]
+        self.routers = [m for m in self.modules() if isinstance(m, longcat_flash.LongcatFlashTopkRouter)]
 
     def _apply(self, fn, recurse=True):
         """A cast, by DeepSpeed for one, moves the routing biases and leaves them in fp32: rounded, they choose other experts."""
-        exact = [router.e_score_correction_bias for router in self.biases]
+        exact = [router.e_score_correction_bias for router in self.routers]
         super()._apply(fn, recurse)
-        for router, bias in zip(self.biases, exact):
+        for router, bias in zip(self.routers, exact):
             router.e_score_correction_bias = bias.to(router.e_score_correction_bias.device)
         return self
 
@@ -1036,7 +1038,7 @@ class Omni(nn.Module):
     def __init__(self, base: Base, llm: nn.Module | None = None) -> None:
         super().__init__()
         width = base.config.hidden_size
-        self.pad, self.special, self.vision = base.pad, base.ids, base.vision
+        self.pad, self.special = base.pad, base.ids
         self.vision_encoder = VisionEncoder(base.vision)
         self.vision_projector = VisionProjector(base.vision["hidden_size"], base.vision["adaptor_dim"], width)
         self.audio_encoder = AudioEncoder(base.audio)
@@ -1104,7 +1106,7 @@ class Omni(nn.Module):
         """
         count, device = len(batch["ids"]), batch["ids"].device
         mask, x = batch["mask"], self.embed(**{k: v for k, v in batch.items() if "label" not in k and k != "mask"})
-        writing, first = [True] * count, [True] * count  # text goes on; the next row is the first of a segment
+        length, writing, first = [0] * count, [True] * count, [True] * count  # rows; text goes on; the next row begins a segment
         last, done = [False] * count, [False] * count  # this segment is the last
         texts: list[list[int]] = [[] for _ in range(count)]
         spoken = torch.full((count, 0, CODEBOOKS), CODEC_PAD, device=device)
@@ -1118,6 +1120,7 @@ class Omni(nn.Module):
                 if done[b]:
                     row[b], text[b] = CODEC_PAD, self.pad
                     continue
+                length[b] += 1
                 if first[b]:
                     row[b, 1:], first[b] = CODEC_PAD, False
                 if writing[b]:
@@ -1126,14 +1129,14 @@ class Omni(nn.Module):
                 else:
                     text[b] = self.pad
                 if row[b, 0] == CODEC_EOS:
-                    done[b] = last[b] or writing[b]
+                    done[b] = last[b] or writing[b]  # speech that ends before its text has no more to say
                     writing[b] = first[b] = True
             spoken = torch.cat([spoken, row[:, None]], 1)
             if not (over_ranks(not all(done), "max") if together else not all(done)):
                 break
             x = self.rows(text[:, None], row[:, None])
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-        rows = [r[(r != CODEC_PAD).any(-1)] for r in spoken.cpu()]
+        rows = [r[:n] for r, n in zip(spoken.cpu(), length)]
         return texts, [r.numpy() for r in rows]
 
 
@@ -1217,6 +1220,7 @@ def open_base(source: str) -> Base:
     disable_progress_bar()  # of loading and saving, on each rank
     folder = on_rank0(lambda: fetch_model(source, *SMALL))
     try:
+        kind = read_json(folder / "config.json").get("model_type", "longcat_flash")  # without one transformers takes defaults
         config = LongcatFlashConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         vision, audio = VISION | read_json(folder / "vision" / "config.json"), AUDIO | read_json(folder / "audio" / "config.json")
@@ -1225,7 +1229,7 @@ def open_base(source: str) -> Base:
     except (OSError, ValueError, KeyError) as error:
         missing = missing_files(folder)
         refuse(f"--model {source}: " + (f"{len(missing)} files are missing: {', '.join(missing)}" if missing else brief(error)))
-    if json.loads((folder / "config.json").read_text()).get("model_type", "longcat_flash") != "longcat_flash":
+    if kind != "longcat_flash":
         refuse(f"--model {source}: LongCat-Flash-Omni (model_type longcat_flash) is wanted")
     config.pad_token_id = tokenizer.pad_token_id if config.pad_token_id is None else config.pad_token_id
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in SPECIAL.items()}
@@ -1273,7 +1277,11 @@ def load_omni(base: Base, dtype: str) -> Omni:
     from safetensors import safe_open
 
     folder, kind = base.folder, TORCH_DTYPES[dtype]
-    llm, report = LongCat.from_pretrained(folder, config=base.config, dtype=kind, output_loading_info=True, local_files_only=True)
+    asked = dict(config=base.config, dtype=kind, output_loading_info=True, local_files_only=True, ignore_mismatched_sizes=True)
+    try:
+        llm, report = LongCat.from_pretrained(folder, **asked)
+    except RuntimeError as error:  # an expert is missing: transformers puts them together
+        raise SystemExit(f"error: {folder}: {brief(error)}") from error
     report["missing_keys"] = [name for name in report["missing_keys"] if name != "model.embed_tokens.weight"]  # has its own file
     check_loaded(report, folder)
     where = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
@@ -1424,6 +1432,8 @@ def lora_config(cfg: Config, base: Base):
         refuse(
             f"--lora_targets {wrong[0]}: no such layer{why}. There are, with what each trains at --lora_r {cfg.lora_r}: {real}"
         )
+    if not asked:
+        refuse("--lora_targets: name at least one layer")
     layers = "|".join(name for name in asked if name != "audio_output_layers")
     spoken = r"|audio_heads\.audio_output_layers\.\d+" if "audio_output_layers" in asked else ""
     return LoraConfig(
@@ -1490,15 +1500,16 @@ def speech_distance(target: np.ndarray, output: np.ndarray) -> dict[str, float]:
     from pystoi import stoi
     from scipy.fft import dct
 
+    wrong, output = abs(len(output) - len(target)) / len(target), output if len(output) else np.zeros_like(target)
     length = min(len(target), len(output))
     cepstra = [dct(MelCodec.log_mel(sound[:length]).numpy(), norm="ortho")[:, 1:14] for sound in (target, output)]
-    moved = np.sqrt(2 * ((cepstra[0] - cepstra[1]) ** 2).sum(1)).mean() if length else math.nan
+    moved = np.sqrt(2 * ((cepstra[0] - cepstra[1]) ** 2).sum(1)).mean()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of speech that is shorter than its 0.4 s
         similar = float(stoi(target[:length], output[:length], SAMPLE_RATE)) if length > 6400 else 0.0
     return {
         "stoi": similar, "mel_cepstral_distance": 10 / math.log(10) * float(moved),
-        "duration_error": abs(len(output) - len(target)) / len(target),
+        "duration_error": wrong,
     }  # fmt: skip
 
 
@@ -1869,8 +1880,8 @@ def prepare(cfg: Config, base: Base, source: Path) -> tuple[Data, Any]:
         check_codec(cfg, base)
         data = load_data(cfg, source, base)
         codec = open_codec(cfg, base, [clip.reply for clip in data.train])
-        train = encode_replies(data.train, codec, cfg)
-        return Data(train, train if data.held_out is data.train else encode_replies(data.held_out, codec, cfg), data.bad)
+        train = encode_replies(data.train, codec, base, cfg)
+        return Data(train, train if data.held_out is data.train else encode_replies(data.held_out, codec, base, cfg), data.bad)
 
     return on_rank0(read), codec
 

@@ -66,13 +66,8 @@ def test_the_check_above_can_fail():
 def test_header_lists_what_a_lone_copy_imports(path):
     header = path.read_text().split("# ///\n")[0]
     listed = {re.split("[<>=!;]", name)[0].lower() for name in re.findall(r'"([^"]+)"', header.split("dependencies")[1])}
-    optional = {
-        "wandb",
-        "pyarrow",
-        "datasets",
-        "bitsandbytes",
-        "networks",
-    }  # asked for by a flag, and then the message says what to install
+    # asked for by a flag, and then the message says what to install; `networks` is LongCat-Audio-Codec's checkout
+    optional = {"wandb", "pyarrow", "datasets", "bitsandbytes", "networks"}
     needed = {PACKAGES.get(name, name).lower() for name in imported(path) | imported(ROOT / "common.py")}
     assert needed - optional <= listed <= needed
     pinned = {

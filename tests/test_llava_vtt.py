@@ -146,12 +146,15 @@ def test_answers_of_a_batch_are_those_asked_one_by_one(base, small):
     ]
 
 
-def test_weights_that_are_missing_are_an_error_and_never_random(small, base, tmp_path):
+@pytest.mark.parametrize("how", ["missing", "of another shape"])
+def test_weights_that_are_missing_or_do_not_fit_are_an_error_and_never_random(small, base, tmp_path, how):
     from safetensors.torch import save_file
 
     shutil.copytree(small, tmp_path / "model")
     weights = load_file(small / "model.safetensors")
-    del weights["multi_modal_projector.linear_1.weight"]
+    first = weights.pop("multi_modal_projector.linear_1.weight")
+    if how != "missing":
+        weights["multi_modal_projector.linear_1.weight"] = first[:-1].clone()
     save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(SystemExit, match="1 weights are missing or do not fit.*linear_1.weight"):
         llava_vtt.load_weights(tmp_path / "model", base, Config(report_to="none"), "fp32")
