@@ -264,7 +264,7 @@ NUMBERS = ("samu", "tiso", "metu", "tami")
 FORMANTS = {  # Hz, of men's vowels: Peterson and Barney 1952, table II
     "a": (730, 1090, 2440), "e": (530, 1840, 2480), "i": (270, 2290, 3010), "o": (570, 840, 2410), "u": (300, 870, 2240),
 }  # fmt: skip
-DEMO_SECONDS, NUM_TRAIN, NUM_HELD_OUT = 2.0, 768, 96
+DEMO_SECONDS, NUM_TRAIN, NUM_HELD_OUT = 2.0, 1536, 96
 
 
 def say(word: str, pitch: float, rng: np.random.Generator) -> np.ndarray:
