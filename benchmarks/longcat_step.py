@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashMoE
 
 import longcat_vss
-from common import device_name, ds_config, init_distributed
+from common import device_name, ds_config, init_distributed, quiet_libraries
 from longcat_vss import CODEBOOKS, Base, Config, Omni, with_adapter
 
 CUDA = torch.cuda.is_available()
@@ -172,6 +172,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     args, clock = parser.parse_args(), "ms" if CUDA else "CPU ms"
     torch.set_num_threads(1)
+    quiet_libraries()
     with tempfile.TemporaryDirectory() as folder:
         longcat_vss.build_tiny(Path(folder) / "tiny", 0)
         tiny = longcat_vss.open_base(str(Path(folder) / "tiny"))
