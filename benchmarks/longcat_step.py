@@ -16,7 +16,8 @@ steps.
 Predicted before the first measurement: transformers' experts 1.00 (frozen slots that are never chosen cost memory, not time),
 full logits 1.08, both 1.08; time in proportion to length beyond 200 positions; +60 % from 8 to 32 experts, for the loop over
 experts is in Python; the leaf 0.9 of the time without, since it is one gather and not two.
-Measured (CPU): MEASURED. On a GPU: not yet measured.
+Measured (CPU): transformers' experts 0.97, full logits 1.01, both 1.01 (2.17 and 2.24 with --vocab 16384 --length 512); 4.5
+times the time from 256 to 1024 positions; +22 % from 8 to 32 experts; the leaf 0.96. On a GPU: not yet measured.
 """
 
 import argparse
