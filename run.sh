@@ -321,7 +321,7 @@ run_tests() {  # a process for each core, 4 at most; the demos one after the oth
   local cores=$(($(nproc) < 4 ? $(nproc) : 4)) parallel=()
   choose_python
   cd "$here"
-  if [[ " $* " != *" --demos "* ]]; then parallel=(-n "$cores" --dist loadfile); fi
+  if [[ " $* " != *" --demos "* ]]; then parallel=(-n "$cores" --dist loadfile --no-loadscope-reorder); fi
   exec "$python" -m pytest tests ${parallel[@]+"${parallel[@]}"} "$@"
 }
 

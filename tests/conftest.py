@@ -43,7 +43,12 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "demo: runs a demo whole; only with --demos")
 
 
+# Files that start scripts take minutes: first, so that no process is left with the longest of them at the end.
+SLOW = ("test_t2v_ddpm.py", "test_longcat_vss.py", "test_llava_vtt.py", "test_nllb_vtt.py")
+
+
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: SLOW.index(item.path.name) if item.path.name in SLOW else len(SLOW))
     if not config.getoption("--demos"):
         for item in items:
             if "demo" in item.keywords:

@@ -249,11 +249,8 @@ def test_the_adapter_is_pushed_and_the_card_s_snippet_speaks(tmp_path, tiny, sam
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["--data_dir", "nowhere"], "nowhere: no such folder"),
         (["--size", 100], "a multiple of 28"),
         (["--lora_targets", "q_proj,o_proj"], "q_proj: no such layer"),
-        (["--codec", "nowhere"], "LongCatAudioCodec_encoder.yaml"),
-        (["--predict", "in.mp4", "in.wav", "x"], "in.mp4 in.wav x"),
         (["--predict", "nothing.mp4"], "nothing.mp4"),
     ],
 )
@@ -277,8 +274,6 @@ def test_bad_samples_are_named_by_folder(tmp_path, tiny, samples):
     (data / "train" / "05" / "out.wav").unlink()
     output = run(SCRIPT, "--model", tiny, *SMALL, cwd=tmp_path, expect=2)
     assert "2 of 10 samples are bad" in output and "train/03" in output and "train/05" in output and "no out.wav" in output
-    output = run(SCRIPT, "--model", tiny, *SMALL, "--max_bad", 0.3, "--check", cwd=tmp_path)
-    assert "6 clips to train on, 2 held out, 2 left out as bad" in output
 
 
 # --- Whole
