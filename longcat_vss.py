@@ -1759,33 +1759,20 @@ def storage(cfg: Config) -> list[str]:
     return short
 
 
-def machine_table(sizes: Sizes, cfg: Config) -> str:
-    """What holds the model and what each step then takes at least, by arithmetic."""
-    low, lines = (
-        2,
-        ["machines estimated for bf16, one clip a GPU; transfer alone, at assumed 50 GB/s RAM, 350 GB/s NVLink, 7 GB/s NVMe"],
-    )
-    for machine, (devices, gpu, local, ram) in MACHINES.items():
+def machine_table(sizes: Sizes, cfg: Config) -> tuple[str, str]:
+    """-> (what holds the model and what each step then takes at least, by arithmetic; the first machine that needs no NVMe)"""
+    assumed = f"{HOST / 1e9:.0f} GB/s RAM, {LINK / 1e9:.0f} GB/s NVLink, {DISK / 1e9:.0f} GB/s NVMe"
+    lines = [f"machines estimated for bf16, one clip a GPU; transfer alone, at assumed {assumed}"]
+    nearest = "none of those listed"
+    for machine, (devices, gpu, local, ram) in reversed(MACHINES.items()):
         rows = layouts(sizes, cfg, "bf16", devices, local, Path("nvme"))
-        fits = next((r for r in rows if r["gpu_gb"] < 0.92 * gpu and r["host_gb"] < 0.9 * ram), None)
-        weights = low * sizes.parameters * local / devices / GB
-        held = "" if weights < 0.9 * ram else f"cannot hold the {weights:.0f} GB of weights in its RAM; "
-        told = (
-            f"{fits['layout']} ({fits['gpu_gb']:.0f} GB a GPU, {fits['host_gb']:.0f} GB RAM): {fits.get('note', '')}"
-            if fits
-            else "does not fit"
-        )
-        lines.append(f"  {machine:<30}{held}{told}")
-    return "\n".join(lines)
-
-
-def nearest_machine(sizes: Sizes, cfg: Config) -> str:
-    """The first of MACHINES that takes the model without NVMe."""
-    for machine, (devices, gpu, local, ram) in MACHINES.items():
-        rows = layouts(sizes, cfg, "bf16", devices, local)
-        if any(row["gpu_gb"] < 0.92 * gpu and row["host_gb"] < 0.9 * ram for row in rows):
-            return machine
-    return "none of those listed"
+        fits = next((row for row in rows if row["gpu_gb"] < 0.92 * gpu and row["host_gb"] < 0.9 * ram), None)
+        weights = 2 * sizes.parameters * local / devices / GB
+        told = "" if weights < 0.9 * ram else f"cannot hold the {weights:.0f} GB of weights in its RAM; "
+        told += f"{fits['layout']} ({fits['gpu_gb']:.0f} GB a GPU, {fits['host_gb']:.0f} GB RAM)" if fits else "does not fit"
+        lines.insert(1, f"  {machine:<30}{told}{': ' + fits['note'] if fits and 'note' in fits else ''}")
+        nearest = machine if fits and "NVMe" not in fits["layout"] else nearest
+    return "\n".join(lines), nearest
 
 
 def plan(cfg: Config, base: Base, data: Data | None, source: Path, device: torch.device) -> dict:
@@ -1802,7 +1789,8 @@ def plan(cfg: Config, base: Base, data: Data | None, source: Path, device: torch
         refuse(f"sequences of {tokens} tokens, {base.source} takes {base.config.max_position_embeddings}: lower --frames")
     sizes = measure(base, cfg, dtype, tokens, supervised)
     rows = layouts(sizes, cfg, dtype, world, None, cfg.nvme_path)
-    advice = f"the nearest machine that would do: {nearest_machine(sizes, cfg)}; or give --nvme_path, a folder on a fast disk"
+    table, nearest = machine_table(sizes, cfg)
+    advice = f"the nearest machine that would do: {nearest}; or give --nvme_path, a folder on a fast disk"
     lines += [
         f"sequence {tokens} tokens at most, {supervised} of them the reply",
         f"loss     {cfg.text_weight:g} text + {cfg.audio_weight:g} each stream + {cfg.semantic_weight:g} semantic; published are "
@@ -1819,7 +1807,7 @@ def plan(cfg: Config, base: Base, data: Data | None, source: Path, device: torch
     lines.append(f"disk     {need:.2f} GB for checkpoints and model, {free:.1f} GB free")
     log.info("\n".join([f"Out: {cfg.output_dir} | Device: {device_name(device)}, {dtype}", *lines]))
     if cfg.check and not cfg.demo:
-        log.info(machine_table(sizes, cfg))
+        log.info(table)
     memory, row = choose_layout(rows, cfg.deepspeed, advice)
     log.info(memory)
     if need > free:
