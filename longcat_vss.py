@@ -1677,7 +1677,7 @@ def layouts(
             row["gpu_gb"] += weights / GB  # autograd holds on to slices of what was gathered
         row["seconds"] = passes * max(
             weights * (devices - 1) / devices / LINK if zero3 else 0,
-            weights / devices / HOST if "on CPU" in row["layout"] and "all" in row["layout"] else 0,
+            weights / devices / HOST if "all on CPU" in row["layout"] else 0,
             weights * (local or devices) / devices / DISK if "NVMe" in row["layout"] else 0,
         )
         if "all on CPU" in row["layout"] or "NVMe" in row["layout"]:
@@ -1827,13 +1827,10 @@ def describe(cfg: Config, data: Data, source: Path) -> list[str]:
         f"{' (the same: there is one clip)' if data.held_out is data.train else ''}, {len(data.bad)} left out as bad",
         f"frames   {2 * min(pairs)} to {2 * max(pairs)}, two a second, {cfg.size}x{cfg.size}",
         f"speech   in {min(heard):.1f} to {max(heard):.1f} s, out {min(said):.1f} to {max(said):.1f} s",
-        f"text     {written} of {len(clips)} clips have an out.txt"
-        + (
-            ""
-            if written == len(clips)
-            else ": without it the model has no words to hold on to (a tiny one spoke .50 right, not .97)"
-        ),
+        f"text     {written} of {len(clips)} clips have an out.txt",
     ]
+    if written < len(clips):
+        lines[-1] += ": without it the model has no words to hold on to (a tiny one spoke .50 right, not .97)"
     if narrow:
         lines.append(f"warning: below 16 kHz, so dull: {', '.join(narrow[:5])}{' ...' if len(narrow) > 5 else ''}")
     return lines
@@ -2211,9 +2208,8 @@ def reply(
     base = open_base(below)
     base = dataclasses.replace(base, folder=on_rank0(lambda: fetch_model(below, *SMALL, *PARTS, "*.safetensors")))
     check_codec(cfg, base)
-    spoken = (
-        MelCodec.load(path) if (path := folder / "audio_codec" / "mel_codec.safetensors").exists() else open_codec(cfg, base, [])
-    )
+    fitted = folder / "audio_codec" / "mel_codec.safetensors"
+    spoken = MelCodec.load(fitted) if fitted.exists() else open_codec(cfg, base, [])
     sizes = dataclasses.replace(measure(base, cfg, cfg.dtype, 0, 0), trained=0)
     rows = layouts(sizes, cfg, cfg.dtype, world_size(), None, cfg.nvme_path)
     taken = choose_layout(rows, cfg.deepspeed, "give more GPUs, or --nvme_path")[1]["config"]
@@ -2245,8 +2241,11 @@ def check(cfg: Config) -> None:
     if not cfg.data_dir.is_dir():
         wrong.append(f"--data_dir {cfg.data_dir}: no such folder")
     elif base.folder:
-        data, _ = prepare(cfg, base, cfg.data_dir)
-        cfg = with_steps(cfg, data)
+        try:
+            data, _ = prepare(cfg, base, cfg.data_dir)
+            cfg = with_steps(cfg, data)
+        except SystemExit:
+            wrong.append(f"--data_dir {cfg.data_dir} or --codec cannot be used as they are: the plan is for clips of 10 s")
     for text in wrong:
         log.warning(f"error: {text}")
     plan(cfg, base, data, cfg.data_dir, device)

@@ -106,6 +106,8 @@ def test_check_starts_with_the_storage_check_and_trains_nothing(tmp_path, tiny, 
     assert lines[0].startswith("Model weights: ") and lines[1].startswith("Available space: ") and lines[2] == "Status: OK"
     assert lines[3] == "shards   3 of 3 are there" and "8 clips to train on, 2 held out" in output and "auto takes this" in output
     assert not (tmp_path / "runs").exists()
+    output = run(SCRIPT, "--check", "--model", tiny, "--data_dir", samples / "test" / "01", "--size", 56, cwd=tmp_path, expect=2)
+    assert "no sample folders" in output and "the plan is for clips of 10 s" in output and "auto takes this" in output
 
 
 def test_check_of_the_published_sizes_says_what_cannot_hold_them_and_what_can(tmp_path, hub):
