@@ -1518,6 +1518,18 @@ python {script} --dataset {repo}
     log.info(f"pushed {url}")
 
 
+def card_parts(folder: Path, numbers: dict[str, float | None], repo: str) -> tuple[str, str, str]:
+    """What every model's card has: (the rows of a table of the numbers that there are; the first lines of its snippet, which find
+    the model; how it was made, of the run folder's environment.json)"""
+    rows = "\n".join(f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in numbers.items() if value is not None)
+    snippet = f'from huggingface_hub import snapshot_download\n\nfolder = snapshot_download("{repo}")' if repo else 'folder = "."'
+    was = json.loads((folder / "environment.json").read_text())
+    versions = ", ".join(f"{name} {version}" for name, version in was["versions"].items())
+    settings_are = "all settings are in the `config.json` of the run"
+    made = f"Command: `{was['command']}`; {settings_are}. {was['world_size']} x {was['device']};\n{versions}; revision "
+    return rows, snippet, made + (was["git_revision"] or "unknown") + "."
+
+
 def push_finished(folder: Path, repo: str, message: str) -> None:
     """Rank 0, the last act of a run: push the finished model in `folder`. Exit 3 with the command for later when that fails."""
     try:

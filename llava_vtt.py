@@ -65,6 +65,7 @@ from common import (
     all_rows,
     barrier,
     brief,
+    card_parts,
     catch_signals,
     check_loaded,
     check_settings,
@@ -1272,16 +1273,13 @@ def push_data(cfg: Config, data: Data) -> None:
 
 
 def write_card(cfg: Config, results: dict, base: Base, repo: str) -> None:
-    made = json.loads((cfg.output_dir / "environment.json").read_text())
     answers, numbers = results["answers"], {name: results[name] for name in ("score", "needs_the_video", "held_out_loss")}
     numbers |= {name: results[name] for name in ("steps", "final_loss", "samples_per_s", "peak_memory_gb")}
-    rows = "\n".join(f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in numbers.items() if value is not None)
+    rows, snippet, made = card_parts(cfg.output_dir, numbers, repo)
     table = "\n".join(f"| {m} | " + " | ".join(f"{answers[how][m]:.3f}" for how in SHUFFLES) + " |" for m in METRICS)
     given = [row for _, row in read_json_lines(cfg.output_dir / "samples" / "answers.jsonl")][:6]
     cells = [[str(row[name]).replace("|", "/").replace("\n", " ") for name in ("question", "given", "answer")] for row in given]
     said = "\n".join(f"| {' | '.join(row)} |" for row in cells)
-    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
-    snippet = f'from huggingface_hub import snapshot_download\n\nfolder = snapshot_download("{repo}")' if repo else 'folder = "."'
     data = cfg.manifest or cfg.video_dir or cfg.dataset
     data = f"`{Path(data).name}`" if data else "generated clips of moving shapes" if cfg.demo else "four public samples"
     what = f"a LoRA adapter (r {cfg.lora_r}) and the projector" if cfg.lora_r else "all weights"
@@ -1323,8 +1321,7 @@ from llava_vtt import ask
 print(ask("clip.mp4", {json.dumps(cfg.question or DEFAULT_QUESTION)}, folder))
 ```
 
-Command: `{made["command"]}`; all settings are in the `config.json` of the run. {made["world_size"]} x {made["device"]};
-{versions}; revision {made["git_revision"] or "unknown"}.
+{made}
 """)
 
 

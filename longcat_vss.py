@@ -66,6 +66,7 @@ from common import (
     barrier,
     brief,
     cached_frames,
+    card_parts,
     catch_signals,
     check_loaded,
     check_settings,
@@ -2140,13 +2141,10 @@ def show(results: dict, folder: Path) -> None:
 
 
 def write_card(cfg: Config, results: dict, base: Base, repo: str, source: Path) -> None:
-    made = json.loads((cfg.output_dir / "environment.json").read_text())
     numbers = {"score": results["score"]} | results["controls"]
     numbers |= {name: results.get(name) for name in ("held_out_loss", "steps", "final_loss", "samples_per_s", "peak_memory_gb")}
     numbers |= results["evaluation"].get(SHOWN[0], {}).get("spoken", {})
-    rows = "\n".join(f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in numbers.items() if value is not None)
-    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
-    snippet = f'from huggingface_hub import snapshot_download\n\nfolder = snapshot_download("{repo}")' if repo else 'folder = "."'
+    rows, snippet, made = card_parts(cfg.output_dir, numbers, repo)
     data = "generated clips and words" if cfg.demo else f"`{source.name}`"
     what = f"a LoRA adapter (r {cfg.lora_r}, PEFT)" if cfg.lora_r else "all weights, in LongCat-Flash-Omni's files"
     known = f"base_model: {base.source}\n" if not Path(base.source).exists() else ""
@@ -2183,8 +2181,7 @@ text, sound, rate = reply("in.mp4", "in.wav", folder{codec})
 write_wav("out.wav", sound, rate)
 ```
 
-Command: `{made["command"]}`; all settings are in the `config.json` of the run. {made["world_size"]} x {made["device"]};
-{versions}; revision {made["git_revision"] or "unknown"}.
+{made}
 """)
 
 

@@ -62,6 +62,7 @@ from common import (
     all_rows,
     barrier,
     brief,
+    card_parts,
     catch_signals,
     check_loaded,
     check_settings,
@@ -1004,15 +1005,12 @@ def push_data(cfg: Config, data: Data) -> None:
 
 
 def write_card(cfg: Config, results: dict, base: Base, repo: str) -> None:
-    made = json.loads((cfg.output_dir / "environment.json").read_text())
     numbers = {
         name: results[name] for name in ("score", "held_out_loss", "steps", "final_loss", "samples_per_s", "peak_memory_gb")
     }
-    rows = "\n".join(f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in numbers.items() if value is not None)
+    rows, snippet, made = card_parts(cfg.output_dir, numbers, repo)
     who = results["metrics"]
     table = "\n".join(f"| {m} | " + " | ".join(f"{values[m]:.3f}" for values in who.values()) + " |" for m in METRICS)
-    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
-    snippet = f'from huggingface_hub import snapshot_download\n\nfolder = snapshot_download("{repo}")' if repo else 'folder = "."'
     local = Path(base.source).exists()
     first = [row for _, row in read_json_lines(cfg.output_dir / "samples" / "answers.jsonl")][0]["source"]
     of = Path(base.source).name if local else base.source
@@ -1051,8 +1049,7 @@ from nllb_vtt import answer
 print(answer([{json.dumps({"question": cfg.question or DEFAULT_QUESTION} | metadata)}], folder))
 ```
 
-Command: `{made["command"]}`; all settings are in the `config.json` of the run. {made["world_size"]} x {made["device"]};
-{versions}; revision {made["git_revision"] or "unknown"}.
+{made}
 """)
 
 

@@ -56,6 +56,7 @@ from common import (
     COLOURS,
     GB,
     MOVES,
+    card_parts,
     catch_signals,
     check_settings,
     choose_layout,
@@ -1062,12 +1063,9 @@ def show(results: dict, folder: Path) -> None:
 
 
 def write_card(cfg: Config, results: dict, encoder: str, repo: str, caption: str) -> None:
-    made = json.loads((cfg.output_dir / "environment.json").read_text())
     numbers = {"score": results["score"]} | results["controls"]
     numbers |= {name: results[name] for name in ("steps", "final_loss", "samples_per_s", "peak_memory_gb")}
-    rows = "\n".join(f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in numbers.items() if value is not None)
-    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
-    snippet = f'from huggingface_hub import snapshot_download\n\nfolder = snapshot_download("{repo}")' if repo else 'folder = "."'
+    rows, snippet, made = card_parts(cfg.output_dir, numbers, repo)
     clips = f"`{cfg.manifest.name}`" if cfg.manifest else "generated clips of moving shapes"
     (cfg.output_dir / "model" / "README.md").write_text(f"""---
 library_name: pytorch
@@ -1099,8 +1097,7 @@ frames = generate({json.dumps(caption)}, folder)  # uint8 (F, H, W, 3)
 write_video(frames, "sample")  # sample.mp4 and sample.gif
 ```
 
-Command: `{made["command"]}`; all settings are in the `config.json` of the run. {made["world_size"]} x {made["device"]};
-{versions}; revision {made["git_revision"] or "unknown"}.
+{made}
 """)
 
 
