@@ -35,7 +35,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
@@ -71,8 +71,8 @@ def refuse(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def read_flags(config: type[T], doc: str, demo: dict, variables: dict[str, str]) -> T:
-    """The command line as a `config` dataclass: defaults < --demo < environment variables < flags.
+def read_flags(config: type[T], doc: str, demo: dict, variables: dict[str, str], preset: dict | None = None) -> T:
+    """The command line as a `config` dataclass: defaults < `preset` or --demo < environment variables < flags.
 
     `demo` holds the fields that --demo sets, `variables` maps an environment variable to the flag it stands for. Accepts the
     --local_rank=N that the deepspeed launcher adds. A bad value or flag ends the process with exit code 2.
@@ -81,7 +81,7 @@ def read_flags(config: type[T], doc: str, demo: dict, variables: dict[str, str])
 
     flags = [flag for flag in sys.argv[1:] if not re.match("--local[_-]rank=", flag)]
     given = [part for name, flag in variables.items() if os.environ.get(name) for part in (flag, os.environ[name])]
-    default = config(**demo) if "--demo" in flags else config()
+    default = config(**demo) if "--demo" in flags else config(**preset or {})
     return tyro.cli(config, args=given + flags, default=default, description=doc, use_underscores=True)
 
 
@@ -392,14 +392,24 @@ def finish(folder: Path) -> None:
     (folder / "SUCCESS").write_text(time.strftime("%Y-%m-%dT%H:%M:%S%z\n"))
 
 
-def tracker(report_to: str, folder: Path, name: str) -> Callable[[dict, int], Any]:
-    """-> log(values, step) for `none`, `tensorboard` or `wandb`; rank 0 alone. A resumed run goes on in the same W&B run."""
+def tracker(
+    report_to: str, folder: Path, name: str, shared: bool = False, primary: bool = True
+) -> Callable[[dict, int | None], Any]:
+    """-> log(values, step) for `none`, `tensorboard` or `wandb`; rank 0 alone. A value may be the path of a video. A resumed run
+    goes on in the same W&B run. `shared`: several processes write into it, of which one is `primary`."""
     if report_to == "wandb":
         import wandb
 
-        same = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]
-        wandb.init(project=name, name=folder.name, dir=folder, id=same, resume="allow")
-        return lambda values, step: wandb.log(values, step=step)
+        if not (known := folder / "wandb_id").exists():
+            known.write_text(hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12])
+        several = wandb.Settings(mode="shared", x_primary=primary, x_label="train" if primary else "watch")
+        settings_are = several if shared and not os.environ.get("WANDB_MODE") else None  # offline is not shared
+        wandb.init(project=name, name=folder.name, dir=folder, id=known.read_text(), resume="allow", settings=settings_are)
+
+        def write(values: dict, step: int | None) -> None:
+            wandb.log({k: wandb.Video(str(v)) if isinstance(v, Path) else v for k, v in values.items()}, step=step)
+
+        return write
     if report_to == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
@@ -837,6 +847,92 @@ def save_array(target: Path, array: np.ndarray) -> None:
 
 COLOURS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1, 1, 0), "magenta": (1, 0, 1), "cyan": (0, 1, 1)}
 MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # x to the right, y downwards
+SPEEDS = {"slowly": 0.22, "quickly": 0.40}  # travel over the clip, in frame widths
+RADII = {"small": 0.20, "large": 0.30}  # radius of the circle of equal area, in frame widths
+LONG = 1.45  # sides of a pillar and a beam, over and under those of a square
+
+
+def attributes_of(shapes: tuple[str, ...]) -> dict[str, Iterable[str]]:
+    return {"shape": shapes, "colour": COLOURS, "move": MOVES, "speed": SPEEDS, "size": RADII}
+
+
+def all_captions(shapes: tuple[str, ...]) -> list[dict[str, str]]:
+    """The combinations of attributes, 288 of three shapes; caption_of makes a sentence of one."""
+    attributes = attributes_of(shapes)
+    return [dict(zip(attributes, values)) for values in itertools.product(*attributes.values())]
+
+
+def caption_of(a: dict[str, str]) -> str:
+    return f"a {a['size']} {a['colour']} {a['shape']} moving {a['move']} {a['speed']}"
+
+
+def is_held_out(a: dict[str, str], shapes: tuple[str, ...]) -> bool:
+    """A seventh of the combinations of shape, colour and move are never trained on."""
+    shape, colour, move = (list(attributes_of(shapes)[name]).index(a[name]) for name in ("shape", "colour", "move"))
+    return (2 * shape + 5 * colour + 3 * move) % 7 == 0
+
+
+def coverage(centres: np.ndarray, radius: float, shape: str, size: int) -> np.ndarray:
+    """How much of each pixel the shape covers: centres (F, 2) in frame widths -> (F, size, size) in [0, 1]."""
+    pixel, side = (np.arange(size) + 0.5) / size, radius * math.sqrt(math.pi) / 2
+    dx = pixel[None, None, :] - centres[:, 0, None, None]
+    dy = pixel[None, :, None] - centres[:, 1, None, None]
+    if shape == "circle":  # signed distances to the edge; all have the area pi radius^2
+        distance = np.sqrt(dx**2 + dy**2) - radius
+    elif shape == "triangle":
+        inner = radius * math.sqrt(math.pi / math.sqrt(3)) / math.sqrt(3)  # of the equilateral triangle
+        distance = np.maximum(dy - inner, (math.sqrt(3) * abs(dx) - dy) / 2 - inner)
+    else:
+        tall = {"square": 1, "pillar": LONG, "beam": 1 / LONG}[shape]
+        distance = np.maximum(abs(dx) - side / tall, abs(dy) - side * tall)
+    return np.clip(0.5 - distance * size, 0, 1)
+
+
+def draw_clip(a: dict[str, str], frames: int, size: int, rng: np.random.Generator) -> np.ndarray:
+    """One shape that moves on black and keeps a radius off the edges. -> uint8 (F, H, W, 3)"""
+    radius, travel = RADII[a["size"]], np.array(MOVES[a["move"]]) * SPEEDS[a["speed"]]
+    low, high = radius + np.maximum(-travel, 0), 1 - radius - np.maximum(travel, 0)
+    start = low + (high - low) * rng.uniform(0.2, 0.8, 2)
+    centres = start + travel * np.linspace(0, 1, frames)[:, None]
+    clip = coverage(centres, radius, a["shape"], size)[..., None] * np.array(COLOURS[a["colour"]])
+    return (clip * 255).round().astype(np.uint8)
+
+
+def read_clip(clip: np.ndarray, shapes: tuple[str, ...]) -> dict[str, str]:
+    """The attributes seen in a uint8 (F, H, W, 3) clip; {} unless it shows one compact object of plausible size throughout."""
+    x = clip.astype(np.float64) / 255
+    frames, size = x.shape[:2]
+    weight = np.clip((x.max(-1) - 0.25) / 0.5, 0, 1)  # foreground, without the noise floor
+    area = weight.sum((1, 2)) + 1e-6
+    pixel = (np.arange(size) + 0.5) / size
+    centres = np.stack([(weight * pixel).sum((1, 2)), (weight * pixel[:, None]).sum((1, 2))], 1) / area[:, None]
+    radius = math.sqrt(area.mean() / size**2 / math.pi)
+    around = (pixel - centres[:, 0, None, None]) ** 2 + (pixel[:, None] - centres[:, 1, None, None]) ** 2
+    spread = ((weight * around).sum((1, 2)) / area).mean()
+    small, large = RADII.values()
+    if not (0.6 * small < radius < 1.5 * large and spread < 1.6 * radius**2 and area.min() > 0.3 * area.max()):
+        return {}
+    clock = np.linspace(-0.5, 0.5, frames)
+    travel = (centres * clock[:, None]).sum(0) / (clock**2).sum()  # least squares over the clip
+    colour = (x * weight[..., None]).sum((0, 1, 2)) / area.sum()
+    errors = {shape: ((coverage(centres, radius, shape, size) - weight) ** 2).mean() for shape in shapes}
+    distance = np.linalg.norm(travel)
+    still = distance < min(SPEEDS.values()) / 2
+    return {
+        "shape": min(errors, key=errors.get),
+        "colour": min(COLOURS, key=lambda name: ((colour - COLOURS[name]) ** 2).sum()),
+        "move": "none" if still else max(MOVES, key=lambda name: travel @ np.array(MOVES[name])),
+        "speed": "quickly" if distance > np.mean(list(SPEEDS.values())) else "slowly",
+        "size": "large" if radius > np.mean(list(RADII.values())) else "small",
+    }
+
+
+def asked_is_made(clips: np.ndarray, asked: list[dict[str, str]], shapes: tuple[str, ...]) -> dict[str, float]:
+    """Share of uint8 (N, F, H, W, 3) clips that show what was asked, per attribute and for all five at once."""
+    seen = [read_clip(clip, shapes) for clip in clips]
+    hits = {name: [s.get(name) == a[name] for s, a in zip(seen, asked)] for name in attributes_of(shapes)}
+    hits["all_five"] = [all(hit) for hit in zip(*hits.values())]
+    return {name: float(np.mean(values)) for name, values in hits.items()}
 
 
 def write_mp4(clip: np.ndarray, path: Path, fps: int) -> None:
@@ -849,6 +945,23 @@ def write_mp4(clip: np.ndarray, path: Path, fps: int) -> None:
         for picture in clip:
             file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         file.mux(stream.encode())
+
+
+def enlarge(clip: np.ndarray, least: int = 256) -> np.ndarray:
+    """Whole-numbered enlargement of uint8 (F, H, W, 3) to at least `least` pixels, with even sides as H.264 wants them."""
+    factor = max(1, -(-least // clip.shape[1]))
+    clip = clip.repeat(factor, 1).repeat(factor, 2)
+    return clip[:, : clip.shape[1] // 2 * 2, : clip.shape[2] // 2 * 2]
+
+
+def write_video(clip: np.ndarray, path: Path | str, fps: int = 8) -> None:
+    """uint8 (F, H, W, 3) -> path.mp4 and path.gif"""
+    from PIL import Image
+
+    clip, path = enlarge(clip), Path(path)
+    write_mp4(clip, path.with_suffix(".mp4"), fps)
+    first, *rest = (Image.fromarray(picture) for picture in clip)
+    first.save(path.with_suffix(".gif"), save_all=True, append_images=rest, duration=1000 // fps, loop=0)
 
 
 def write_grid(clips: np.ndarray, captions: list[str], path: Path) -> None:
@@ -1174,7 +1287,7 @@ def told_of_full_disk(target: Path, aside: Path) -> Iterator[None]:
 
 def write_whole(target: Path, write: Callable[[Path], None]) -> None:
     """`write(path)` aside, then flush and rename to `target`: whole or absent."""
-    aside = target.with_name(f".{target.name}.partial")
+    aside = target.with_name(f".{target.name}.{rank()}.partial")  # two ranks may write the same file of a cache
     with told_of_full_disk(target, aside):
         write(aside)
         sync(aside)
@@ -1540,20 +1653,20 @@ def push_finished(folder: Path, repo: str, message: str) -> None:
         raise SystemExit(3) from error
 
 
-def fetch_model(source: str, *patterns: str) -> Path:
+def fetch_model(source: str, *patterns: str, flag: str = "--model") -> Path:
     """The folder with these files of a model: a folder, or a Hub id (downloaded, or in the local cache). Exit 2 without one."""
     from huggingface_hub import snapshot_download
 
     if Path(source).is_dir():
         return Path(source)
     if "/" not in source.strip("/") or source.startswith((".", "/", "~")):
-        refuse(f"--model {source}: no such folder")
+        refuse(f"{flag} {source}: no such folder")
     try:
         local = offline(source)
         get = partial(snapshot_download, source, allow_patterns=list(patterns), local_files_only=local)
         return Path(retry(get, f"download {source}"))
     except (OSError, ValueError) as error:  # the Hub's errors are OSErrors; an impossible name is a ValueError
-        refuse(f"--model {source}: {brief(error)}; give a folder, or a Hub id that HF_TOKEN may read")
+        refuse(f"{flag} {source}: {brief(error)}; give a folder, or a Hub id that HF_TOKEN may read")
 
 
 def check_weights(source: str) -> None:

@@ -1,8 +1,8 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#   "av", "datasets", "deepspeed", "huggingface_hub", "matplotlib", "numpy", "opencv-python-headless", "peft", "rouge-score",
-#   "sacrebleu", "tokenizers", "torch", "tqdm", "transformers", "trl", "tyro",
+#   "av", "datasets", "deepspeed", "huggingface_hub", "matplotlib", "numpy", "opencv-python-headless", "peft", "pillow",
+#   "rouge-score", "sacrebleu", "tokenizers", "torch", "tqdm", "transformers", "trl", "tyro",
 # ]
 # ///
 """Video and question to text: LLaVA-interleave 7B fine-tuned on clips and questions, with a proof that it sees the video.

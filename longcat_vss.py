@@ -1,8 +1,8 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#   "av", "deepspeed", "einops", "huggingface_hub", "kaldiio", "matplotlib", "numpy", "opencv-python-headless", "peft", "pystoi",
-#   "safetensors", "scipy", "tokenizers", "torch", "tqdm", "transformers", "tyro",
+#   "av", "deepspeed", "einops", "huggingface_hub", "kaldiio", "matplotlib", "numpy", "opencv-python-headless", "peft", "pillow",
+#   "pystoi", "safetensors", "scipy", "tokenizers", "torch", "tqdm", "transformers", "tyro",
 # ]
 # ///
 """Video and speech to speech: LongCat-Flash-Omni 560B learns to see a clip, hear a question and speak the answer, by LoRA.

@@ -1,8 +1,8 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#   "av", "datasets", "deepspeed", "huggingface_hub", "matplotlib", "numpy", "opencv-python-headless", "peft", "rouge-score",
-#   "sacrebleu", "tokenizers", "torch", "tqdm", "transformers", "tyro",
+#   "av", "datasets", "deepspeed", "huggingface_hub", "matplotlib", "numpy", "opencv-python-headless", "peft", "pillow",
+#   "rouge-score", "sacrebleu", "tokenizers", "torch", "tqdm", "transformers", "tyro",
 # ]
 # ///
 """Question and video metadata to text: NLLB-200 600M answers in any of its 202 languages what is known of a video as text.

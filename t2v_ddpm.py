@@ -53,9 +53,10 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from common import (
-    COLOURS,
     GB,
-    MOVES,
+    all_captions,
+    asked_is_made,
+    caption_of,
     card_parts,
     catch_signals,
     check_settings,
@@ -64,6 +65,7 @@ from common import (
     decode_all,
     device_name,
     disk_free,
+    draw_clip,
     ds_config,
     epoch_order,
     finish,
@@ -72,6 +74,7 @@ from common import (
     gathered,
     hub_check,
     init_distributed,
+    is_held_out,
     is_url,
     learning_rate,
     leave_out,
@@ -105,13 +108,15 @@ from common import (
     write_grid,
     write_json,
     write_loss_curve,
-    write_mp4,
+    write_video,
     write_whole,
 )
 
 TIMESTEPS = 1000  # of the diffusion, as DDPM has
 STAND_IN = "stand-in"  # for CLIP: see stand_in_text
 CURVES = ("loss", "held_out_loss")  # in loss.png
+SHAPES = ("circle", "square", "triangle")  # of generated clips
+NUM_GENERATED = 4096
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 # ---------------------------------------------------------------------------
@@ -223,97 +228,6 @@ VARIABLES = {
     "MANIFEST": "--manifest", "OUTDIR": "--output_dir", "STEPS": "--steps", "BS": "--batch_size", "FRAMES": "--frames",
     "SIZE": "--size", "LR": "--lr",
 }  # fmt: skip
-
-# ---------------------------------------------------------------------------
-# Data: generated clips
-# ---------------------------------------------------------------------------
-
-SHAPES = ("circle", "square", "triangle")
-SPEEDS = {"slowly": 0.22, "quickly": 0.40}  # travel over the clip, in frame widths
-SIZES = {"small": 0.20, "large": 0.30}  # radius of the circle of equal area, in frame widths
-NUM_GENERATED = 4096
-ATTRIBUTES = {"shape": SHAPES, "colour": COLOURS, "move": MOVES, "speed": SPEEDS, "size": SIZES}
-
-
-def all_captions() -> list[dict[str, str]]:
-    """The 288 combinations of attributes; caption_of makes a sentence of one."""
-    rows: list[dict[str, str]] = [{}]
-    for name, values in ATTRIBUTES.items():
-        rows = [row | {name: value} for row in rows for value in values]
-    return rows
-
-
-def caption_of(a: dict[str, str]) -> str:
-    return f"a {a['size']} {a['colour']} {a['shape']} moving {a['move']} {a['speed']}"
-
-
-def is_held_out(a: dict[str, str]) -> bool:
-    """A seventh of the combinations of shape, colour and move are never trained on."""
-    shape, colour, move = (list(ATTRIBUTES[name]).index(a[name]) for name in ("shape", "colour", "move"))
-    return (2 * shape + 5 * colour + 3 * move) % 7 == 0
-
-
-def coverage(centres: np.ndarray, radius: float, shape: str, size: int) -> np.ndarray:
-    """How much of each pixel the shape covers: centres (F, 2) in frame widths -> (F, size, size) in [0, 1]."""
-    pixel = (np.arange(size) + 0.5) / size
-    dx = pixel[None, None, :] - centres[:, 0, None, None]
-    dy = pixel[None, :, None] - centres[:, 1, None, None]
-    if shape == "circle":  # signed distances to the edge; all three have the area pi radius^2
-        distance = np.sqrt(dx**2 + dy**2) - radius
-    elif shape == "square":
-        distance = np.maximum(abs(dx), abs(dy)) - radius * math.sqrt(math.pi) / 2
-    else:
-        inner = radius * math.sqrt(math.pi / math.sqrt(3)) / math.sqrt(3)  # of the equilateral triangle
-        distance = np.maximum(dy - inner, (math.sqrt(3) * abs(dx) - dy) / 2 - inner)
-    return np.clip(0.5 - distance * size, 0, 1)
-
-
-def draw_clip(a: dict[str, str], frames: int, size: int, rng: np.random.Generator) -> np.ndarray:
-    """One shape that moves on black and keeps a radius off the edges. -> uint8 (F, H, W, 3)"""
-    radius, travel = SIZES[a["size"]], np.array(MOVES[a["move"]]) * SPEEDS[a["speed"]]
-    low, high = radius + np.maximum(-travel, 0), 1 - radius - np.maximum(travel, 0)
-    start = low + (high - low) * rng.uniform(0.2, 0.8, 2)
-    centres = start + travel * np.linspace(0, 1, frames)[:, None]
-    clip = coverage(centres, radius, a["shape"], size)[..., None] * np.array(COLOURS[a["colour"]])
-    return (clip * 255).round().astype(np.uint8)
-
-
-def read_clip(clip: np.ndarray) -> dict[str, str]:
-    """The attributes seen in a uint8 (F, H, W, 3) clip; {} unless it shows one compact object of plausible size throughout."""
-    x = clip.astype(np.float64) / 255
-    frames, size = x.shape[:2]
-    weight = np.clip((x.max(-1) - 0.25) / 0.5, 0, 1)  # foreground, without the noise floor
-    area = weight.sum((1, 2)) + 1e-6
-    pixel = (np.arange(size) + 0.5) / size
-    centres = np.stack([(weight * pixel).sum((1, 2)), (weight * pixel[:, None]).sum((1, 2))], 1) / area[:, None]
-    radius = math.sqrt(area.mean() / size**2 / math.pi)
-    around = (pixel - centres[:, 0, None, None]) ** 2 + (pixel[:, None] - centres[:, 1, None, None]) ** 2
-    spread = ((weight * around).sum((1, 2)) / area).mean()
-    small, large = SIZES.values()
-    if not (0.6 * small < radius < 1.5 * large and spread < 1.6 * radius**2 and area.min() > 0.3 * area.max()):
-        return {}
-    clock = np.linspace(-0.5, 0.5, frames)
-    travel = (centres * clock[:, None]).sum(0) / (clock**2).sum()  # least squares over the clip
-    colour = (x * weight[..., None]).sum((0, 1, 2)) / area.sum()
-    errors = {shape: ((coverage(centres, radius, shape, size) - weight) ** 2).mean() for shape in SHAPES}
-    distance = np.linalg.norm(travel)
-    still = distance < min(SPEEDS.values()) / 2
-    return {
-        "shape": min(errors, key=errors.get),
-        "colour": min(COLOURS, key=lambda name: ((colour - COLOURS[name]) ** 2).sum()),
-        "move": "none" if still else max(MOVES, key=lambda name: travel @ np.array(MOVES[name])),
-        "speed": "quickly" if distance > np.mean(list(SPEEDS.values())) else "slowly",
-        "size": "large" if radius > np.mean(list(SIZES.values())) else "small",
-    }
-
-
-def asked_is_made(clips: np.ndarray, asked: list[dict[str, str]]) -> dict[str, float]:
-    """Share of uint8 (N, F, H, W, 3) clips that show what was asked, per attribute and for all five at once."""
-    seen = [read_clip(clip) for clip in clips]
-    hits = {name: [s.get(name) == a[name] for s, a in zip(seen, asked)] for name in ATTRIBUTES}
-    hits["all_five"] = [all(hit) for hit in zip(*hits.values())]
-    return {name: float(np.mean(values)) for name, values in hits.items()}
-
 
 # ---------------------------------------------------------------------------
 # Data: videos
@@ -485,11 +399,11 @@ def load_data(cfg: Config, device: torch.device) -> Data:
         frames, captions, bad = on_rank0(lambda: load_videos(cfg))
         held_out = set(range(0, len(frames), 20)) if len(frames) >= 20 else set()  # every 20th video, none of a handful
     else:
-        rng, attributes, bad = np.random.default_rng(cfg.seed), all_captions(), []
+        rng, attributes, bad = np.random.default_rng(cfg.seed), all_captions(SHAPES), []
         drawn = [attributes[i] for i in rng.integers(len(attributes), size=NUM_GENERATED)]
         frames = [draw_clip(a, cfg.frames, cfg.size, rng) for a in drawn]
         captions = [(caption_of(a),) for a in drawn]
-        held_out = {i for i, a in enumerate(drawn) if is_held_out(a)}
+        held_out = {i for i, a in enumerate(drawn) if is_held_out(a, SHAPES)}
     unique = {caption: row for row, caption in enumerate(dict.fromkeys(c for several in captions for c in several))}
     text, encoder = on_rank0(lambda: encode_text(list(unique), cfg, device))
     clips = Clips(frames, captions, [[unique[c] for c in several] for several in captions], text)
@@ -788,11 +702,11 @@ def evaluate(model: UNet3DCond, data: Data, cfg: Config) -> dict:
         which = "the training videos (there are fewer than 20)" if held_out is data.train else "held-out videos"
         score = 1 - loss["loss"] / loss["power"]
         return {"score": score, "score_is": f"share of the target explained, {which}", "controls": {}, "held_out": loss}
-    asked = [a for a in all_captions() if is_held_out(a)]
+    asked = [a for a in all_captions(SHAPES) if is_held_out(a, SHAPES)]
     asked = asked * max(1, 96 // len(asked))
     table = {caption: held_out.text[rows[0]] for (caption,), rows in zip(held_out.captions, held_out.rows)}
     clips = sample_pixels(model, torch.stack([table[caption_of(a)] for a in asked]), cfg, cfg.seed)
-    made, other = asked_is_made(clips, asked), asked_is_made(clips, asked[7:] + asked[:7])
+    made, other = asked_is_made(clips, asked, SHAPES), asked_is_made(clips, asked[7:] + asked[:7], SHAPES)
     return {
         "score": made["all_five"],
         "score_is": f"asked = made for all five attributes, {len(asked)} clips of {len(table)} held-out captions",
@@ -801,28 +715,6 @@ def evaluate(model: UNet3DCond, data: Data, cfg: Config) -> dict:
         "captions_shuffled": other,
         "held_out": loss,
     }
-
-
-# ---------------------------------------------------------------------------
-# Pictures
-# ---------------------------------------------------------------------------
-
-
-def enlarge(clip: np.ndarray, least: int = 256) -> np.ndarray:
-    """Whole-numbered enlargement of uint8 (F, H, W, 3) to at least `least` pixels, with even sides as H.264 wants them."""
-    factor = max(1, -(-least // clip.shape[1]))
-    clip = clip.repeat(factor, 1).repeat(factor, 2)
-    return clip[:, : clip.shape[1] // 2 * 2, : clip.shape[2] // 2 * 2]
-
-
-def write_video(clip: np.ndarray, path: Path | str, fps: int = 8) -> None:
-    """uint8 (F, H, W, 3) -> path.mp4 and path.gif"""
-    from PIL import Image
-
-    clip, path = enlarge(clip), Path(path)
-    write_mp4(clip, path.with_suffix(".mp4"), fps)
-    first, *rest = (Image.fromarray(picture) for picture in clip)
-    first.save(path.with_suffix(".gif"), save_all=True, append_images=rest, duration=1000 // fps, loop=0)
 
 
 # ---------------------------------------------------------------------------

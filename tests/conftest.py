@@ -44,7 +44,7 @@ def pytest_configure(config):
 
 
 # Files that start scripts take minutes: first, so that no process is left with the longest of them at the end.
-SLOW = ("test_t2v_ddpm.py", "test_longcat_vss.py", "test_llava_vtt.py", "test_nllb_vtt.py")
+SLOW = ("test_t2v_ddpm.py", "test_longcat_vss.py", "test_llava_vtt.py", "test_t2v_rflow.py", "test_nllb_vtt.py")
 
 
 def pytest_collection_modifyitems(config, items):

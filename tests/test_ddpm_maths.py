@@ -128,21 +128,21 @@ def test_activation_bytes_grow_with_the_batch():
 
 
 def test_generated_clips_show_their_captions():
-    rng, asked = np.random.default_rng(0), t2v.all_captions()
-    assert len(asked) == len({t2v.caption_of(a) for a in asked}) == 288
+    rng, asked = np.random.default_rng(0), common.all_captions(t2v.SHAPES)
+    assert len(asked) == len({common.caption_of(a) for a in asked}) == 288
     for size in (16, 64):
-        clips = np.stack([t2v.draw_clip(a, 8, size, rng) for a in asked])
-        assert t2v.asked_is_made(clips, asked)["all_five"] == 1
-        assert t2v.asked_is_made(clips, asked[7:] + asked[:7])["all_five"] < 0.05
-        assert t2v.asked_is_made(clips[:, ::-1], asked)["move"] == 0, "the other way round"
-        assert t2v.asked_is_made(clips[:, :1].repeat(8, 1), asked)["move"] == 0, "a still picture"
-        assert t2v.asked_is_made(clips * 0, asked)["shape"] == 0
+        clips = np.stack([common.draw_clip(a, 8, size, rng) for a in asked])
+        assert common.asked_is_made(clips, asked, t2v.SHAPES)["all_five"] == 1
+        assert common.asked_is_made(clips, asked[7:] + asked[:7], t2v.SHAPES)["all_five"] < 0.05
+        assert common.asked_is_made(clips[:, ::-1], asked, t2v.SHAPES)["move"] == 0, "the other way round"
+        assert common.asked_is_made(clips[:, :1].repeat(8, 1), asked, t2v.SHAPES)["move"] == 0, "a still picture"
+        assert common.asked_is_made(clips * 0, asked, t2v.SHAPES)["shape"] == 0
         noise = rng.integers(0, 256, clips.shape, dtype=np.uint8)
-        assert t2v.asked_is_made(noise, asked)["all_five"] == 0
-    held_out = [a for a in asked if t2v.is_held_out(a)]
+        assert common.asked_is_made(noise, asked, t2v.SHAPES)["all_five"] == 0
+    held_out = [a for a in asked if common.is_held_out(a, t2v.SHAPES)]
     assert 40 <= len(held_out) <= 60
-    for name, values in t2v.ATTRIBUTES.items():  # each value is trained on, only the combination is new
-        assert {a[name] for a in asked if not t2v.is_held_out(a)} == set(values)
+    for name, values in common.attributes_of(t2v.SHAPES).items():  # each value is trained on, only the combination is new
+        assert {a[name] for a in asked if not common.is_held_out(a, t2v.SHAPES)} == set(values)
 
 
 def test_batches_are_a_function_of_the_step(monkeypatch):
@@ -224,7 +224,7 @@ def test_written_video_plays(tmp_path):
     import av
 
     clip = np.random.default_rng(0).integers(0, 256, (8, 17, 16, 3), dtype=np.uint8)
-    t2v.write_video(clip, tmp_path / "x")
+    common.write_video(clip, tmp_path / "x")
     with av.open(str(tmp_path / "x.mp4")) as file:
         stream = file.streams.video[0]
         frames = [frame.to_ndarray(format="rgb24") for frame in file.decode(stream)]

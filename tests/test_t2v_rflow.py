@@ -1,0 +1,335 @@
+"""t2v_rflow.py as its user runs it: demo made short, killed and resumed, ranks in different buckets, LoRA, real clips, bad input.
+
+What it shares with t2v_ddpm.py to the letter (signals, full disks, launchers, the Hub's errors) is tested there.
+"""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, children, command, environment, finish, hub_variables, losses, read, run, same, start, wait_for
+from hub import WRITE
+from safetensors.torch import load_file
+
+import common
+import t2v_rflow as rflow
+
+SCRIPT = "t2v_rflow.py"
+TINY = "--demo --depth 1 --width 32 --heads 2 --sample_steps 1 --log_every 1 --save_every 2 --eval_every 4".split()
+CLIPS = ROOT.parent / "shared" / "clips"
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """{ranks: run folder} of runs of 6 steps that nothing interrupted."""
+    done = {}
+
+    def get(ranks: int) -> Path:
+        if ranks not in done:
+            folder = tmp_path_factory.mktemp(f"unbroken{ranks}")
+            run(SCRIPT, *TINY, "--steps", 6, "--output_dir", folder / "run", cwd=folder, ranks=ranks)
+            done[ranks] = folder / "run"
+        return done[ranks]
+
+    return get
+
+
+# --- A run
+
+
+def test_run_folder_push_and_use(tmp_path, hub, monkeypatch):
+    variables = hub_variables(hub, tmp_path)
+    output = run(SCRIPT, *TINY, "--steps", 6, "--average", 2, "--push_to_hub", cwd=tmp_path, **variables)
+    folder = tmp_path / "runs" / "t2v_rflow_demo"
+    names = {path.name for path in folder.iterdir()}
+    assert names >= set("config.json environment.json t2v_rflow.py metrics.jsonl loss.png results.json bad_samples.jsonl SUCCESS "
+                        "deepspeed.json samples checkpoints model".split())  # fmt: skip
+    assert re.search(r"^16p +6 +\d+ +\d+ +5$", output, re.M) and "auto takes this" in output, "buckets in the plan"
+    assert "eval step 000004 | loss" in output and "averaging | " in output and "captions_shuffled" in output
+    assert "Warning" not in output and "WARNING" not in output, output
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0].keys() >= set("step loss lr grad_norm weight_norm samples_per_s tokens_per_s_per_gpu straggler".split())
+    assert {key for row in rows for key in row} >= {f"held_out_{size}_{frames}" for size in ("12p", "16p") for frames in (4, 6)}
+    results = json.loads((folder / "results.json").read_text())
+    assert results["asked_is_made"].keys() == {"12p_4", "12p_6", "16p_4", "16p_6", "mean"}
+    tried = results["averaging"]
+    assert set(tried) == {"weights", "average", *(f"{what}, mean of 2 checkpoints" for what in ("weights", "average"))}
+    assert results["held_out"]["loss"] == min(tried.values()), "the best of them is exported"
+
+    # what is pushed is model/, whose card's snippet makes a clip
+    pushed = hub.files("tester/t2v_rflow")
+    assert {p.name: p.read_bytes() for p in (folder / "model").iterdir()} == {k: v for k, v in pushed.items() if k[0] != "."}
+    assert not any(WRITE.encode() in data for data in hub.blobs.values()) and WRITE not in output
+    (snippet,) = re.findall(r"```python\n(.*?)```", pushed["README.md"].decode(), re.S)
+    out = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, env=environment(**variables), capture_output=True)
+    assert out.returncode == 0, out.stderr
+    assert (tmp_path / "sample.mp4").stat().st_size > 200
+
+    # --image and --extend begin with what they are given; --watch makes clips of the checkpoints and ends with the run
+    monkeypatch.chdir(tmp_path)
+    clip = rflow.generate("a large red square moving left quickly", folder / "model", sample_steps=1)
+    assert clip.shape == (6, 16, 16, 3)
+    rflow.write_lossless(np.full((5, 16, 16, 3), 200, np.uint8), tmp_path / "grey.mkv", 8)
+    made = rflow.generate("a small red beam moving up slowly", folder / "model", extend=tmp_path / "grey.mkv", sample_steps=1)
+    assert (made[:3] == 200).all() and (made[3:] != 200).any()
+    from PIL import Image
+
+    Image.fromarray(np.full((20, 20, 3), 90, np.uint8)).save(tmp_path / "first.png")
+    made = rflow.generate("a small red beam moving up slowly", folder / "model", image=tmp_path / "first.png", sample_steps=1)
+    assert (made[0] == 90).all() and (made[1:] != 90).any()
+    rflow.watch(rflow.Config(watch=folder, report_to="none"))
+    for step in ("step_000002", "step_000004", "step_000006"):
+        assert (folder / "samples" / f"{step}.mp4").stat().st_size > 200, step
+    assert same(weights(folder), load_file(folder / "model" / "model.safetensors"))
+
+    # the same command again does no work twice
+    before = (folder / "model" / "model.safetensors").stat().st_mtime_ns
+    again = run(SCRIPT, *TINY, "--steps", 6, "--average", 2, cwd=tmp_path)
+    assert "resumed" in again and "step 0000" not in again.replace("step_0000", "")
+    assert (folder / "model" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_lora_on_a_model_of_a_run(tmp_path, unbroken):
+    """The adapter alone is trained and saved; what is exported has the names of a plain model and, resumed, the same weights."""
+    flags = ["--model", unbroken(1) / "model", "--lora_r", 2, "--mask_share", 0.5, "--lr", 0.01, "--warmup_steps", 0]
+    done = {}
+    for steps in ((4,), (2, 4)):
+        folder = tmp_path / str(len(steps))
+        for count in steps:
+            output = run(SCRIPT, *TINY, *flags, "--no_lr_decay", "--steps", count, "--output_dir", folder / "run", cwd=tmp_path)
+        done[steps] = weights(folder / "run")
+    assert "resumed" in output
+    kept = load_file(folder / "run" / "checkpoints" / "step_000004" / "ema.safetensors")
+    assert kept and all(".lora_" in name for name in kept)
+    base = weights(unbroken(1))
+    assert done[(4,)].keys() == base.keys() and same(*done.values())
+    changed = {name for name in base if not torch.equal(base[name], done[(4,)][name])}
+    assert changed and all("blocks" in name and name.endswith("weight") for name in changed)
+
+
+# --- Nothing is lost
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_while_training_goes_on_to_the_same_weights(tmp_path, ranks, unbroken):
+    flags = [*TINY, "--steps", 6, "--output_dir", tmp_path / "run"]
+    process = start(command(SCRIPT, *flags, ranks=ranks), tmp_path)
+    wait_for(lambda: '"step": 3' in read(tmp_path / "run" / "metrics.jsonl"), what="step 3")
+    for pid in [*children(process.pid), process.pid]:  # torchrun gives each rank a session of its own
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+    output = run(SCRIPT, *flags, cwd=tmp_path, ranks=ranks)
+    assert "resumed" in output
+    assert same(weights(tmp_path / "run"), weights(unbroken(ranks)))
+    assert losses(tmp_path / "run") == losses(unbroken(ranks))
+
+
+def test_another_number_of_ranks_goes_on_with_weights_and_averages(tmp_path, unbroken):
+    flags = [*TINY, "--output_dir", tmp_path / "run", "--no_lr_decay", "--lr", 1e-9, "--warmup_steps", 0, "--ema", 0.5]
+    run(SCRIPT, *flags, "--steps", 2, cwd=tmp_path, ranks=2)
+    output = run(SCRIPT, *flags, "--steps", 4, cwd=tmp_path, ranks=1)
+    assert "step_000002, saved by another number of ranks" in output
+    old, new = (load_file(tmp_path / "run" / "checkpoints" / f"step_00000{n}" / "ema.safetensors") for n in (2, 4))
+    assert all(torch.allclose(old[name], new[name], atol=1e-6) for name in old)
+
+
+# Started on each rank: a run that keeps what this rank holds at the end.
+KEEPS = """
+import sys, runpy
+sys.path.insert(0, sys.argv[1])
+import torch, t2v_rflow as rflow
+real, buckets, get = rflow.whole_weights, [], rflow.training_loss
+
+def whole(engine):
+    torch.save({"weights": engine.module.state_dict(), "buckets": buckets}, f"rank{rflow.rank()}.pt")
+    return real(engine)
+
+def loss(model, x, batch, *rest):
+    buckets.append(batch["bucket"].frames)
+    return get(model, x, batch, *rest)
+
+rflow.whole_weights, rflow.training_loss = whole, loss
+sys.argv = [rflow.__file__, *sys.argv[2:]]
+rflow.run(rflow.main)
+"""
+
+
+def test_one_rank_on_images_while_the_other_is_on_videos(tmp_path):
+    """No hang, though an image has nothing to attend to in time; and both hold the same weights afterwards."""
+    from PIL import Image
+
+    rng, lines = np.random.default_rng(0), ["path,text"]
+    for number in range(16):  # 3 batches of images, 5 of clips: one step of two has to have both
+        clip = rng.integers(0, 256, (5, 12, 12, 3), dtype=np.uint8)
+        name = f"{number}.{'png' if number < 6 else 'mkv'}"
+        Image.fromarray(clip[0]).save(tmp_path / name) if number < 6 else rflow.write_lossless(clip, tmp_path / name, 8)
+        lines.append(f"{name},clip {number}")
+    (tmp_path / "clips.csv").write_text("\n".join(lines))
+    (tmp_path / "buckets.json").write_text(json.dumps({"12p": {"1": [1, 2], "4": [1, 2]}}))
+    (tmp_path / "keeps.py").write_text(KEEPS)
+    flags = "--model scratch --vae pixels --text words --depth 1 --width 32 --heads 2 --mask_share 0 --steps 4 --log_every 1 "
+    flags += "--manifest clips.csv --buckets buckets.json --stage demo --sample_steps 1 --resolution 12p --ratio 1:1 --frames 4"
+    arguments = command(tmp_path / "keeps.py", ROOT, *flags.split(), "--seed", 1, ranks=2)
+    code, output = finish(start(arguments, tmp_path), timeout=200)
+    assert code == 0, output
+    one, two = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert any(a != b for a, b in zip(one["buckets"], two["buckets"])), "some step has an image on one rank, a clip on the other"
+    assert same(one["weights"], two["weights"])
+
+
+# --- Real clips
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """Tiny T5 and VAE in the published files, and a CSV with what people's have: no sizes, scores, a file that is no video."""
+    folder = tmp_path_factory.mktemp("real")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    torch.manual_seed(0)
+    words = "<pad> </s> <unk> a man flips pancake aesthetic score : camera motion pan left".split()
+    bare = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, "<unk>"))
+    bare.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.save_pretrained(folder / "t5")
+    sizes = dict(
+        d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, vocab_size=len(tokenizer), feed_forward_proj="gated-gelu"
+    )
+    T5EncoderModel(T5Config(**sizes)).save_pretrained(folder / "t5")
+    rflow.OpenSoraVAE(filters=32, blocks=1, image_filters=(32, 32, 32, 32), image_blocks=1).save(folder / "vae")
+    rows = [
+        (path.resolve(), "a man flips a pancake", 5.5, "pan_left")
+        for path in sorted(CLIPS.iterdir())
+        if path.suffix in common.VIDEO_SUFFIXES
+    ]
+    (folder / "page.mp4").write_text("<html>404</html>")
+    rows.append((folder / "page.mp4", "a cat", 4.0, ""))
+    with (folder / "clips.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("path", "text", "aes", "cmotion"), *rows])
+    return folder
+
+
+@pytest.mark.skipif(not CLIPS.is_dir(), reason="no real clips here")
+def test_real_clips_through_csv_buckets_and_cache(tmp_path, real):
+    flags = f"--manifest {real / 'clips.csv'} --model scratch --depth 1 --width 32 --heads 2 --stage 1 --tokens_per_gpu 2500 "
+    flags += f"--vae_model {real / 'vae'} --text_model {real / 't5'} --cache latents --max_bad 0.4 --steps 2 --sample_steps 1 "
+    flags += "--resolution 144p --frames 17 --no_gradient_checkpointing --log_every 1"
+    output = run(SCRIPT, *flags.split(), cwd=tmp_path)
+    folder = tmp_path / "runs" / "t2v_rflow"
+    (bad,) = [json.loads(line) for line in (folder / "bad_samples.jsonl").read_text().splitlines()]
+    assert "page.mp4" in bad["video"] and "page.mp4" in output
+    latents = [np.load(path) for path in (tmp_path / "latents").rglob("latents/*/*.npy")]
+    assert latents and all(x.shape[:2] in {(4, 15), (4, 30), (4, 60)} for x in latents), "51, 102 or 204 frames"
+    assert (folder / "model" / "samples.mp4").stat().st_size > 200
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "latents").rglob("*.npy")}
+    run(SCRIPT, *flags.split(), "--output_dir", "again", cwd=tmp_path)
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "latents").rglob("*.npy")}, "encoded once"
+    assert same(weights(folder), weights(tmp_path / "again"))
+
+
+# --- Bad input
+
+
+def clips_of(folder: Path, count: int = 4, header: str = "path,text,num_frames,height,width,fps") -> Path:
+    (folder / "clips.csv").write_text("\n".join([header, *(f"{i}.mp4,a clip,5,12,12,8" for i in range(count))]))
+    return folder / "clips.csv"
+
+
+def refused(capsys, call) -> str:
+    with pytest.raises(SystemExit) as stop:
+        call()
+    assert stop.value.code == 2
+    return "".join(capsys.readouterr())
+
+
+def test_bad_input_ends_with_2(tmp_path, capsys, unbroken):
+    told = refused(capsys, lambda: rflow.read_manifest(clips_of(tmp_path, header="path,words,a,b,c,d")))
+    assert "has no column text or caption" in told and "words" in told
+    told = refused(capsys, lambda: rflow.read_manifest(clips_of(tmp_path, header="link,text,a,b,c,d")))
+    assert "has no column path" in told
+
+    rows, _ = rflow.read_manifest(clips_of(tmp_path))
+    _, table, _ = rflow.measure(rows, tmp_path, 1)
+    told = refused(capsys, lambda: rflow.plan(table, rflow.BUCKETS["2"], 0, 0, 1))
+    assert re.search(r"no batch to train on: of 4 clips\n.*too small +4\n", told, re.S), told
+    told = refused(capsys, lambda: rflow.plan(table, rflow.BUCKETS["demo"], 0, 0, 9))
+    assert "1 batches for 9 ranks" in told and "take 1 GPUs at most" in told
+
+    cfg = rflow.Config(demo=True, vae="pixels", text="words")
+    told = refused(
+        capsys, lambda: rflow.open_model(str(unbroken(1) / "model"), cfg, rflow.OpenSoraVAE(32, 1, (32,) * 4, 1), rflow.Words())
+    )
+    assert "takes latents of 3 channels" in told and "--vae pixels has 4" in told
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((unbroken(1) / "model" / name).read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"depth": 2}))
+    told = refused(capsys, lambda: rflow.open_model(str(tmp_path), cfg, rflow.Pixels(), rflow.Words()))
+    assert "17 weights" in told or "34 weights" in told
+
+    from PIL import Image
+
+    Image.fromarray(np.zeros((12, 12, 3), np.uint8)).save(tmp_path / "x.png")
+    with pytest.raises(common.BadSample, match="is an image; give it as --image"):
+        rflow.condition(tmp_path / "x.png", True, rflow.Bucket("12p", 4, "1:1", 1), rflow.Pixels(), 0)
+    (tmp_path / "x.json").write_text('{"240p": 3}')
+    assert '"240p"' in refused(capsys, lambda: rflow.read_buckets(tmp_path / "x.json"))
+
+
+def test_a_broken_file_in_the_cache_is_named(tmp_path, unbroken):
+    latents = next(path for path in unbroken(1).parent.rglob("latents/*/*.npy"))
+    whole = latents.read_bytes()
+    latents.write_bytes(whole[:-20])
+    try:
+        flags = [*TINY, "--steps", 6, "--output_dir", unbroken(1)]
+        output = run(SCRIPT, *flags, cwd=unbroken(1).parent, expect=2)
+    finally:
+        latents.write_bytes(whole)
+    assert f"{latents.relative_to(unbroken(1).parent)} is not what an earlier run wrote there" in output
+
+
+def test_flags_that_cannot_be(monkeypatch, capsys):
+    for flags, told in (
+        (["--width", "50"], "multiple of 4 x --heads"),
+        (["--image", "x.png"], "need --prompt"),
+        (["--resolution", "huge"], "a side in pixels and p"),
+        (["--ratio", "7:5"], "aspect ratio 7:5"),
+    ):
+        monkeypatch.setattr(sys, "argv", [SCRIPT, *flags])
+        with pytest.raises(SystemExit) as stop:
+            rflow.main()
+        assert stop.value.code == 2 and told in re.sub(r"[\s│]+", " ", "".join(capsys.readouterr()))
+
+
+def test_a_recipe_sets_what_flags_do_not(monkeypatch):
+    taken = []
+    monkeypatch.setattr(rflow, "train", taken.append)
+    monkeypatch.setattr(sys, "argv", [SCRIPT, "--recipe", "speed", "--stage", "3", "--warmup_steps", "7"])
+    rflow.main()
+    assert (taken[0].lr, taken[0].epochs, taken[0].warmup_steps, taken[0].stage) == (2e-4, 5, 7, "3")
+
+
+# --- The demo itself
+
+
+@pytest.mark.demo
+def test_demo_learns(tmp_path):
+    code, output = finish(start(command(SCRIPT, "--demo"), tmp_path, OMP_NUM_THREADS=os.cpu_count()), timeout=1800)
+    assert code == 0, output
+    results = json.loads((tmp_path / "runs" / "t2v_rflow_demo" / "results.json").read_text())
+    assert results["score"] >= 0.9 and results["asked_is_made"]["mean"]["move"] >= 0.95
+    assert results["controls"]["captions_shuffled"] <= 0.05
+    assert all(row["all_five"] >= 0.8 for row in results["asked_is_made"].values()), "in each bucket"
