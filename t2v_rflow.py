@@ -42,6 +42,7 @@ import re
 import shutil
 import signal
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -114,7 +115,6 @@ from common import (
     save_checkpoint,
     saved_bytes,
     seed_of,
-    sha256,
     split_clips,
     summary,
     take_run_folder,
@@ -570,9 +570,17 @@ def probe(path: Path) -> tuple[int, int, int, float]:
     return count, height, width, IMAGE_FPS if count == 1 else fps
 
 
+def digest_of(rows: list[Row]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(f"{row.path}|{row.text}|{row.num_frames}|{row.height}|{row.width}|{row.fps}\n".encode())
+    return digest.hexdigest()[:32]
+
+
 def measure(rows: list[Row], cache: Path, workers: int) -> tuple[list[Row], Table, list[dict]]:
-    """-> (good rows, their Table, bad samples): what the manifest does not say is read from the files, in threads."""
-    from tqdm import tqdm
+    """-> (good rows, their Table, bad samples): what the manifest does not say is read from the files, in threads, and noted in
+    cache/looked_at, for a million of them take minutes."""
+    noted = cache / "looked_at" / f"{digest_of(rows)}.npy"
 
     def look(row: Row) -> tuple[int, int, int, float] | dict:
         try:
@@ -582,6 +590,8 @@ def measure(rows: list[Row], cache: Path, workers: int) -> tuple[list[Row], Tabl
         return tuple(said or saw for said, saw in zip((row.num_frames, row.height, row.width, row.fps), seen, strict=True))
 
     known = [(row.num_frames, row.height, row.width, row.fps) for row in rows]
+    for i, *numbers in np.load(noted).tolist() if noted.exists() else []:
+        known[int(i)] = tuple(numbers)
     lacking = [i for i, numbers in enumerate(known) if not all(numbers)]
     with ThreadPoolExecutor(workers) as pool:  # the decoders release the GIL
         looked = pool.map(look, (rows[i] for i in lacking))
@@ -589,6 +599,8 @@ def measure(rows: list[Row], cache: Path, workers: int) -> tuple[list[Row], Tabl
         for i, numbers in zip(lacking, shown, strict=True):
             known[i] = numbers
     good = [i for i, numbers in enumerate(known) if not isinstance(numbers, dict)]
+    if lacking:
+        save_array(noted, np.array([(i, *known[i]) for i in good], np.float64).reshape(-1, 5))
     columns = np.array([known[i] for i in good], np.float64).reshape(-1, 4).T
     table = Table(*columns[:3].astype(np.int32), columns[3].astype(np.float32))
     return [rows[i] for i in good], table, [numbers for numbers in known if isinstance(numbers, dict)]
@@ -597,8 +609,7 @@ def measure(rows: list[Row], cache: Path, workers: int) -> tuple[list[Row], Tabl
 def scored_caption(row: Row, rng: np.random.Generator | None) -> str:
     """The caption with its scores in the form that upstream's inference writes (opensora/utils/inference_utils.py), "...
     aesthetic score: 5.5. motion score: 10. camera motion: pan left." Each is left out one time in five
-    (tools/datasets/datautil.py), so that the model is at home without. `rng`: of this clip in this epoch, rng_of(CAPTION, seed,
-    epoch, row); None leaves none out."""
+    (tools/datasets/datautil.py), so that the model is at home without. `rng`: Source.rng; None leaves none out."""
     draws = rng.random(3) if rng else np.ones(3)
     told = [f"{name}: {value}." for name, value, u in zip(SCORES, row.scores, draws, strict=True) if value and u >= 0.2]
     if not told or SCORES[0] in row.text:  # written there by who made the manifest
@@ -608,7 +619,7 @@ def scored_caption(row: Row, rng: np.random.Generator | None) -> str:
 
 def frames_of(num_frames: int, frames: int, rng: np.random.Generator) -> range:
     """The frames of a clip that a bucket takes: `frames` in a row from a random one on. The last of all is left: headers often
-    count one too many. `rng`: rng_of(FRAMES, seed, epoch, row). BadSample when the clip is shorter."""
+    count one too many. `rng`: Source.rng. BadSample when the clip is shorter."""
     if num_frames < frames:
         raise BadSample(f"{num_frames} frames, {frames} needed")
     start = int(rng.integers(max(1, num_frames - frames)))
@@ -1432,6 +1443,7 @@ class Data:
     held_rows: list[Row]  # to evaluate on; the same as rows when there are fewer than 20
     held_table: Table
     manifest: Path
+    digest: str  # of all good rows: a run goes on with these alone
     bad: list[dict]  # samples that were left out, and why
 
 
@@ -1453,7 +1465,7 @@ def load_data(cfg: Config) -> Data:
         fraction = cfg.val_fraction if len(rows) >= 20 else 0
         train, held = map(np.array, split_clips([row.path for row in rows], [""] * len(rows), fraction, cfg.seed))
     parts = rows_of(rows, table, train)
-    return Data(*parts, *(rows_of(rows, table, held) if len(held) else parts), manifest, bad)
+    return Data(*parts, *(rows_of(rows, table, held) if len(held) else parts), manifest, digest_of(rows), bad)
 
 
 class Source:
@@ -1473,11 +1485,15 @@ class Source:
             names.append(self.cfg.cache / kind / digest[:2] / f"{digest}.npy")
         return tuple(names)
 
+    def rng(self, use: int, row: int, epoch: int) -> np.random.Generator:
+        """By the file, not by the row's number: rows that are added leave what the cache has"""
+        return rng_of(use, self.cfg.seed, epoch, zlib.crc32(self.rows[row].path.encode()))
+
     def caption(self, row: int, epoch: int) -> str:
-        return scored_caption(self.rows[row], rng_of(CAPTION, self.cfg.seed, epoch, row))
+        return scored_caption(self.rows[row], self.rng(CAPTION, row, epoch))
 
     def frames(self, row: int, bucket: Bucket, epoch: int) -> range:
-        return frames_of(int(self.table.num_frames[row]), bucket.frames, rng_of(FRAMES, self.cfg.seed, epoch, row))
+        return frames_of(int(self.table.num_frames[row]), bucket.frames, self.rng(FRAMES, row, epoch))
 
     def pixels(self, row: int, bucket: Bucket, epoch: int) -> np.ndarray:
         """uint8 (F, h, w, 3). Raises BadSample."""
@@ -1626,10 +1642,8 @@ def given_frames(frames: int, rng: np.random.Generator) -> np.ndarray:
     made = np.ones(frames, bool)
     if frames == 1:
         return made
-    how, quarter = (
-        rng.choice(["image_head", "quarter_head", "quarter_tail", "interpolate", "random"], p=[0.6, 0.1, 0.1, 0.1, 0.1]),
-        0,
-    )
+    kinds = ["image_head", "quarter_head", "quarter_tail", "interpolate", "random"]
+    how = rng.choice(kinds, p=[0.6, 0.1, 0.1, 0.1, 0.1])
     quarter = int(rng.integers(1, max(2, frames // 4 + 1)))
     if how == "image_head":
         made[0] = False
@@ -2019,11 +2033,7 @@ def train(cfg: Config) -> None:
     if cfg.check:
         return
     on_rank0(lambda: take_run_folder(given))
-    facts = {
-        "zero_stage": config["zero_optimization"]["stage"],
-        "dtype": cfg.dtype,
-        "data": on_rank0(lambda: sha256(data.manifest)),
-    }
+    facts = {"zero_stage": config["zero_optimization"]["stage"], "dtype": cfg.dtype, "data": data.digest}
     found, step, other_ranks = resume_checkpoint(folder / "checkpoints", cfg.resume, world_size(), **facts)
     repo = on_rank0(lambda: hub_check(cfg.hub_model_id, cfg.public, create=True)) if cfg.push_to_hub else ""
     if cfg.cache:

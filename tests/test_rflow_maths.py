@@ -840,6 +840,8 @@ def test_sizes_are_read_from_the_files(tmp_path):
     assert table.height.tolist() == [32, 20, 240] and table.width.tolist() == [48, 30, 426]
     assert [b["reason"] for b in unread][1] == "No such file or directory" and "not a video" in unread[0]["reason"]
     assert rflow.measure([], tmp_path, 1)[1].num_frames.shape == (0,)
+    (tmp_path / "a.mp4").rename(tmp_path / "elsewhere.mp4")  # what was seen is noted: a good file is opened once
+    assert rflow.measure(rows, tmp_path / "cache", 2)[0] == good
 
 
 def test_captions():
