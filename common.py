@@ -849,7 +849,7 @@ COLOURS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1
 MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # x to the right, y downwards
 SPEEDS = {"slowly": 0.22, "quickly": 0.40}  # travel over the clip, in frame widths
 RADII = {"small": 0.20, "large": 0.30}  # radius of the circle of equal area, in frame widths
-LONG = 1.45  # sides of a pillar and a beam, over and under those of a square
+LONG = 1.25  # sides of a pillar and a beam, over and under those of a square: longer ones would be cut off at the edges
 
 
 def attributes_of(shapes: tuple[str, ...]) -> dict[str, Iterable[str]]:

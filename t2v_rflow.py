@@ -295,7 +295,7 @@ def attributes_in(caption: str) -> dict[str, str]:
 def make_data(cfg: Config) -> Path:
     """Rank 0: a manifest of captioned clips of two sizes and two lengths, lossless, made once; a shorter demo needs fewer."""
     count = NUM_GENERATED if cfg.steps >= 100 else 192
-    folder = cfg.cache_dir / f"{Path(__file__).stem}_demo_{cfg.seed}_{count}_1"  # 1: version of what is made
+    folder = cfg.cache_dir / f"{Path(__file__).stem}_demo_{cfg.seed}_{count}_2"  # 2: version of what is made
     if not folder.exists():
         aside = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(aside, ignore_errors=True)
