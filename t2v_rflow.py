@@ -74,6 +74,7 @@ from common import (
     card_parts,
     catch_signals,
     check_settings,
+    check_weights,
     choose_layout,
     count_skipped,
     device_name,
@@ -989,21 +990,23 @@ class OpenSoraVAE(nn.Module):
         return torch.cat(clips, dim=1)
 
     @classmethod
-    def load(cls, source: str) -> OpenSoraVAE:
+    def load(cls, source: str, check: bool = False) -> OpenSoraVAE:
         """From a Hub id or a folder with config.json and model.safetensors; in fp32, frozen, on the CPU. Exit 2 unless each of
-        the weights is there, in its shape, and nothing else."""
+        the weights is there, in its shape, and nothing else. `check`: its sizes alone, on the meta device."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        folder = fetch_model(source, "config.json", "model.safetensors", flag="--vae_model")
+        folder = fetch_model(source, "config.json", *([] if check else ["model.safetensors"]), flag="--vae_model")
         try:
-            config, weights = read_json(folder / "config.json"), load_file(folder / "model.safetensors")
+            config, weights = read_json(folder / "config.json"), {} if check else load_file(folder / "model.safetensors")
         except (OSError, SafetensorError) as error:
             refuse(f"{source}: {brief(error)}; hpcai-tech/OpenSora-VAE-v1.2 is the published VAE")
         if (config.get("micro_frame_size") or PIECE) != PIECE:
             refuse(f"{source}: micro_frame_size is {config['micro_frame_size']}; this script knows pieces of {PIECE} frames")
         with torch.device("meta"):  # weights are not drawn that the file replaces
             codec = cls(**config.get("sizes", {}))
+        if check:
+            return codec
         wanted = {name: tuple(value.shape) for name, value in codec.state_dict().items()}
         if wrong := sorted(set(wanted.items()) ^ {(name, tuple(value.shape)) for name, value in weights.items()}):
             names = sorted({name for name, _ in wrong})
@@ -1065,10 +1068,14 @@ class WanVAE(nn.Module):
         return torch.cat([unsigned(self.vae.decode(row).sample.transpose(1, 2)) for row in z.split(max(1, MICRO // frames))])
 
     @classmethod
-    def load(cls, source: str) -> WanVAE:
+    def load(cls, source: str, check: bool = False) -> WanVAE:
         """From a Hub id or a folder of diffusers' layout, the VAE in it or in its folder vae/; as OpenSoraVAE.load."""
-        folder = fetch_model(source, "vae/*", "config.json", "diffusion_pytorch_model.safetensors", flag="--vae_model")
+        files = ["config.json"] if check else ["config.json", "diffusion_pytorch_model.safetensors"]
+        folder = fetch_model(source, *files, *(f"vae/{name}" for name in files), flag="--vae_model")
         folder = folder / "vae" if (folder / "vae").is_dir() else folder
+        if check:
+            with torch.device("meta"):
+                return cls(AutoencoderKLWan.from_config(read_json(folder / "config.json")))
         try:
             vae, report = AutoencoderKLWan.from_pretrained(folder, output_loading_info=True, local_files_only=True)
         except (OSError, ValueError, RuntimeError) as error:
@@ -1355,14 +1362,20 @@ class T5:
 
     length = 300
 
-    def __init__(self, source: str, device: torch.device) -> None:
-        from transformers import AutoTokenizer, T5EncoderModel
+    def __init__(self, source: str, device: torch.device, check: bool = False) -> None:
+        """`check`: its sizes alone, on the meta device"""
+        from transformers import AutoConfig, AutoTokenizer, T5EncoderModel
 
-        folder = fetch_model(source, "*.json", "*.model", "*.safetensors", "*.bin", flag="--text_model")
+        weights = [] if check else ["*.safetensors", "*.bin"]
+        folder = fetch_model(source, "*.json", "*.model", *weights, flag="--text_model")
         self.name = f"{source} {weights_key(folder)}"
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         kind = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.encoder = T5EncoderModel.from_pretrained(folder, dtype=kind, local_files_only=True).to(device).eval()
+        if check:
+            with torch.device("meta"):
+                self.encoder = T5EncoderModel(AutoConfig.from_pretrained(folder)).to(kind)
+        else:
+            self.encoder = T5EncoderModel.from_pretrained(folder, dtype=kind, local_files_only=True).to(device).eval()
         self.width = self.encoder.config.d_model
 
     @torch.no_grad()
@@ -1387,7 +1400,7 @@ def open_text(cfg: Config, device: torch.device) -> Words | T5:
     if cfg.text == "words":
         return Words()
     try:
-        return T5(cfg.text_model, device)
+        return T5(cfg.text_model, device, cfg.check)
     except (OSError, ValueError) as error:
         refuse(f"--text_model {cfg.text_model}: {brief(error)}; give a folder, or a Hub id that HF_TOKEN may read")
 
@@ -1397,7 +1410,8 @@ def open_codec(cfg: Config, device: torch.device) -> OpenSoraVAE | WanVAE | Pixe
     if cfg.vae == "pixels":
         return Pixels()
     kind, source = OpenSoraVAE if cfg.vae == "opensora" else WanVAE, cfg.vae_model or VAES[cfg.vae]
-    return kind.load(source).to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    codec = kind.load(source, cfg.check).to(torch.bfloat16 if device.type == "cuda" else torch.float32)
+    return codec if cfg.check else codec.to(device)
 
 
 # ---------------------------------------------------------------------------
@@ -1473,6 +1487,7 @@ class Source:
 
     def __init__(self, cfg: Config, rows: list[Row], table: Table, codec: Any, text: Any) -> None:
         self.cfg, self.rows, self.table, self.codec, self.text = cfg, rows, table, codec, text
+        self.called = "held-out clips"
         self.bad: dict[int, dict] = {}  # rows whose clip could not be read, and why
 
     def files(self, row: int, bucket: Bucket) -> tuple[Path, Path]:
@@ -1875,7 +1890,7 @@ def evaluate(model: nn.Module, losses: dict[str, float], held: Source, held_out:
     if not cfg.demo:
         return {
             "score": max(0.0, 1 - losses["loss"] / 2),  # v = x - noise has a power of 1 + 1 where latents are normalised
-            "score_is": "share of the target explained, held-out clips", "controls": {}, "held_out": losses,
+            "score_is": f"share of the target explained, {held.called}", "controls": {}, "held_out": losses,
         }  # fmt: skip
     asked = [a for a in all_captions(SHAPES) if is_held_out(a, SHAPES)]
     table, other = {}, {}
@@ -1978,7 +1993,8 @@ def weights_gb(module: nn.Module | None) -> float:
 
 
 def open_model(source: str, cfg: Config, codec: Any, text: Any) -> STDiT3:
-    """The published model or one that a run wrote, every weight in its place, or from scratch. Exit 2 for one of another size."""
+    """The published model or one that a run wrote, every weight in its place, or from scratch. Exit 2 for one of another size.
+    For --check its sizes alone, on the meta device."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -1987,25 +2003,28 @@ def open_model(source: str, cfg: Config, codec: Any, text: Any) -> STDiT3:
             depth=cfg.depth, hidden_size=cfg.width, num_heads=cfg.heads, in_channels=codec.channels, pred_sigma=False,
             caption_channels=text.width, model_max_length=text.length, input_sq_size=cfg.base_size, frame_places=cfg.frame_places,
         )  # fmt: skip
-    folder = fetch_model(source, "config.json", "model.safetensors")
+    check_weights(source)
+    folder = fetch_model(source, "config.json", *([] if cfg.check else ["model.safetensors"]))
     try:
-        config, weights = read_json(folder / "config.json"), load_file(folder / "model.safetensors")
+        config, weights = read_json(folder / "config.json"), {} if cfg.check else load_file(folder / "model.safetensors")
     except (OSError, SafetensorError) as error:
         refuse(f"--model {source}: {brief(error)}; give {PUBLISHED}, a folder that a run wrote, or scratch")
     if config.get("qk_norm_legacy") or not config.get("qk_norm", True):
         refuse(f"--model {source}: turns queries before their norm, or has no such norm; this script knows Open-Sora 1.2's order")
     with torch.device("meta"):
         model = STDiT3(**{name: config[name] for name in XL if name in config})
-    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    if wrong := sorted(set(wanted.items()) ^ {(name, tuple(value.shape)) for name, value in weights.items()}):
-        names = sorted({name for name, _ in wrong})
-        refuse(f"--model {source}: {len(names)} weights are missing or do not fit, {names[0]} among them: is it an STDiT3?")
-    model.load_state_dict(weights, assign=True)
     if (model.config["in_channels"], model.config["caption_channels"]) != (codec.channels, text.width):
         refuse(
             f"--model {source} takes latents of {model.config['in_channels']} channels and captions of "
             f"{model.config['caption_channels']} numbers; --vae {cfg.vae} has {codec.channels}, --text {cfg.text} {text.width}"
         )
+    if cfg.check:
+        return model
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    if wrong := sorted(set(wanted.items()) ^ {(name, tuple(value.shape)) for name, value in weights.items()}):
+        names = sorted({name for name, _ in wrong})
+        refuse(f"--model {source}: {len(names)} weights are missing or do not fit, {names[0]} among them: is it an STDiT3?")
+    model.load_state_dict(weights, assign=True)
     return model.float()
 
 
@@ -2021,6 +2040,7 @@ def train(cfg: Config) -> None:
     plain.checkpointing = cfg.gradient_checkpointing
     source = Source(cfg, data.rows, data.table, codec, text)
     held = Source(cfg, data.held_rows, data.held_table, codec, text)
+    held.called = "the training clips (there are fewer than 20)" if data.held_rows is data.rows else held.called
     buckets = read_buckets(cfg.buckets) if cfg.buckets else BUCKETS[cfg.stage]
     buckets = buckets if cfg.stage == "demo" else scaled(buckets, cfg.tokens_per_gpu, codec)
     batches = Batches(cfg, source, buckets, tokens_of(codec))

@@ -4,6 +4,7 @@ What it shares with t2v_ddpm.py to the letter (signals, full disks, launchers, t
 """
 
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -192,19 +193,27 @@ def test_one_rank_on_images_while_the_other_is_on_videos(tmp_path):
 # --- Real clips
 
 
-@pytest.fixture(scope="module")
-def real(tmp_path_factory):
-    """Tiny T5 and VAE in the published files, and a CSV with what people's have: no sizes, scores, a file that is no video."""
-    folder = tmp_path_factory.mktemp("real")
+def word_tokenizer(folder: Path):
+    """Saved there: a token for each of these words"""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+    from transformers import PreTrainedTokenizerFast
 
-    torch.manual_seed(0)
     words = "<pad> </s> <unk> a man flips pancake aesthetic score : camera motion pan left".split()
     bare = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, "<unk>"))
     bare.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-    tokenizer.save_pretrained(folder / "t5")
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """Tiny T5 and VAE in the published files, and a CSV with what people's have: no sizes, scores, a file that is no video."""
+    folder = tmp_path_factory.mktemp("real")
+    from transformers import T5Config, T5EncoderModel
+
+    torch.manual_seed(0)
+    tokenizer = word_tokenizer(folder / "t5")
     sizes = dict(
         d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, vocab_size=len(tokenizer), feed_forward_proj="gated-gelu"
     )
@@ -227,6 +236,9 @@ def test_real_clips_through_csv_buckets_and_cache(tmp_path, real):
     flags = f"--manifest {real / 'clips.csv'} --model scratch --depth 1 --width 32 --heads 2 --stage 1 --tokens_per_gpu 2500 "
     flags += f"--vae_model {real / 'vae'} --text_model {real / 't5'} --cache latents --max_bad 0.4 --steps 2 --sample_steps 1 "
     flags += "--resolution 144p --frames 17 --no_gradient_checkpointing --log_every 1"
+    checked = run(SCRIPT, *flags.split(), "--check", cwd=tmp_path)
+    assert "auto takes this" in checked and re.search(r"^144p +51 ", checked, re.M)
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "latents").exists()
     output = run(SCRIPT, *flags.split(), cwd=tmp_path)
     folder = tmp_path / "runs" / "t2v_rflow"
     (bad,) = [json.loads(line) for line in (folder / "bad_samples.jsonl").read_text().splitlines()]
@@ -287,6 +299,35 @@ def test_bad_input_ends_with_2(tmp_path, capsys, unbroken):
         rflow.condition(tmp_path / "x.png", True, rflow.Bucket("12p", 4, "1:1", 1), rflow.Pixels(), 0)
     (tmp_path / "x.json").write_text('{"240p": 3}')
     assert '"240p"' in refused(capsys, lambda: rflow.read_buckets(tmp_path / "x.json"))
+
+
+def test_check_of_the_published_sizes(tmp_path, monkeypatch):
+    """Without the weights: what a machine needs, from the configurations alone."""
+    from transformers import T5Config
+
+    for name, config in (("model", {}), ("vae", {"micro_frame_size": 17})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        (tmp_path / name / "model.safetensors").write_bytes(b"")
+    word_tokenizer(tmp_path / "t5")
+    sizes = dict(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
+    T5Config(**sizes).save_pretrained(tmp_path / "t5")
+    lines = ["path,text,num_frames,height,width,fps", *(f"{i}.mp4,a clip,{60 + i},720,1280,24" for i in range(4000))]
+    (tmp_path / "clips.csv").write_text("\n".join(lines))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "memory_here", lambda: (85.0, 500.0))
+    monkeypatch.setattr(rflow, "disk_free", lambda folder: 10**12)
+    told = []
+    monkeypatch.setattr(rflow.log, "info", told.append)
+    cfg = rflow.Config(
+        check=True, manifest=Path("clips.csv"), model="model", vae_model="vae", text_model="t5", dtype="bf16", steps=1
+    )
+    rflow.train(dataclasses.replace(cfg, cache=Path("latents")))
+    assert "1207.64 M parameters, 1201.60 M trained" in told[-1] and re.search(r"240p +51 ", told[-1])
+    rflow.train(dataclasses.replace(cfg, lora_r=16))
+    cached, lora = (float(re.findall(r"ZeRO-2, checkpointing +([\d.]+) GB per GPU", text)[0]) for text in told[-2:])
+    assert 40 < cached < 65, "2 + 2 + 12 + 4 bytes a parameter, and about 30 GB of activations at 110,000 tokens"
+    assert lora > 10, "T5 and VAE are on the GPU without a cache"
 
 
 def test_a_broken_file_in_the_cache_is_named(tmp_path, unbroken):
