@@ -257,9 +257,9 @@ VAES = {"opensora": "hpcai-tech/OpenSora-VAE-v1.2", "wan": "Wan-AI/Wan2.1-T2V-1.
 DEMO = dict(
     demo=True, output_dir=Path("runs/t2v_rflow_demo"), report_to="none", stage="demo", cache=Path("cache/t2v_rflow_demo_latents"),
     model="scratch", vae="pixels", text="words", depth=2, width=96, heads=4, frame_places=True, mask_share=0.1, base_size=12,
-    shift=2.5, gradient_checkpointing=False, steps=4500, lr=3e-3, warmup_steps=50, lr_decay=True, beta2=0.99, eps=1e-8, ema=0.99,
-    resolution="16p", ratio="1:1", frames=6, fps=8, sample_steps=20, guidance=3.0, aes=0.0, log_every=100, eval_every=1500,
-    save_every=1500,
+    shift=2.5, gradient_checkpointing=False, steps=3600, lr=3e-3, warmup_steps=50, lr_decay=True, beta2=0.99, eps=1e-8, ema=0.99,
+    resolution="16p", ratio="1:1", frames=6, fps=8, sample_steps=20, guidance=3.0, aes=0.0, log_every=100, eval_every=1200,
+    save_every=1200,
 )  # fmt: skip
 # Stages of two published runs; their buckets are Open-Sora's of that stage. Other flags win over these.
 RECIPES = {

@@ -13,7 +13,7 @@ step    One training step (forward, backward, AdamW) in tokens/s and model FLOP/
         as train() has them, with its peak memory beside the forecast of print_plan.
 cache   A step from files (decoded, T5, VAE) against one from the cache, through Source.batch. The ratio is only that of the sizes
         chosen: on a CPU the model gets the depth at which the encoders have the share of a step's FLOPs that they have at full
-        size (240p, 51 frames, 300 tokens, counted on the meta device). Decoding is of small lossless clips, and not hidden
+        size (240p, 51 frames or an image, 300 tokens, counted on the meta device). Decoding is of small lossless clips, and not hidden
         behind the step as train() does it with a thread. Their speeds differ, so the share of time does too.
 memory  activation_bytes against the allocator: what is there after the forward pass that was not there before, and the most
         during forward and backward, beyond weights and gradients. On a CPU from torch.profiler's record of each allocation.
@@ -25,8 +25,8 @@ Predicted before the first measurement (CPU): upstream's blocks 1.25 times as sl
 encoders 1.75 times one from the cache; forecast of activations 1.00 of what is kept and 0.85 of the most, with checkpointing
 1.05 of the most; read_manifest 12 s, plan 3 s, a step waiting at 192 ranks 2 %, in a plain shuffle 15 %.
 Measured (CPU): upstream's blocks 1.04 and 1.03 (two sizes), without fused attention 1.09 and 1.07: matrix products take most
-of the time there; 1.37; 1.00 and 0.98 to 1.00, with checkpointing 1.45 to 1.65; 17 s, 0.27 s, 2 % against 24 %. On a GPU: not
-yet measured.
+of the time there; 1.39 for clips, 1.55 for images; 1.00 and 0.98 to 1.00, with checkpointing 1.00 (1.45 to 1.65 before the
+formula counted one block of the pair at work); 17 s, 0.27 s, 2 % against 24 %. On a GPU: not yet measured.
 """
 
 import argparse
@@ -414,7 +414,13 @@ def compare_with_cache(args: argparse.Namespace, frames: int, small: rflow.Bucke
     told = ", ".join(f"{name} {value:.1f}" for name, value in full.items())
     print(f"\n240p, {frames} frames, 10^12 FLOPs a clip with recomputation: {told}; the encoders are {100 * share(full):.1f} %")
     if CUDA:
-        bucket, sizes, text_sizes, config, length = rflow.Bucket("240p", frames, "9:16", 20 if frames > 1 else 297), {}, XXL, dict(rflow.XL), 300
+        bucket, sizes, text_sizes, config, length = (
+            rflow.Bucket("240p", frames, "9:16", 20 if frames > 1 else 297),
+            {},
+            XXL,
+            dict(rflow.XL),
+            300,
+        )
     else:
         bucket, sizes, text_sizes, length = small, SMALL_VAE, SMALL_T5, 60
         config = rflow.XL | SMALL
@@ -428,7 +434,9 @@ def compare_with_cache(args: argparse.Namespace, frames: int, small: rflow.Bucke
     times = 4 if CUDA else 3  # with recomputation, without
     with torch.no_grad():
         work = {"T5": flops_of(lambda: text.encoder(ids)), "VAE": flops_of(lambda: codec.encode(clip))}
-    each = [times * model_flops(config | {"depth": n}, 1, codec.latent_frames(bucket.frames), height, width, many) for n in (0, 1)]
+    each = [
+        times * model_flops(config | {"depth": n}, 1, codec.latent_frames(bucket.frames), height, width, many) for n in (0, 1)
+    ]
     if not CUDA:
         config["depth"] = round((sum(work.values()) * (1 / share(full) - 1) - each[0]) / (each[1] - each[0]))
     work["model"] = each[0] + config["depth"] * (each[1] - each[0])
