@@ -1950,15 +1950,11 @@ def print_plan(
         row["gpu_gb"] += 4 * trained / world / GB  # the averaged weights
         row["gpu_gb"] += 0 if cfg.cache else weights_gb(codec) + weights_gb(text.encoder)
     memory, row = choose_layout(rows, cfg.deepspeed, "lower --tokens_per_gpu, give --cache, or take more GPUs")
-    encoded = sum(latent_bytes(bucket, codec) for bucket, _ in first.wanted()) / GB if cfg.cache else 0
+    encoded = sum(encoded_bytes(bucket, data.rows[row].text, codec, text) for bucket, row in first.wanted()) / GB
     free, need = disk_free(cfg.output_dir) / GB, (16 * (cfg.keep + 1) * trained + 4 * parameters) / GB
     clips = int(np.diff(first.starts)[first.order.ravel()].sum())
     waits = [f"{100 * (value - 1):.1f} %" for value in (first.imbalance, first.imbalance_shuffled)]
-    where = (
-        f"encoded once, with the clips, into {cfg.cache} ({encoded:.2f} GB)"
-        if cfg.cache
-        else "encoded in each step, with the clips"
-    )
+    where = f"encoded once, with the clips, into {cfg.cache} ({encoded:.2f} GB)" if cfg.cache else "encoded in each step"
     many = "GPU" if device.type == "cuda" else "CPU process"
     log.info(
         f"Out: {cfg.output_dir} | Device: {device_name(device)}, {cfg.dtype}\n"
@@ -1974,13 +1970,19 @@ def print_plan(
     if need > free:
         refuse(f"--output_dir {cfg.output_dir}: {free:.2f} GB free, the run writes {need:.2f} GB; make room or lower --keep")
     if cfg.cache and encoded > (free := disk_free(cfg.cache) / GB):
-        refuse(f"--cache {cfg.cache}: {free:.2f} GB free, the latents take {encoded:.2f} GB; make room or leave out --cache")
+        there = sum(path.stat().st_size for path in cfg.cache.rglob("*.npy")) / GB
+        if encoded > free + there:
+            refuse(
+                f"--cache {cfg.cache}: {free:.2f} GB free, {there:.2f} GB there, the first epoch takes {encoded:.2f} GB; make "
+                "room, or leave out --cache"
+            )
     return row
 
 
-def latent_bytes(bucket: Bucket, codec: Any) -> int:
-    """Of a clip in the cache, in 16 bits"""
-    return 2 * codec.channels * codec.latent_frames(bucket.frames) * math.prod(side // codec.space for side in bucket.size)
+def encoded_bytes(bucket: Bucket, caption: str, codec: Any, text: Any) -> float:
+    """Of a clip in the cache, in 16 bits; of a caption three tokens for two words are assumed"""
+    numbers = codec.channels * codec.latent_frames(bucket.frames) * math.prod(side // codec.space for side in bucket.size)
+    return 2 * (numbers + text.width * min(text.length, 1.5 * len(caption.split()) + 1))
 
 
 def weights_gb(module: nn.Module | None) -> float:
@@ -2202,9 +2204,7 @@ def train_steps(
                 norm = engine.get_global_grad_norm()  # None until a first update was made
                 row = {"step": step, "loss": loss, "lr": group["lr"], "grad_norm": math.nan if norm is None else float(norm)}
                 squares = sum(float(some.square().sum()) for part in parts_of(engine) for some in part.detach().split(1 << 22))
-                row["weight_norm"] = math.sqrt(
-                    over_ranks(squares, "mean") * world_size()
-                )  # jumps before the loss when data repeat
+                row["weight_norm"] = math.sqrt(over_ranks(squares, "mean") * world_size())  # data that repeat show here first
                 record(cfg.output_dir, row | window.numbers() | {"peak_memory_gb": peak_memory_gb()}, track)
                 window = Window(step)
             stop = int(over_ranks(max(caught, default=0), "max"))
@@ -2419,7 +2419,7 @@ def generate(
     """
     cfg, device = settings_of(model, flags), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     codec, text = open_codec(cfg, device), open_text(cfg, device)
-    net = open_model(str(model), cfg, codec, text).to(device).eval()
+    net = open_model(str(model), cfg, codec, text).to(device, TORCH_DTYPES[pick_dtype(cfg.dtype)]).eval()
     bucket = Bucket(cfg.resolution, codec.whole_length(cfg.frames), cfg.ratio, 1)
     given = keep = None
     if file := image or extend:

@@ -146,6 +146,14 @@ def test_another_number_of_ranks_goes_on_with_weights_and_averages(tmp_path, unb
     assert all(torch.allclose(old[name], new[name], atol=1e-6) for name in old)
 
 
+def test_bf16_under_zero3_with_offload_and_accumulation(tmp_path):
+    flags = [*TINY, "--steps", 4, "--dtype", "bf16", "--accum", 2, "--deepspeed", ROOT / "ds_zero3_offload.json"]
+    run(SCRIPT, *flags, "--average", 2, cwd=tmp_path, ranks=2)
+    folder = tmp_path / "runs" / "t2v_rflow_demo"
+    assert len(json.loads((folder / "results.json").read_text())["averaging"]) == 4
+    assert all(value.isfinite().all() for value in weights(folder).values()) and losses(folder)[-1][0] == 4
+
+
 # Started on each rank: a run that keeps what this rank holds at the end.
 KEEPS = """
 import sys, runpy
