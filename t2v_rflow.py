@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = [
 #   "av", "deepspeed", "diffusers", "einops", "huggingface_hub", "matplotlib", "numpy", "opencv-python-headless", "peft",
-#   "pillow", "safetensors", "torch", "tqdm", "transformers", "tyro",
+#   "pillow", "safetensors", "sentencepiece", "torch", "tqdm", "transformers", "tyro",
 # ]
 # ///
 """Text to video in latent space: Open-Sora 1.2 (ST-DiT, rectified flow, 3-D VAE, buckets) in one file.
@@ -1363,7 +1363,8 @@ class T5:
     length = 300
 
     def __init__(self, source: str, device: torch.device, check: bool = False) -> None:
-        """`check`: its sizes alone, on the meta device"""
+        """`check`: its sizes alone, on the meta device. ValueError without a tokenizer of its size."""
+        import sentencepiece  # noqa: F401  transformers reads the Hub's spiece.model with it
         from transformers import AutoConfig, AutoTokenizer, T5EncoderModel
 
         weights = [] if check else ["*.safetensors", "*.bin"]
@@ -1377,6 +1378,8 @@ class T5:
         else:
             self.encoder = T5EncoderModel.from_pretrained(folder, dtype=kind, local_files_only=True).to(device).eval()
         self.width = self.encoder.config.d_model
+        if len(self.tokenizer) < self.encoder.config.vocab_size - 256:  # without its files there is one of special tokens alone
+            raise ValueError(f"its tokenizer knows {len(self.tokenizer)} pieces, its weights {self.encoder.config.vocab_size}")
 
     @torch.no_grad()
     def encode(self, captions: list[str]) -> list[np.ndarray]:

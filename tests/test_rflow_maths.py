@@ -1123,3 +1123,25 @@ def test_words_are_the_same_each_time_and_no_two_alike():
     assert np.array_equal(again, one[[2, 1]])
     angles = np.corrcoef(np.concatenate([one, two]).astype(float)) - np.eye(19)
     assert abs(angles).max() < 0.6
+
+
+def test_t5_from_the_files_that_the_hub_has(tmp_path):
+    """spiece.model without tokenizer.json; and without it nothing is encoded as <unk> in silence."""
+    import sentencepiece
+    from transformers import T5Config, T5EncoderModel
+
+    (tmp_path / "text.txt").write_text("a man flips a pancake\na woman does yoga\nthe cat sat on the mat and moved left\n" * 50)
+    ids = dict(vocab_size=28, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
+    sentencepiece.SentencePieceTrainer.train(input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "spiece"), **ids)
+    sizes = dict(
+        d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu", vocab_size=28 + 100 + 256
+    )
+    T5EncoderModel(T5Config(**sizes)).save_pretrained(tmp_path)
+    words = {"tokenizer_class": "T5Tokenizer", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "extra_ids": 100}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(words))
+    text = rflow.T5(str(tmp_path), torch.device("cpu"))
+    tokens = text.tokenizer("a man does yoga").input_ids
+    assert 2 not in tokens and tokens[-1] == 1 and len(text.encode(["a man does yoga"])[0]) == len(tokens)
+    (tmp_path / "spiece.model").unlink()
+    with pytest.raises(ValueError, match="its tokenizer knows 1?[0-9][0-9] pieces, its weights 384"):
+        rflow.T5(str(tmp_path), torch.device("cpu"))

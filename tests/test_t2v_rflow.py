@@ -318,7 +318,7 @@ def test_check_of_the_published_sizes(tmp_path, monkeypatch):
         (tmp_path / name / "config.json").write_text(json.dumps(config))
         (tmp_path / name / "model.safetensors").write_bytes(b"")
     word_tokenizer(tmp_path / "t5")
-    sizes = dict(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
+    sizes = dict(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu", vocab_size=14)
     T5Config(**sizes).save_pretrained(tmp_path / "t5")
     lines = ["path,text,num_frames,height,width,fps", *(f"{i}.mp4,a clip,{60 + i},720,1280,24" for i in range(4000))]
     (tmp_path / "clips.csv").write_text("\n".join(lines))
