@@ -2005,10 +2005,12 @@ def open_model(source: str, cfg: Config, codec: Any, text: Any) -> STDiT3:
     from safetensors.torch import load_file
 
     if source == "scratch":
-        return STDiT3(
-            depth=cfg.depth, hidden_size=cfg.width, num_heads=cfg.heads, in_channels=codec.channels, pred_sigma=False,
-            caption_channels=text.width, model_max_length=text.length, input_sq_size=cfg.base_size, frame_places=cfg.frame_places,
-        )  # fmt: skip
+        with torch.device("meta" if cfg.check else "cpu"):
+            return STDiT3(
+                depth=cfg.depth, hidden_size=cfg.width, num_heads=cfg.heads, in_channels=codec.channels, pred_sigma=False,
+                caption_channels=text.width, model_max_length=text.length, input_sq_size=cfg.base_size,
+                frame_places=cfg.frame_places,
+            )  # fmt: skip
     check_weights(source)
     folder = fetch_model(source, "config.json", *([] if cfg.check else ["model.safetensors"]))
     try:
@@ -2040,17 +2042,17 @@ def train(cfg: Config) -> None:
         on_rank0(lambda: hub_check(cfg.hub_model_id, cfg.public, create=False))
     cfg = dataclasses.replace(cfg, dtype=pick_dtype(cfg.dtype), model=cfg.model or PUBLISHED)
     data = on_rank0(lambda: load_data(cfg))
-    codec, text = open_codec(cfg, device), open_text(cfg, device)
-    torch.manual_seed(cfg.seed)  # the same weights on every rank
-    model = with_adapter(plain := open_model(cfg.model, cfg, codec, text), cfg)
-    plain.checkpointing = cfg.gradient_checkpointing
+    sizes = dataclasses.replace(cfg, check=True)  # all checks come before the first weight is downloaded
+    codec, text = open_codec(sizes, device), open_text(sizes, device)
+    model = with_adapter(plain := open_model(cfg.model, sizes, codec, text), cfg)
     source = Source(cfg, data.rows, data.table, codec, text)
-    held = Source(cfg, data.held_rows, data.held_table, codec, text)
-    held.called = "the training clips (there are fewer than 20)" if data.held_rows is data.rows else held.called
     buckets = read_buckets(cfg.buckets) if cfg.buckets else BUCKETS[cfg.stage]
     buckets = buckets if cfg.stage == "demo" else scaled(buckets, cfg.tokens_per_gpu, codec)
     batches = Batches(cfg, source, buckets, tokens_of(codec))
     every = {r: {f: (1.0 if batch else keep, batch) for f, (keep, batch) in of.items()} for r, of in buckets.items()}
+    fits = (assign(data.held_table, every, cfg.seed, 0)[0] >= 0).any()
+    held = Source(cfg, *((data.held_rows, data.held_table) if fits else (data.rows, data.table)), codec, text)
+    held.called = "the training clips (few, or no held-out one fits a bucket)" if held.rows is data.rows else held.called
     held_plan = functools.partial(plan, held.table, every, cfg.seed, 0, 1, tokens_of(codec))
     if not cfg.steps:
         cfg = dataclasses.replace(cfg, steps=max(1, math.ceil(cfg.epochs * batches.length(0) / cfg.accum)))
@@ -2062,6 +2064,12 @@ def train(cfg: Config) -> None:
     facts = {"zero_stage": config["zero_optimization"]["stage"], "dtype": cfg.dtype, "data": data.digest}
     found, step, other_ranks = resume_checkpoint(folder / "checkpoints", cfg.resume, world_size(), **facts)
     repo = on_rank0(lambda: hub_check(cfg.hub_model_id, cfg.public, create=True)) if cfg.push_to_hub else ""
+    codec, text = open_codec(cfg, device), open_text(cfg, device)
+    torch.manual_seed(cfg.seed)  # the same weights on every rank
+    model = with_adapter(plain := open_model(cfg.model, cfg, codec, text), cfg)
+    plain.checkpointing = cfg.gradient_checkpointing
+    for one in (source, held):
+        one.codec, one.text = codec, text
     if cfg.cache:
         data = dataclasses.replace(data, bad=data.bad + encode_all(source, held, batches, held_plan, cfg, data))
         move_encoders(source, torch.device("cpu"))
