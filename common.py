@@ -414,7 +414,7 @@ def tracker(
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(folder / "tensorboard")
-        return lambda values, step: [writer.add_scalar(key, value, step) for key, value in values.items() if value is not None]
+        return lambda values, step: [writer.add_scalar(k, v, step) for k, v in values.items() if isinstance(v, (int, float))]
     return lambda values, step: None
 
 
@@ -612,19 +612,24 @@ def pad(rows: list[list[int]], value: int, left: bool = False) -> Any:
     return torch.tensor([[value] * (width - len(r)) + r if left else r + [value] * (width - len(r)) for r in rows])
 
 
+def made_once(folder: Path, make: Callable[[Path], Any]) -> Path:
+    """Rank 0: a folder of the cache, whole or absent: `make(path)` fills it aside when it is not there."""
+    if not folder.exists():
+        aside = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        make(aside)
+        aside.rename(folder)
+    return folder
+
+
 def tiny_model(cfg: Any, script: str, build: Callable[[Path, int], None]) -> str:
     """Rank 0: a demo's model, built once into the cache: a folder, loaded as the real one is."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    folder = cfg.cache_dir / f"{Path(script).stem}_tiny_{cfg.seed}_1"  # 1: version of what is built
-    if not folder.exists():
-        aside = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        build(aside, cfg.seed)
-        aside.rename(folder)
-    return str(folder)
+    name = f"{Path(script).stem}_tiny_{cfg.seed}_1"  # 1: version of what is built
+    return str(made_once(cfg.cache_dir / name, lambda aside: build(aside, cfg.seed)))
 
 
 MAX_PIXELS = 8192 * 4320  # a header can declare any picture and so claim all memory: refused before decoding
@@ -648,7 +653,7 @@ def frame_indices(total: int, k: int) -> list[int]:
     return [(total - 1) // 2] if k == 1 else [(total - 1) * j // (k - 1) for j in range(k)]
 
 
-def _fit(frame: np.ndarray, size: tuple[int, int] | None, crop: bool = True) -> np.ndarray:
+def fitted(frame: np.ndarray, size: tuple[int, int] | None, crop: bool = True) -> np.ndarray:
     """frame (H, W, 3) -> (h, w, 3): the largest centred crop of that shape, or all of it, scaled; size None: as it is."""
     import cv2
 
@@ -660,6 +665,31 @@ def _fit(frame: np.ndarray, size: tuple[int, int] | None, crop: bool = True) -> 
     crop_h, crop_w = min(height, max(1, round(width * h / w))), min(width, max(1, round(height * w / h)))
     top, left = (height - crop_h) // 2, (width - crop_w) // 2
     return cv2.resize(frame[top : top + crop_h, left : left + crop_w], (w, h), interpolation=cv2.INTER_AREA)
+
+
+@contextlib.contextmanager
+def opened(path: str | Path, formats: str) -> Iterator[tuple[Any, Any]]:
+    """PyAV's (container, first video stream) of a file in one of ffmpeg's `formats`, closed afterwards; no other file or URL is
+    opened by way of it. Raises BadSample, also for what ffmpeg finds wrong inside."""
+    import av
+
+    options = {"format_whitelist": formats, "protocol_whitelist": "file"}
+    try:
+        with av.open(os.path.abspath(path), options=options, metadata_errors="ignore") as container:
+            stream = next(iter(container.streams.video), None)
+            if stream is None or stream.codec_context is None:
+                raise BadSample("no decoder for the video stream" if stream else "no video stream")
+            if stream.width * stream.height > MAX_PIXELS:  # OpenCV may not have got as far as its own check
+                raise BadSample(f"picture of {stream.width}x{stream.height}, more than {MAX_PIXELS} pixels")
+            yield container, stream
+    except av.error.FFmpegError as error:
+        what = "a video" if formats == CONTAINERS else "a video or image"
+        raise BadSample(f"not {what}: {error.strerror}") from error
+
+
+def upright(frame: Any) -> np.ndarray:
+    """PyAV's frame -> uint8 (H, W, 3), turned as its container says"""
+    return np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
 
 
 def _grabs(cap) -> Iterator[float]:
@@ -692,23 +722,14 @@ def _av_frames(path: str, fit: Callable) -> Iterator[Callable]:
     """The same with PyAV, which does not turn the picture by itself."""
     import av
 
-    options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
-    try:
-        with av.open(path, options=options, metadata_errors="ignore") as container:
-            stream = next(iter(container.streams.video), None)
-            if stream is None or stream.codec_context is None:
-                raise BadSample("no decoder for the video stream" if stream else "no video stream")
-            if stream.width * stream.height > MAX_PIXELS:  # OpenCV may not have got as far as its own check
-                raise BadSample(f"picture of {stream.width}x{stream.height}, more than {MAX_PIXELS} pixels")
-            for packet in container.demux(stream):
-                try:
-                    decoded = packet.decode()
-                except av.error.InvalidDataError:  # one damaged packet
-                    continue
-                for frame in decoded:
-                    yield lambda f=frame: fit(np.rot90(f.to_ndarray(format="rgb24"), f.rotation // 90))
-    except av.error.FFmpegError as error:
-        raise BadSample(f"not a video: {error.strerror}") from error
+    with opened(path, CONTAINERS) as (container, stream):
+        for packet in container.demux(stream):
+            try:
+                decoded = packet.decode()
+            except av.error.InvalidDataError:  # one damaged packet
+                continue
+            for frame in decoded:
+                yield lambda f=frame: fit(upright(f))
 
 
 def _all_frames(read: Callable, path: str, k: int, fit: Callable, total: int) -> list | None:
@@ -773,7 +794,7 @@ def extract_frames(path: str | Path, k: int, size: tuple[int, int] | None = None
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     import cv2
 
-    fit = partial(_fit, size=size, crop=crop)
+    fit = partial(fitted, size=size, crop=crop)
     frame_indices(k, k)  # a wrong k is the caller's fault, not the clip's
     path = os.path.abspath(path)  # no "concat:" or "http:" survives
     if not os.path.isfile(path):
@@ -801,13 +822,20 @@ def extract_frames(path: str | Path, k: int, size: tuple[int, int] | None = None
     return np.stack(frames)
 
 
-def cached_frames(video: str, frames: int, size: int, cache: Path, crop: bool = True) -> Path:
-    """Decode once: a .npy file of uint8 (F, size, size, 3) frames of a path or URL, cropped or squeezed. Raises BadSample."""
+def local_file(video: str, cache: Path) -> Path:
+    """The file of a path or URL, the latter downloaded once. Raises BadSample."""
     try:
         path = download(video, cache / "downloads") if is_url(video) else Path(video)
-        stat = path.stat()
+        path.stat()
     except (OSError, ValueError) as error:
         raise BadSample(getattr(error, "strerror", None) or str(error)) from error
+    return path
+
+
+def cached_frames(video: str, frames: int, size: int, cache: Path, crop: bool = True) -> Path:
+    """Decode once: a .npy file of uint8 (F, size, size, 3) frames of a path or URL, cropped or squeezed. Raises BadSample."""
+    path = local_file(video, cache)
+    stat = path.stat()
     key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{frames}|{size}|{crop}|1"  # 1: version of the reader
     target = cache / "frames" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
     if not target.exists():
@@ -842,7 +870,7 @@ def save_array(target: Path, array: np.ndarray) -> None:
 
 
 # ---------------------------------------------------------------------------
-# Generated clips and pictures
+# Generated captions, clips and pictures
 # ---------------------------------------------------------------------------
 
 COLOURS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1, 1, 0), "magenta": (1, 0, 1), "cyan": (0, 1, 1)}
@@ -935,16 +963,28 @@ def asked_is_made(clips: np.ndarray, asked: list[dict[str, str]], shapes: tuple[
     return {name: float(np.mean(values)) for name, values in hits.items()}
 
 
-def write_mp4(clip: np.ndarray, path: Path, fps: int) -> None:
-    """uint8 (F, H, W, 3), sides even -> H.264 in yuv420p, which every browser plays"""
+@functools.cache
+def word_direction(word: str, width: int) -> np.ndarray:
+    """Where no text encoder is at hand: for each word a fixed random direction, normal numbers (width,)"""
+    seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "big")
+    return np.random.default_rng(seed).standard_normal(width)
+
+
+def encode_clip(clip: np.ndarray, path: Path, fps: int, codec: str, pix_fmt: str, options: dict, container: dict) -> None:
+    """uint8 (F, H, W, 3) -> a video without sound; options: the codec's and the container's, as ffmpeg names them"""
     import av
 
-    with av.open(str(path), "w", options={"movflags": "+faststart"}) as file:
-        stream = file.add_stream("libx264", rate=fps, options={"crf": "18"})
-        stream.height, stream.width, stream.pix_fmt = clip.shape[1], clip.shape[2], "yuv420p"
+    with av.open(str(path), "w", options=container) as file:
+        stream = file.add_stream(codec, rate=fps, options=options)
+        stream.height, stream.width, stream.pix_fmt = clip.shape[1], clip.shape[2], pix_fmt
         for picture in clip:
             file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         file.mux(stream.encode())
+
+
+def write_mp4(clip: np.ndarray, path: Path, fps: int) -> None:
+    """uint8 (F, H, W, 3), sides even -> H.264 in yuv420p, which every browser plays"""
+    encode_clip(clip, path, fps, "libx264", "yuv420p", {"crf": "18"}, {"movflags": "+faststart"})
 
 
 def enlarge(clip: np.ndarray, least: int = 256) -> np.ndarray:
@@ -980,6 +1020,12 @@ def write_grid(clips: np.ndarray, captions: list[str], path: Path) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # of a script that the font lacks
         figure.savefig(path, dpi=100)
+
+
+def write_samples(clips: np.ndarray, captions: list[str], path: Path, fps: int = 8, every: int = 1) -> None:
+    """uint8 (N, F, H, W, 3) -> path.png, a row a clip, one of `every` frames; path.mp4 and path.gif, the clips side by side"""
+    write_grid(clips[:, ::every], captions, path.with_suffix(".png"))
+    write_video(np.concatenate(list(clips), axis=2), path, fps)
 
 
 # ---------------------------------------------------------------------------

@@ -87,6 +87,7 @@ from common import (
     leave_out,
     load_engine,
     log,
+    made_once,
     memory_rows,
     on_rank0,
     over_ranks,
@@ -326,15 +327,13 @@ def make_data(cfg: Config, adapted: bool) -> Path:
     """Rank 0: the demo's folder of samples, made once; a shorter demo needs fewer."""
     counts = {"train": min(NUM_TRAIN, cfg.steps * cfg.batch_size * cfg.accum), "test": min(NUM_HELD_OUT, cfg.eval_samples)}
     name = f"{Path(__file__).stem}_demo_{cfg.seed}_{'adapted' if adapted else 'base'}_{counts['train']}_{counts['test']}"
-    folder = cfg.cache_dir / f"{name}_1"  # 1: version of what is made
-    if not folder.exists():
-        aside = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(aside, ignore_errors=True)
-        wanted = [(part, number) for part, count in counts.items() for number in range(count)]
+    wanted = [(part, number) for part, count in counts.items() for number in range(count)]
+
+    def make(aside: Path) -> None:
         with ThreadPoolExecutor(cfg.num_workers) as pool:
             list(pool.map(lambda w: make_clip(aside / w[0] / f"{w[1] + 1:03d}", w[1], w[0] == "test", adapted, cfg.seed), wanted))
-        aside.rename(folder)
-    return folder
+
+    return made_once(cfg.cache_dir / f"{name}_1", make)  # 1: version of what is made
 
 
 # ---------------------------------------------------------------------------

@@ -27,7 +27,6 @@ captions shuffled. On a GPU: not yet measured.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import math
@@ -104,11 +103,12 @@ from common import (
     summary,
     take_run_folder,
     tracker,
+    word_direction,
     world_size,
     write_grid,
     write_json,
     write_loss_curve,
-    write_video,
+    write_samples,
     write_whole,
 )
 
@@ -300,10 +300,8 @@ def stand_in_text(captions: list[str], width: int = 512) -> Tensor:
     """Instead of CLIP where there is no network: each word a fixed random direction, averaged. It knows words, not meaning.
     -> (N, width)"""
 
-    @functools.cache
     def direction(word: str) -> np.ndarray:
-        seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "big")
-        vector = np.random.default_rng(seed).standard_normal(width)
+        vector = word_direction(word, width)
         return vector / np.linalg.norm(vector) * math.sqrt(width)
 
     means = [np.mean([direction(word) for word in caption.lower().split()], axis=0) for caption in captions]
@@ -914,8 +912,7 @@ def publish(cfg: Config, model: UNet3DCond, ema: dict[str, Tensor], data: Data, 
         results = evaluate(model, data, cfg) | summary(folder, cfg.steps)
         captions, text = data.held_out.some_captions(6)
         pictures = sample_pixels(model, text, cfg, cfg.seed)
-        write_grid(pictures, captions, target / "samples.png")
-        write_video(np.concatenate(list(pictures), axis=2), target / "samples")
+        write_samples(pictures, captions, target / "samples")
         write_loss_curve(folder, CURVES, "mean squared error")
         shutil.copyfile(folder / "loss.png", target / "loss.png")
         write_json(folder / "results.json", results)
@@ -983,7 +980,8 @@ import sys
 
 {snippet}
 sys.path.insert(0, folder)  # t2v_ddpm.py and common.py; they need torch, einops, tyro, safetensors, transformers, tqdm
-from t2v_ddpm import generate, write_video
+from common import write_video
+from t2v_ddpm import generate
 
 frames = generate({json.dumps(caption)}, folder)  # uint8 (F, H, W, 3)
 write_video(frames, "sample")  # sample.mp4 and sample.gif
@@ -1021,8 +1019,7 @@ def sample_prompt(cfg: Config) -> None:
         refuse(f"--model {model}: {error}; give a folder with model.safetensors, or a Hub id")
     path = cfg.output_dir / "samples" / re.sub(r"\W+", "_", cfg.prompt.lower()).strip("_")[:60]
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_video(clip, path)
-    write_grid(clip[None], [cfg.prompt], path.with_suffix(".png"))
+    write_samples(clip[None], [cfg.prompt], path)
     log.info(f"{path}.mp4, .gif, .png")
 
 

@@ -65,7 +65,6 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from common import (
     CONTAINERS,
     GB,
-    MAX_PIXELS,
     BadSample,
     all_captions,
     append_json,
@@ -80,13 +79,14 @@ from common import (
     count_skipped,
     device_name,
     disk_free,
-    download,
     draw_clip,
     ds_config,
+    encode_clip,
     epoch_order,
     fetch_model,
     finish,
     first_of,
+    fitted,
     from_all_ranks,
     gathered,
     hub_check,
@@ -96,10 +96,13 @@ from common import (
     learning_rate,
     leave_out,
     load_engine,
+    local_file,
     log,
+    made_once,
     memory_rows,
     numbered,
     on_rank0,
+    opened,
     over_ranks,
     peak_memory_gb,
     pick_dtype,
@@ -121,11 +124,12 @@ from common import (
     summary,
     take_run_folder,
     tracker,
+    upright,
+    word_direction,
     world_size,
-    write_grid,
     write_json,
     write_loss_curve,
-    write_video,
+    write_samples,
     write_whole,
 )
 
@@ -297,32 +301,23 @@ def attributes_in(caption: str) -> dict[str, str]:
 def make_data(cfg: Config) -> Path:
     """Rank 0: a manifest of captioned clips of two sizes and two lengths, lossless, made once; a shorter demo needs fewer."""
     count = NUM_GENERATED if cfg.steps >= 100 else 192
-    folder = cfg.cache_dir / f"{Path(__file__).stem}_demo_{cfg.seed}_{count}_2"  # 2: version of what is made
-    if not folder.exists():
-        aside = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+
+    def make(folder: Path) -> None:
         rng, captions, lines = np.random.default_rng(cfg.seed), all_captions(SHAPES), ["path,text,num_frames,height,width,fps"]
         for number in range(count):
             size, frames = MADE[number % len(MADE)]
             a = captions[rng.integers(len(captions))]
-            write_lossless(draw_clip(a, frames, size, rng), aside / f"{number:05d}.mkv", cfg.fps)
+            write_lossless(draw_clip(a, frames, size, rng), folder / f"{number:05d}.mkv", cfg.fps)
             lines.append(f"{number:05d}.mkv,{caption_of(a)},{frames + 1},{size},{size},{cfg.fps}")
-        (aside / "clips.csv").write_text("\n".join(lines) + "\n")
-        aside.rename(folder)
-    return folder / "clips.csv"
+        (folder / "clips.csv").write_text("\n".join(lines) + "\n")
+
+    name = f"{Path(__file__).stem}_demo_{cfg.seed}_{count}_2"  # 2: version of what is made
+    return made_once(cfg.cache_dir / name, make) / "clips.csv"
 
 
 def write_lossless(clip: np.ndarray, path: Path, fps: int) -> None:
     """uint8 (F, H, W, 3) -> FFV1 with its last frame twice: a bucket takes clips that are longer than it"""
-    import av
-
-    with av.open(str(path), "w") as file:
-        stream = file.add_stream("ffv1", rate=fps)
-        stream.height, stream.width, stream.pix_fmt = clip.shape[1], clip.shape[2], "bgr0"
-        for picture in [*clip, clip[-1]]:
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        file.mux(stream.encode())
+    encode_clip(np.concatenate([clip, clip[-1:]]), path, fps, "ffv1", "bgr0", {}, {})
 
 
 # ---------------------------------------------------------------------------
@@ -407,11 +402,6 @@ def size_of(resolution: str, ratio: str) -> tuple[int, int]:
     return SIZES[resolution][ratio] if resolution in SIZES else (math.isqrt(area), math.isqrt(area))
 
 
-def published_tokens(frames: int, height: int, width: int) -> int:
-    """Of a clip in Open-Sora 1.2: 5 latent frames to 17, 8 x 8 pixels to a latent, 2 x 2 latents to a token."""
-    return (frames // 17 * 5 + math.ceil(frames % 17 / 4)) * math.ceil(height // 8 / 2) * math.ceil(width // 8 / 2)
-
-
 def scaled(buckets: dict, tokens_per_gpu: int, codec: Any) -> dict:
     """`buckets` with upstream's batches in proportion to --tokens_per_gpu, and in inverse proportion to the tokens that a clip
     has with this codec. With upstream's codec and 110,000 tokens they are upstream's. A bucket whose single clip has over 4/3 of
@@ -434,6 +424,11 @@ def tokens_of(codec: Any) -> Callable[[int, int, int], int]:
         return codec.latent_frames(frames) * math.ceil(height // codec.space / 2) * math.ceil(width // codec.space / 2)
 
     return count
+
+
+def published_tokens(frames: int, height: int, width: int) -> int:
+    """Of a clip in Open-Sora 1.2"""
+    return tokens_of(OpenSoraVAE)(frames, height, width)
 
 
 def read_buckets(path: Path) -> dict:
@@ -462,6 +457,7 @@ COLUMNS = {
     "camera motion": ["cmotion", "camera motion", "camera_motion"],
 }
 IMAGES = "jpeg_pipe,png_pipe,webp_pipe,bmp_pipe"  # not image2: it would read a % in a name as a pattern
+FORMATS = f"{CONTAINERS},{IMAGES}"
 SCORES = ("aesthetic score", "motion score", "camera motion")
 KEEP, SHUFFLE, CAPTION, FRAMES, MASKS = range(1, 6)  # what random numbers are for
 
@@ -534,36 +530,15 @@ def read_manifest(manifest: Path, videos: Path | None = None) -> tuple[list[Row]
     return rows, bad
 
 
-def local_file(path: str, cache: Path) -> Path:
-    """The file of a path or URL, the latter downloaded once. Raises BadSample."""
-    try:
-        local = download(path, cache / "downloads") if is_url(path) else Path(path)
-        local.stat()
-    except (OSError, ValueError) as error:
-        raise BadSample(getattr(error, "strerror", None) or str(error)) from error
-    return local
-
-
 def probe(path: Path) -> tuple[int, int, int, float]:
     """-> (num_frames, height, width, fps) of a video or image. Decodes one frame: the header alone does not say whether the
     picture lies on its side, nor whether it can be decoded at all. Raises BadSample."""
-    import av
-
-    options = {"format_whitelist": f"{CONTAINERS},{IMAGES}", "protocol_whitelist": "file"}
-    try:
-        with av.open(str(path.absolute()), options=options, metadata_errors="ignore") as container:
-            stream = next(iter(container.streams.video), None)
-            if stream is None or stream.codec_context is None:
-                raise BadSample("no decoder for the video stream" if stream else "no video stream")
-            if stream.width * stream.height > MAX_PIXELS:
-                raise BadSample(f"picture of {stream.width}x{stream.height}, more than {MAX_PIXELS} pixels")
-            image, fps = container.format.name in IMAGES.split(","), float(stream.average_rate or 0)
-            count = 1 if image else stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
-            if not stream.frames and not image:
-                container.seek(0)  # the packets were counted to the end
-            frame = next(container.decode(stream), None)
-    except (av.error.FFmpegError, OSError) as error:
-        raise BadSample(f"not a video or image: {error.strerror or error}") from error
+    with opened(path, FORMATS) as (container, stream):
+        image, fps = container.format.name in IMAGES.split(","), float(stream.average_rate or 0)
+        count = 1 if image else stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
+        if not stream.frames and not image:
+            container.seek(0)  # the packets were counted to the end
+        frame = next(container.decode(stream), None)
     if frame is None:
         raise BadSample("no frame decodes")
     if count > 1 and not fps:
@@ -582,7 +557,6 @@ def digest_of(rows: list[Row]) -> str:
 def measure(rows: list[Row], cache: Path, workers: int) -> tuple[list[Row], Table, list[dict]]:
     """-> (good rows, their Table, bad samples): what the manifest does not say is read from the files, in threads, and noted in
     cache/looked_at, for a million of them take minutes."""
-    noted = cache / "looked_at" / f"{digest_of(rows)}.npy"
 
     def look(row: Row) -> tuple[int, int, int, float] | dict:
         try:
@@ -592,9 +566,12 @@ def measure(rows: list[Row], cache: Path, workers: int) -> tuple[list[Row], Tabl
         return tuple(said or saw for said, saw in zip((row.num_frames, row.height, row.width, row.fps), seen, strict=True))
 
     known = [(row.num_frames, row.height, row.width, row.fps) for row in rows]
-    for i, *numbers in np.load(noted).tolist() if noted.exists() else []:
-        known[int(i)] = tuple(numbers)
     lacking = [i for i, numbers in enumerate(known) if not all(numbers)]
+    noted = cache / "looked_at" / f"{digest_of(rows)}.npy" if lacking else None
+    if noted and noted.exists():
+        for i, *numbers in np.load(noted).tolist():
+            known[int(i)] = tuple(numbers)
+        lacking = [i for i in lacking if not all(known[i])]
     with ThreadPoolExecutor(workers) as pool:  # the decoders release the GIL
         looked = pool.map(look, (rows[i] for i in lacking))
         shown = tqdm(looked, "look at", len(lacking), unit="clip", disable=None if lacking else True)
@@ -815,6 +792,28 @@ def weights_key(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def config_and_weights(source: str, check: bool, flag: str, hint: str) -> tuple[Path, dict, dict[str, Tensor]]:
+    """-> (folder, config.json, model.safetensors or, for `check`, {}) of a folder or Hub id. Exit 2 when they cannot be read."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = fetch_model(source, "config.json", *([] if check else ["model.safetensors"]), flag=flag)
+    try:
+        return folder, read_json(folder / "config.json"), {} if check else load_file(folder / "model.safetensors")
+    except (OSError, SafetensorError) as error:
+        refuse(f"{flag} {source}: {brief(error)}; {hint}")
+
+
+def fill(model: nn.Module, weights: dict[str, Tensor], where: str) -> None:
+    """A model on the meta device gets these weights. Exit 2 unless each is there, in its shape, and nothing else."""
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    if wrong := sorted(set(wanted.items()) ^ {(name, tuple(value.shape)) for name, value in weights.items()}):
+        names = sorted({name for name, _ in wrong})
+        what = "is missing" if names[0] not in weights else "has no place" if names[0] not in wanted else "has another shape"
+        refuse(f"{where}: {len(names)} weights are missing or do not fit; {names[0]} {what}")
+    model.load_state_dict(weights, assign=True)
+
+
 def signed(clips: Tensor) -> Tensor:
     """uint8 (..., H, W, 3) in 0..255 -> float32 (..., 3, H, W) in [-1, 1]"""
     return clips.movedim(-1, -3).float() / 127.5 - 1
@@ -994,26 +993,15 @@ class OpenSoraVAE(nn.Module):
     def load(cls, source: str, check: bool = False) -> OpenSoraVAE:
         """From a Hub id or a folder with config.json and model.safetensors; in fp32, frozen, on the CPU. Exit 2 unless each of
         the weights is there, in its shape, and nothing else. `check`: its sizes alone, on the meta device."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        folder = fetch_model(source, "config.json", *([] if check else ["model.safetensors"]), flag="--vae_model")
-        try:
-            config, weights = read_json(folder / "config.json"), {} if check else load_file(folder / "model.safetensors")
-        except (OSError, SafetensorError) as error:
-            refuse(f"{source}: {brief(error)}; hpcai-tech/OpenSora-VAE-v1.2 is the published VAE")
+        hint = f"{VAES['opensora']} is the published VAE"
+        folder, config, weights = config_and_weights(source, check, "--vae_model", hint)
         if (config.get("micro_frame_size") or PIECE) != PIECE:
             refuse(f"{source}: micro_frame_size is {config['micro_frame_size']}; this script knows pieces of {PIECE} frames")
         with torch.device("meta"):  # weights are not drawn that the file replaces
             codec = cls(**config.get("sizes", {}))
         if check:
             return codec
-        wanted = {name: tuple(value.shape) for name, value in codec.state_dict().items()}
-        if wrong := sorted(set(wanted.items()) ^ {(name, tuple(value.shape)) for name, value in weights.items()}):
-            names = sorted({name for name, _ in wrong})
-            what = "is missing" if names[0] not in weights else "has no place" if names[0] not in wanted else "has another shape"
-            refuse(f"{source}: {len(names)} weights of its VAE are missing or do not fit; {names[0]} {what}")
-        codec.load_state_dict(weights, assign=True)
+        fill(codec, weights, f"--vae_model {source}")
         codec.key = weights_key(folder)
         return codec.float().eval().requires_grad_(False)
 
@@ -1022,9 +1010,8 @@ class OpenSoraVAE(nn.Module):
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
-        aside = folder / ".model.safetensors.partial"
-        save_file({name: value.cpu().contiguous() for name, value in self.state_dict().items()}, aside, {"format": "pt"})
-        os.replace(aside, folder / "model.safetensors")
+        weights = {name: value.cpu().contiguous() for name, value in self.state_dict().items()}
+        write_whole(folder / "model.safetensors", lambda aside: save_file(weights, aside, {"format": "pt"}))
         config = {"model_type": "VideoAutoencoderPipeline", "micro_frame_size": PIECE, "sizes": self.sizes}
         write_json(folder / "config.json", config | {key: getattr(self, key).flatten().tolist() for key in ("shift", "scale")})
 
@@ -1350,12 +1337,8 @@ class Words:
     def encode(self, captions: list[str]) -> list[np.ndarray]:
         """-> float16 (L, 64) of each caption, L words, at most 16"""
 
-        @functools.cache
-        def direction(word: str) -> np.ndarray:
-            seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "big")
-            return np.random.default_rng(seed).standard_normal(self.width).astype(np.float16)
-
-        return [np.stack([direction(word) for word in caption.lower().split()[: self.length]]) for caption in captions]
+        words = [caption.lower().split()[: self.length] for caption in captions]
+        return [np.stack([word_direction(word, self.width) for word in some]).astype(np.float16) for some in words]
 
 
 class T5:
@@ -1423,34 +1406,21 @@ def open_codec(cfg: Config, device: torch.device) -> OpenSoraVAE | WanVAE | Pixe
 # ---------------------------------------------------------------------------
 
 
-def fitted(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """uint8 (H, W, 3) -> (h, w, 3): scaled to cover, the centre cropped"""
-    import cv2
-
-    (height, width), (h, w) = frame.shape[:2], size
-    scale = max(h / height, w / width)
-    big = (max(w, round(width * scale)), max(h, round(height * scale)))
-    frame = cv2.resize(frame, big, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC) if scale != 1 else frame
-    top, left = (big[1] - h) // 2, (big[0] - w) // 2
-    return frame[top : top + h, left : left + w]
-
-
 def read_run(path: Path, frames: range, size: tuple[int, int]) -> np.ndarray:
     """These frames of a video, or an image -> uint8 (F, h, w, 3). One container, closed, nothing decoded after the last frame:
     two of them a clip, and decoding to the end, is where others freeze. Raises BadSample."""
     import av
 
-    options, taken = {"format_whitelist": f"{CONTAINERS},{IMAGES}", "protocol_whitelist": "file"}, []
-    try:
-        with av.open(str(path.absolute()), options=options, metadata_errors="ignore") as container:
-            for number, frame in enumerate(container.decode(video=0)):
+    taken: list[np.ndarray] = []
+    with opened(path, FORMATS) as (container, stream):
+        try:
+            for number, frame in enumerate(container.decode(stream)):
                 if number >= frames.start:
-                    picture = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
-                    taken.append(fitted(picture, size))
+                    taken.append(fitted(upright(frame), size))
                 if len(taken) == len(frames):
                     return np.stack(taken)
-    except (av.error.FFmpegError, OSError, IndexError) as error:
-        raise BadSample(f"cannot be decoded: {error}") from error
+        except av.error.FFmpegError as error:
+            raise BadSample(f"cannot be decoded: {error}") from error
     raise BadSample(f"ends after {frames.start + len(taken)} frames, {frames.stop} needed")
 
 
@@ -1498,7 +1468,8 @@ class Source:
         """Where the cache has latents and caption of a row; another clip, crop, choice of frames or encoder has another name."""
         path = local_file(self.rows[row].path, self.cfg.cache_dir)
         stat, frames, names = path.stat(), self.frames(row, bucket, 0), []
-        clip = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{bucket.size}|{frames}|{self.codec.name}|{self.codec.key}|1"
+        file = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+        clip = f"{file}|{bucket.size}|{frames}|{self.codec.name}|{self.codec.key}|2"  # 2: version of the reader
         for kind, what in (("latents", clip), ("text", f"{self.caption(row, 0)}|{self.text.name}|1")):
             digest = hashlib.sha256(what.encode()).hexdigest()[:32]
             names.append(self.cfg.cache / kind / digest[:2] / f"{digest}.npy")
@@ -1954,7 +1925,8 @@ def print_plan(
         row["gpu_gb"] += 4 * trained / world / GB  # the averaged weights
         row["gpu_gb"] += 0 if cfg.cache else weights_gb(codec) + weights_gb(text.encoder)
     memory, row = choose_layout(rows, cfg.deepspeed, "lower --tokens_per_gpu, give --cache, or take more GPUs")
-    encoded = sum(encoded_bytes(bucket, data.rows[row].text, codec, text) for bucket, row in first.wanted()) / GB
+    wanted = first.wanted() if cfg.cache else []
+    encoded = sum(encoded_bytes(bucket, data.rows[row].text, codec, text) for bucket, row in wanted) / GB
     free, need = disk_free(cfg.output_dir) / GB, (16 * (cfg.keep + 1) * trained + 4 * parameters) / GB
     clips = int(np.diff(first.starts)[first.order.ravel()].sum())
     waits = [f"{100 * (value - 1):.1f} %" for value in (first.imbalance, first.imbalance_shuffled)]
@@ -2001,9 +1973,6 @@ def weights_gb(module: nn.Module | None) -> float:
 def open_model(source: str, cfg: Config, codec: Any, text: Any) -> STDiT3:
     """The published model or one that a run wrote, every weight in its place, or from scratch. Exit 2 for one of another size.
     For --check its sizes alone, on the meta device."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     if source == "scratch":
         with torch.device("meta" if cfg.check else "cpu"):
             return STDiT3(
@@ -2012,11 +1981,8 @@ def open_model(source: str, cfg: Config, codec: Any, text: Any) -> STDiT3:
                 frame_places=cfg.frame_places,
             )  # fmt: skip
     check_weights(source)
-    folder = fetch_model(source, "config.json", *([] if cfg.check else ["model.safetensors"]))
-    try:
-        config, weights = read_json(folder / "config.json"), {} if cfg.check else load_file(folder / "model.safetensors")
-    except (OSError, SafetensorError) as error:
-        refuse(f"--model {source}: {brief(error)}; give {PUBLISHED}, a folder that a run wrote, or scratch")
+    hint = f"give {PUBLISHED}, a folder that a run wrote, or scratch"
+    _, config, weights = config_and_weights(source, cfg.check, "--model", hint)
     if config.get("qk_norm_legacy") or not config.get("qk_norm", True):
         refuse(f"--model {source}: turns queries before their norm, or has no such norm; this script knows Open-Sora 1.2's order")
     with torch.device("meta"):
@@ -2028,11 +1994,7 @@ def open_model(source: str, cfg: Config, codec: Any, text: Any) -> STDiT3:
         )
     if cfg.check:
         return model
-    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    if wrong := sorted(set(wanted.items()) ^ {(name, tuple(value.shape)) for name, value in weights.items()}):
-        names = sorted({name for name, _ in wrong})
-        refuse(f"--model {source}: {len(names)} weights are missing or do not fit, {names[0]} among them: is it an STDiT3?")
-    model.load_state_dict(weights, assign=True)
+    fill(model, weights, f"--model {source}")
     return model.float()
 
 
@@ -2094,7 +2056,7 @@ def train(cfg: Config) -> None:
         train_steps(cfg, engine, ema, batches, held, held_out, plain.config, facts, step)
     except torch.OutOfMemoryError as error:
         raise SystemExit(f"error: out of memory with --tokens_per_gpu {cfg.tokens_per_gpu}: lower it\n{error}") from error
-    final = {"weights": whole_weights(engine), "average": averaged_weights(engine, ema)}
+    final = {"average": averaged_weights(engine, ema)} | ({"weights": whole_weights(engine)} if cfg.average else {})
     move_encoders(source, device)
     publish(cfg, plain.config, final, data, held, held_out, repo, device)
 
@@ -2333,8 +2295,7 @@ def measure_model(cfg: Config, model: nn.Module, losses: dict[str, dict], held: 
     bucket = max(held_out.buckets, key=lambda b: (b.frames, math.prod(b.size)))
     captions = list(dict.fromkeys(row.text for row in held.rows))[:6]
     pictures = sample_pixels(model, captions, bucket, held, cfg, 0)
-    write_grid(pictures[:, :: max(1, bucket.frames // 8)], captions, target / "samples.png")
-    write_video(np.concatenate(list(pictures), axis=2), target / "samples", cfg.fps)
+    write_samples(pictures, captions, target / "samples", cfg.fps, max(1, bucket.frames // 8))
     write_loss_curve(folder, CURVES, "mean squared error")
     shutil.copyfile(folder / "loss.png", target / "loss.png")
     write_json(folder / "results.json", results)
@@ -2399,7 +2360,8 @@ import sys
 
 {snippet}
 sys.path.insert(0, folder)  # t2v_rflow.py and common.py, whose first lines say what they need
-from t2v_rflow import generate, write_video
+from common import write_video
+from t2v_rflow import generate
 
 frames = generate({json.dumps(data.held_rows[0].text)}, folder)  # uint8 (F, H, W, 3)
 write_video(frames, "sample")  # sample.mp4 and sample.gif
@@ -2477,8 +2439,7 @@ def sample_prompt(cfg: Config) -> None:
         refuse(f"{cfg.image or cfg.extend} {error}")
     path = cfg.output_dir / "samples" / re.sub(r"\W+", "_", cfg.prompt.lower()).strip("_")[:60]
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_video(clip, path, fps)
-    write_grid(clip[None, :: max(1, len(clip) // 8)], [cfg.prompt], path.with_suffix(".png"))
+    write_samples(clip[None], [cfg.prompt], path, fps, max(1, len(clip) // 8))
     log.info(f"{path}.mp4, .gif, .png")
 
 
@@ -2493,10 +2454,8 @@ def watch(cfg: Config) -> None:
         captions = [cfg.prompt] if cfg.prompt else read_json(cfg.watch / "samples" / "captions.json")["captions"]
     except OSError as error:
         refuse(f"--watch {cfg.watch}: {error.strerror}; give the --output_dir of a run that has begun")
-    names = (
-        "vae vae_model text text_model depth width heads frame_places lora_r lora_alpha base_size shift resolution ratio".split()
-    )
-    names += "frames fps sample_steps guidance seed".split()
+    names = "vae vae_model text text_model depth width heads frame_places lora_r lora_alpha base_size shift resolution ratio "
+    names = f"{names} frames fps sample_steps guidance seed".split()
     run_cfg = dataclasses.replace(cfg, prompt="", **{name: was[name] for name in names})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     codec, text = open_codec(run_cfg, device), open_text(run_cfg, device)
@@ -2515,12 +2474,10 @@ def watch(cfg: Config) -> None:
             except (OSError, SafetensorError) as error:
                 log.info(f"{path} went away or is not whole yet ({brief(error)})")
                 continue
-            clips = sample_pixels(
-                plain_model(plain.config, weights, device, pick_dtype(cfg.dtype)), captions, bucket, source, run_cfg, 0
-            )
+            model = plain_model(plain.config, weights, device, pick_dtype(cfg.dtype))
+            clips = sample_pixels(model, captions, bucket, source, run_cfg, 0)
             target = cfg.watch / "samples" / path.name
-            write_video(np.concatenate(list(clips), axis=2), target, run_cfg.fps)
-            write_grid(clips[:, :: max(1, bucket.frames // 8)], captions, target.with_suffix(".png"))
+            write_samples(clips, captions, target, run_cfg.fps, max(1, bucket.frames // 8))
             log.info(f"{target}.mp4, .gif, .png")
             track({"samples": target.with_suffix(".mp4"), "samples_of_step": int(path.name[5:])}, None)
             seen.add(path.name)
