@@ -24,7 +24,6 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 import warnings
 from pathlib import Path
 
@@ -36,6 +35,7 @@ import numpy as np
 import torch
 import transformers
 import trl
+from clock import CUDA, DEVICE, now
 from datasets import Dataset
 from PIL import Image
 from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration, PrinterCallback, Qwen2Config, TrainerCallback
@@ -46,8 +46,6 @@ from common import device_name
 from llava_vtt import Base, Batches, Collator, Config, Sample, VideoTrainer, choose_trained, load_weights, open_base
 
 QUESTIONS = 4  # a clip
-CUDA = torch.cuda.is_available()
-now = time.perf_counter if CUDA else time.process_time
 
 
 def build(folder: Path, args: argparse.Namespace) -> None:
@@ -197,7 +195,7 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
     versions = ", ".join(f"{module.__name__} {module.__version__}" for module in (torch, transformers, trl))
     print(f"{args.frames} frames of {args.image}x{args.image}, {base.tokens_per_frame} tokens each, "
           f"{QUESTIONS * args.clips} questions per update; {every:.1f} M parameters, {trained:.1f} M trained; "
-          f"{device_name(torch.device('cuda' if CUDA else 'cpu'))}, {versions}\n")  # fmt: skip
+          f"{device_name(DEVICE)}, {versions}\n")  # fmt: skip
     print(f"| | tokens per sequence | supervised | data, ms per question | questions per {'s' if CUDA else 'CPU s'} | ratio |")
     print("|---|---|---|---|---|---|")
     for (name, seconds), (data, tokens, supervised) in zip(medians.items(), looks):

@@ -26,7 +26,6 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,16 +36,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from clock import CUDA, DEVICE, seconds
 from torch import Tensor, nn
 from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashMoE
 
 import longcat_vss
 from common import device_name, ds_config, init_distributed, quiet_libraries
 from longcat_vss import CODEBOOKS, Base, Config, Omni, with_adapter
-
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
-now = time.perf_counter if CUDA else time.process_time
 
 
 def sized(base: Base, args: argparse.Namespace, experts: int) -> Base:
@@ -106,16 +102,6 @@ def full_logits(net: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     wanted = [batch["text_labels"][0, 1:], *labels.unbind(-1)]
     losses = [F.cross_entropy(one.float(), label, ignore_index=-100) for one, label in zip(logits, wanted)]
     return longcat_vss.weighted(torch.stack(losses), Config(report_to="none"))
-
-
-def seconds(call: Callable[[], None]) -> float:
-    if CUDA:
-        torch.cuda.synchronize()
-    start = now()
-    call()
-    if CUDA:
-        torch.cuda.synchronize()
-    return now() - start
 
 
 def interleaved(steps: dict[str, Callable[[], None]], rounds: int, times: int = 4) -> dict[str, float]:

@@ -29,7 +29,6 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -39,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 import transformers
+from clock import CUDA, DEVICE, now
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq, M2M100Config, M2M100ForConditionalGeneration, default_data_collator
@@ -48,9 +48,6 @@ from common import GB, device_name, memory_plan, peak_memory_gb
 from nllb_vtt import Base, Batches, Config, Example, answer_loss, collate_rows, curriculum, encode, load_weights, open_base
 
 MAX_SOURCE, MAX_TARGET = 1024, 128  # run_translation.py's defaults
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
-now = time.perf_counter if CUDA else time.process_time
 
 
 def build(folder: Path, args: argparse.Namespace) -> None:

@@ -13,8 +13,8 @@ step    One training step (forward, backward, AdamW) in tokens/s and model FLOP/
         as train() has them, with its peak memory beside the forecast of print_plan.
 cache   A step from files (decoded, T5, VAE) against one from the cache, through Source.batch. The ratio is only that of the sizes
         chosen: on a CPU the model gets the depth at which the encoders have the share of a step's FLOPs that they have at full
-        size (240p, 51 frames or an image, 300 tokens, counted on the meta device). Decoding is of small lossless clips, and not hidden
-        behind the step as train() does it with a thread. Their speeds differ, so the share of time does too.
+        size (240p, 51 frames or an image, 300 tokens, counted on the meta device). Decoding is of small lossless clips, and not
+        hidden behind the step as train() does it with a thread. Their speeds differ, so the share of time does too.
 memory  activation_bytes against the allocator: what is there after the forward pass that was not there before, and the most
         during forward and backward, beyond weights and gradients. On a CPU from torch.profiler's record of each allocation.
 plan    A manifest of a million rows, sizes and lengths as OpenVid-1M might have them: reading its CSV, planning for 8 and 192.
@@ -39,7 +39,6 @@ import pickle
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,6 +50,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from clock import CUDA, DEVICE, seconds
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -58,21 +58,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import t2v_rflow as rflow
 from common import GB, device_name, ds_config, init_distributed, memory_rows, peak_memory_gb, quiet_libraries
 
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
 DTYPE = "bf16" if CUDA else "fp32"
 PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}  # FLOP/s, bf16, dense
-now = time.perf_counter if CUDA else time.process_time
-
-
-def seconds(call: Callable[[], object]) -> float:
-    if CUDA:
-        torch.cuda.synchronize()
-    start = now()
-    call()
-    if CUDA:
-        torch.cuda.synchronize()
-    return now() - start
 
 
 def interleaved(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:

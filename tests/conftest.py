@@ -119,6 +119,37 @@ def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def weights(folder: Path, name: str = "model.safetensors") -> dict:
+    """Of the finished model in a run folder"""
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model" / name)
+
+
+def unbroken_runs(tmp_path_factory, script, flags_of):
+    """get(ranks) -> run folder of a run that nothing interrupted, made once; flags_of(ranks, run folder). Beside it: `output`."""
+    done = {}
+
+    def get(ranks: int) -> Path:
+        if ranks not in done:
+            folder = tmp_path_factory.mktemp(f"unbroken{ranks}")
+            (folder / "output").write_text(run(script, *flags_of(ranks, folder / "run"), cwd=folder, ranks=ranks))
+            done[ranks] = folder / "run"
+        return done[ranks]
+
+    return get
+
+
+def kill_at_step_3(script, *flags, folder: Path, cwd: Path, ranks=1) -> None:
+    """Start a run into `folder`, and kill -9 all of its processes when step 3 is logged."""
+    process = start(command(script, *flags, ranks=ranks), cwd)
+    wait_for(lambda: '"step": 3' in read(folder / "metrics.jsonl") or process.poll() is not None, what="step 3")
+    assert process.poll() is None, f"ended before step 3:\n{process.stdout.read()}"
+    for pid in [*children(process.pid), process.pid]:  # torchrun gives each rank a session of its own
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
 def losses(folder: Path) -> list[tuple]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [(row["step"], row["loss"], row["grad_norm"]) for row in rows if "loss" in row]

@@ -12,10 +12,10 @@ from conftest import ROOT
 SCRIPTS = sorted(path for path in ROOT.glob("*_*.py") if path.read_text().startswith("# /// script"))
 # What each script has of its own under a name that all of them use.
 OWN = set(
-    "Config Data Base Batches Clip Collator Row Sizes build_tiny open_base open_codec load_data make_data read_manifest core layouts "
-    "machine_table report curriculum get_batch load_weights lora_config with_adapter activation_bytes generate_answers scores "
-    "answer_loss measure plan train train_steps save evaluate evaluate_at held_out_loss export publish show push_data write_card "
-    "generate sample sample_pixels sample_prompt predict main".split()
+    "Config Data Base Batches Clip Collator Row Sizes build_tiny open_base open_codec load_data make_data read_manifest core "
+    "layouts machine_table report curriculum get_batch load_weights lora_config with_adapter activation_bytes generate_answers "
+    "scores answer_loss measure plan train train_steps save evaluate evaluate_at held_out_loss export publish show push_data "
+    "write_card generate sample sample_pixels sample_prompt predict main".split()
 )
 PACKAGES = {
     "cv2": "opencv-python-headless",

@@ -23,12 +23,15 @@ from conftest import (
     environment,
     finish,
     hub_variables,
+    kill_at_step_3,
     losses,
     read,
     run,
     same,
     start,
+    unbroken_runs,
     wait_for,
+    weights,
 )
 from hub import READ, Static
 from safetensors.torch import load_file
@@ -69,22 +72,12 @@ def base(small):
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory, small, videos):
-    """{ranks: run folder} of runs that nothing interrupted."""
-    done = {}
-
-    def get(ranks: int) -> Path:
-        if ranks not in done:
-            folder = tmp_path_factory.mktemp(f"unbroken{ranks}")
-            flags = ["--model", small, "--manifest", videos["manifest"], *SMALL, "--output_dir", folder / "run"]
-            (folder / "output").write_text(run(SCRIPT, *flags, cwd=folder, ranks=ranks))
-            done[ranks] = folder / "run"
-        return done[ranks]
-
-    return get
+    flags = ["--model", small, "--manifest", videos["manifest"], *SMALL, "--output_dir"]
+    return unbroken_runs(tmp_path_factory, SCRIPT, lambda ranks, folder: [*flags, folder])
 
 
 def adapter(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model" / "adapter_model.safetensors")
+    return weights(folder, "adapter_model.safetensors")
 
 
 def picture(seed: int, frames: int = 3, size: int = 32) -> np.ndarray:
@@ -452,11 +445,7 @@ def test_two_ranks_with_zero3_offload_and_accumulation_give_the_losses_of_one_ba
 
 def test_killed_while_training_goes_on_to_the_same_weights(tmp_path, unbroken, small, videos, ranks=1):
     flags = ["--model", small, "--manifest", videos["manifest"], *SMALL, "--output_dir", tmp_path / "run"]
-    process = start(command(SCRIPT, *flags, ranks=ranks), tmp_path)
-    wait_for(lambda: '"step": 3' in read(tmp_path / "run" / "metrics.jsonl"), what="step 3")
-    for pid in [*children(process.pid), process.pid]:  # torchrun gives each rank a session of its own
-        os.kill(pid, signal.SIGKILL)
-    process.wait()
+    kill_at_step_3(SCRIPT, *flags, folder=tmp_path / "run", cwd=tmp_path, ranks=ranks)
     assert "resumed" in run(SCRIPT, *flags, cwd=tmp_path, ranks=ranks)
     assert same(adapter(tmp_path / "run"), adapter(unbroken(ranks)))
     assert losses(tmp_path / "run") == losses(unbroken(ranks))

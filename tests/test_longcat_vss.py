@@ -1,7 +1,6 @@
 """longcat_vss.py as its user runs it: folders of video and speech, LoRA on a tiny model in the real files, kill, resume, Hub."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -11,8 +10,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, children, command, environment, finish, hub_variables, losses, read, run, same, start, wait_for
-from safetensors.torch import load_file
+from conftest import (
+    ROOT,
+    command,
+    environment,
+    finish,
+    hub_variables,
+    kill_at_step_3,
+    losses,
+    read,
+    run,
+    same,
+    start,
+    unbroken_runs,
+    wait_for,
+    weights,
+)
 
 import longcat_vss
 
@@ -45,17 +58,8 @@ def samples(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory, tiny, samples):
-    """{ranks: run folder} of runs that nothing interrupted; two ranks under ZeRO-3 with CPU offload."""
-    done = {}
-
-    def get(ranks: int) -> Path:
-        if ranks not in done:
-            folder = tmp_path_factory.mktemp(f"unbroken{ranks}")
-            run(SCRIPT, *flags(ranks, tiny, samples, folder / "run"), cwd=folder, ranks=ranks)
-            done[ranks] = folder / "run"
-        return done[ranks]
-
-    return get
+    """Two ranks under ZeRO-3 with CPU offload"""
+    return unbroken_runs(tmp_path_factory, SCRIPT, lambda ranks, folder: flags(ranks, tiny, samples, folder))
 
 
 def flags(ranks: int, model: Path, data: Path, output: Path) -> list:
@@ -64,7 +68,7 @@ def flags(ranks: int, model: Path, data: Path, output: Path) -> list:
 
 
 def adapter(folder: Path) -> dict:
-    return load_file(folder / "model" / "adapter_model.safetensors")
+    return weights(folder, "adapter_model.safetensors")
 
 
 # --- A run
@@ -193,11 +197,7 @@ def sound(path: Path) -> bool:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_while_training_goes_on_to_the_same_adapter(tmp_path, ranks, unbroken, tiny, samples):
     given = flags(ranks, tiny, samples, tmp_path / "run")
-    process = start(command(SCRIPT, *given, ranks=ranks), tmp_path)
-    wait_for(lambda: '"step": 3' in read(tmp_path / "run" / "metrics.jsonl"), what="step 3")
-    for pid in [*children(process.pid), process.pid]:  # torchrun gives each rank a session of its own
-        os.kill(pid, signal.SIGKILL)
-    process.wait()
+    kill_at_step_3(SCRIPT, *given, folder=tmp_path / "run", cwd=tmp_path, ranks=ranks)
     assert "resumed" in run(SCRIPT, *given, cwd=tmp_path, ranks=ranks)
     assert same(adapter(tmp_path / "run"), adapter(unbroken(ranks)))
     assert losses(tmp_path / "run") == losses(unbroken(ranks))

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +16,21 @@ import llava
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, children, command, environment, finish, hub_variables, losses, read, run, same, start, wait_for
-from safetensors.torch import load_file
+from conftest import (
+    ROOT,
+    command,
+    environment,
+    finish,
+    hub_variables,
+    kill_at_step_3,
+    losses,
+    read,
+    run,
+    same,
+    start,
+    unbroken_runs,
+    weights,
+)
 
 import common
 import nllb_vtt
@@ -54,22 +66,8 @@ def manifest(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory, tiny, manifest):
-    """{ranks: run folder} of runs that nothing interrupted."""
-    done = {}
-
-    def get(ranks: int) -> Path:
-        if ranks not in done:
-            folder = tmp_path_factory.mktemp(f"unbroken{ranks}")
-            flags = ["--model", tiny, "--manifest", manifest, *SMALL, "--output_dir", folder / "run"]
-            (folder / "output").write_text(run(SCRIPT, *flags, cwd=folder, ranks=ranks))
-            done[ranks] = folder / "run"
-        return done[ranks]
-
-    return get
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model" / "model.safetensors")
+    flags = ["--model", tiny, "--manifest", manifest, *SMALL, "--output_dir"]
+    return unbroken_runs(tmp_path_factory, SCRIPT, lambda ranks, folder: [*flags, folder])
 
 
 def example(source="question: a? | tags: red", target="a red ball", src="eng_Latn", tgt="eng_Latn") -> Example:
@@ -203,11 +201,7 @@ def test_run_folder_and_output(unbroken):
 
 def test_killed_while_training_goes_on_to_the_same_weights(tmp_path, unbroken, tiny, manifest, ranks=2):
     flags = ["--model", tiny, "--manifest", manifest, *SMALL, "--output_dir", tmp_path / "run"]
-    process = start(command(SCRIPT, *flags, ranks=ranks), tmp_path)
-    wait_for(lambda: '"step": 3' in read(tmp_path / "run" / "metrics.jsonl"), what="step 3")
-    for pid in [*children(process.pid), process.pid]:  # torchrun gives each rank a session of its own
-        os.kill(pid, signal.SIGKILL)
-    process.wait()
+    kill_at_step_3(SCRIPT, *flags, folder=tmp_path / "run", cwd=tmp_path, ranks=ranks)
     assert "resumed" in run(SCRIPT, *flags, cwd=tmp_path, ranks=ranks)
     assert same(weights(tmp_path / "run"), weights(unbroken(ranks))) and losses(tmp_path / "run") == losses(unbroken(ranks))
 

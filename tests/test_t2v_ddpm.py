@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,15 +21,17 @@ from conftest import (
     environment,
     finish,
     hub_variables,
+    kill_at_step_3,
     losses,
     read,
     run,
     same,
     start,
+    unbroken_runs,
     wait_for,
+    weights,
 )
 from hub import READ, WRITE, Hub, Static
-from safetensors.torch import load_file
 
 import common
 import t2v_ddpm
@@ -39,23 +40,10 @@ SCRIPT = "t2v_ddpm.py"
 ZERO2, ZERO3 = ROOT / "ds_zero2.json", ROOT / "ds_zero3_offload.json"
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model" / "model.safetensors")
-
-
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
-    """{ranks: run folder} of runs of 6 steps that nothing interrupted."""
-    done = {}
-
-    def get(ranks: int) -> Path:
-        if ranks not in done:
-            folder = tmp_path_factory.mktemp(f"unbroken{ranks}")
-            run(SCRIPT, *TINY, "--steps", 6, "--output_dir", folder / "run", cwd=folder, ranks=ranks)
-            done[ranks] = folder / "run"
-        return done[ranks]
-
-    return get
+    """Runs of 6 steps"""
+    return unbroken_runs(tmp_path_factory, SCRIPT, lambda ranks, folder: [*TINY, "--steps", 6, "--output_dir", folder])
 
 
 # --- A run
@@ -151,11 +139,7 @@ def test_a_lone_copy_works_elsewhere(tmp_path):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_while_training_goes_on_to_the_same_weights(tmp_path, ranks, unbroken):
     flags = [*TINY, "--steps", 6, "--output_dir", tmp_path / "run"]
-    process = start(command(SCRIPT, *flags, ranks=ranks), tmp_path)
-    wait_for(lambda: '"step": 3' in read(tmp_path / "run" / "metrics.jsonl"), what="step 3")
-    for pid in [*children(process.pid), process.pid]:  # torchrun gives each rank a session of its own
-        os.kill(pid, signal.SIGKILL)
-    process.wait()
+    kill_at_step_3(SCRIPT, *flags, folder=tmp_path / "run", cwd=tmp_path, ranks=ranks)
     output = run(SCRIPT, *flags, cwd=tmp_path, ranks=ranks)
     assert "resumed" in output
     assert same(weights(tmp_path / "run"), weights(unbroken(ranks)))

@@ -8,7 +8,6 @@ import dataclasses
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, children, command, environment, finish, hub_variables, losses, read, run, same, start, wait_for
+from conftest import (
+    ROOT,
+    command,
+    environment,
+    finish,
+    hub_variables,
+    kill_at_step_3,
+    losses,
+    run,
+    same,
+    start,
+    unbroken_runs,
+    weights,
+)
 from hub import WRITE
 from safetensors.torch import load_file
 
@@ -28,23 +40,10 @@ TINY = "--demo --depth 1 --width 32 --heads 2 --sample_steps 1 --log_every 1 --s
 CLIPS = ROOT.parent / "shared" / "clips"
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model" / "model.safetensors")
-
-
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
-    """{ranks: run folder} of runs of 6 steps that nothing interrupted."""
-    done = {}
-
-    def get(ranks: int) -> Path:
-        if ranks not in done:
-            folder = tmp_path_factory.mktemp(f"unbroken{ranks}")
-            run(SCRIPT, *TINY, "--steps", 6, "--output_dir", folder / "run", cwd=folder, ranks=ranks)
-            done[ranks] = folder / "run"
-        return done[ranks]
-
-    return get
+    """Runs of 6 steps"""
+    return unbroken_runs(tmp_path_factory, SCRIPT, lambda ranks, folder: [*TINY, "--steps", 6, "--output_dir", folder])
 
 
 # --- A run
@@ -126,11 +125,7 @@ def test_lora_on_a_model_of_a_run(tmp_path, unbroken):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_while_training_goes_on_to_the_same_weights(tmp_path, ranks, unbroken):
     flags = [*TINY, "--steps", 6, "--output_dir", tmp_path / "run"]
-    process = start(command(SCRIPT, *flags, ranks=ranks), tmp_path)
-    wait_for(lambda: '"step": 3' in read(tmp_path / "run" / "metrics.jsonl"), what="step 3")
-    for pid in [*children(process.pid), process.pid]:  # torchrun gives each rank a session of its own
-        os.kill(pid, signal.SIGKILL)
-    process.wait()
+    kill_at_step_3(SCRIPT, *flags, folder=tmp_path / "run", cwd=tmp_path, ranks=ranks)
     output = run(SCRIPT, *flags, cwd=tmp_path, ranks=ranks)
     assert "resumed" in output
     assert same(weights(tmp_path / "run"), weights(unbroken(ranks)))
