@@ -24,9 +24,9 @@ Times are CPU times on a CPU, the wall's on a GPU; medians of interleaved rounds
 Predicted before the first measurement (CPU): upstream's blocks 1.25 times as slow, without fused attention 1.6; a step with
 encoders 1.75 times one from the cache; forecast of activations 1.00 of what is kept and 0.85 of the most, with checkpointing
 1.05 of the most; read_manifest 12 s, plan 3 s, a step waiting at 192 ranks 2 %, in a plain shuffle 15 %.
-Measured (CPU): upstream's blocks 1.04 and 1.03 (two sizes), without fused attention 1.09 and 1.07: matrix products take most
-of the time there; 1.39 for clips, 1.55 for images; 1.00 and 0.98 to 1.00, with checkpointing 1.00 (1.45 to 1.65 before the
-formula counted one block of the pair at work); 17 s, 0.27 s, 2 % against 24 %. On a GPU: not yet measured.
+Measured (CPU): upstream's blocks 1.03 and 1.06 (two sizes), without fused attention 1.05 and 1.06: matrix products take most
+of the time there; 1.43 for clips, 1.57 for images; 1.00 and 0.98 to 1.00, with checkpointing 1.00 (1.45 to 1.65 before the
+formula counted one block of the pair at work); 20 s, 0.29 s, 2 % against 22 %. On a GPU: not yet measured.
 """
 
 import argparse
