@@ -71,7 +71,9 @@ def refuse(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def read_flags(config: type[T], doc: str, demo: dict, variables: dict[str, str], preset: dict | None = None) -> T:
+def read_flags(
+    config: type[T], doc: str, demo: dict, variables: dict[str, str], preset: dict | None = None
+) -> T:
     """The command line as a `config` dataclass: defaults < `preset` or --demo < environment variables < flags.
 
     `demo` holds the fields that --demo sets, `variables` maps an environment variable to the flag it stands for. Accepts the
@@ -80,7 +82,9 @@ def read_flags(config: type[T], doc: str, demo: dict, variables: dict[str, str],
     import tyro
 
     flags = [flag for flag in sys.argv[1:] if not re.match("--local[_-]rank=", flag)]
-    given = [part for name, flag in variables.items() if os.environ.get(name) for part in (flag, os.environ[name])]
+    given = [
+        part for name, flag in variables.items() if os.environ.get(name) for part in (flag, os.environ[name])
+    ]
     default = config(**demo) if "--demo" in flags else config(**preset or {})
     return tyro.cli(config, args=given + flags, default=default, description=doc, use_underscores=True)
 
@@ -92,7 +96,9 @@ def run(main: Callable[[], Any]) -> NoReturn:
     """
     quiet_libraries()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda n, _: sys.exit(128 + n))  # the training loop replaces this by a checkpoint
+        signal.signal(
+            number, lambda n, _: sys.exit(128 + n)
+        )  # the training loop replaces this by a checkpoint
     code = 1
     try:
         main()
@@ -108,7 +114,9 @@ def run(main: Callable[[], Any]) -> NoReturn:
     atexit._run_exitfuncs()  # W&B ends its run there
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # not sys.exit: about 1 finished run in 30 then aborts in torch's C++ destructors, and counts as failed
+    os._exit(
+        code
+    )  # not sys.exit: about 1 finished run in 30 then aborts in torch's C++ destructors, and counts as failed
 
 
 def quiet_libraries() -> None:
@@ -119,7 +127,16 @@ def quiet_libraries() -> None:
     log.setLevel(logging.INFO if rank() == 0 else logging.WARNING)
     libraries = "torch|transformers|deepspeed|huggingface_hub|matplotlib|accelerate|trl|peft|datasets"
     warnings.filterwarnings("ignore", module=rf"({libraries})\b")
-    for name in ("DeepSpeed", "transformers", "huggingface_hub", "httpx2", "httpx", "accelerate", "datasets", "absl"):
+    for name in (
+        "DeepSpeed",
+        "transformers",
+        "huggingface_hub",
+        "httpx2",
+        "httpx",
+        "accelerate",
+        "datasets",
+        "absl",
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
@@ -143,7 +160,9 @@ def init_distributed(timeout_minutes: float = 30):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))  # a free port, so that two debug runs can share the machine
             port = free.getsockname()[1]
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -154,7 +173,9 @@ def init_distributed(timeout_minutes: float = 30):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     else:
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo does; else the first run compiles C++
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
+            False  # gloo does; else the first run compiles C++
+        )
     deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), verbose=False)
     control_group()
     return device
@@ -324,7 +345,11 @@ def prepare_run_folder(cfg: Any, script: str, step: int, bad: list[dict], config
     write_lines(folder / "bad_samples.jsonl", bad)
     shutil.copyfile(script, folder / Path(script).name)
     metrics = folder / "metrics.jsonl"
-    rows = [json.loads(line) for line in metrics.read_text().splitlines() if line.endswith("}")] if metrics.exists() else []
+    rows = (
+        [json.loads(line) for line in metrics.read_text().splitlines() if line.endswith("}")]
+        if metrics.exists()
+        else []
+    )
     write_lines(metrics, [row for row in rows if row["step"] <= step])
     results = folder / "results.json"
     if results.exists() and json.loads(results.read_text())["steps"] != step:
@@ -348,12 +373,18 @@ def environment() -> dict:
 
     names = "torch deepspeed transformers huggingface_hub safetensors numpy opencv-python-headless av".split()
     git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=12"]
-    revision = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() if shutil.which("git") else ""
+    revision = (
+        subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+        if shutil.which("git")
+        else ""
+    )
     return {
         "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "python": platform.python_version(),
         "versions": {name: found for name in names if (found := version(name))},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})",
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU ({platform.machine()})",
         "world_size": world_size(),
         "git_revision": revision,
     }
@@ -382,9 +413,18 @@ def write_loss_curve(folder: Path, names: tuple[str, ...], ylabel: str) -> None:
 
 
 def summary(folder: Path, step: int) -> dict:
-    rows = [row for line in (folder / "metrics.jsonl").read_text().splitlines() if "loss" in (row := json.loads(line))]
+    rows = [
+        row
+        for line in (folder / "metrics.jsonl").read_text().splitlines()
+        if "loss" in (row := json.loads(line))
+    ]
     speeds, peak = [row["samples_per_s"] for row in rows], max(row["peak_memory_gb"] for row in rows)
-    return {"steps": step, "final_loss": rows[-1]["loss"], "samples_per_s": float(np.median(speeds)), "peak_memory_gb": peak}
+    return {
+        "steps": step,
+        "final_loss": rows[-1]["loss"],
+        "samples_per_s": float(np.median(speeds)),
+        "peak_memory_gb": peak,
+    }
 
 
 def finish(folder: Path) -> None:
@@ -403,18 +443,31 @@ def tracker(
         if not (known := folder / "wandb_id").exists():
             known.write_text(hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12])
         several = wandb.Settings(mode="shared", x_primary=primary, x_label="train" if primary else "watch")
-        settings_are = several if shared and not os.environ.get("WANDB_MODE") else None  # offline is not shared
-        wandb.init(project=name, name=folder.name, dir=folder, id=known.read_text(), resume="allow", settings=settings_are)
+        settings_are = (
+            several if shared and not os.environ.get("WANDB_MODE") else None
+        )  # offline is not shared
+        wandb.init(
+            project=name,
+            name=folder.name,
+            dir=folder,
+            id=known.read_text(),
+            resume="allow",
+            settings=settings_are,
+        )
 
         def write(values: dict, step: int | None) -> None:
-            wandb.log({k: wandb.Video(str(v)) if isinstance(v, Path) else v for k, v in values.items()}, step=step)
+            wandb.log(
+                {k: wandb.Video(str(v)) if isinstance(v, Path) else v for k, v in values.items()}, step=step
+            )
 
         return write
     if report_to == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(folder / "tensorboard")
-        return lambda values, step: [writer.add_scalar(k, v, step) for k, v in values.items() if isinstance(v, (int, float))]
+        return lambda values, step: [
+            writer.add_scalar(k, v, step) for k, v in values.items() if isinstance(v, (int, float))
+        ]
     return lambda values, step: None
 
 
@@ -445,7 +498,11 @@ def read_json(path: Path) -> dict:
         value = json.loads(path.read_bytes())
     except ValueError as error:
         refuse(f"{path} is not JSON: {error}")
-    return value if isinstance(value, dict) else refuse(f"{path}: a JSON object is wanted, this is a {type(value).__name__}")
+    return (
+        value
+        if isinstance(value, dict)
+        else refuse(f"{path}: a JSON object is wanted, this is a {type(value).__name__}")
+    )
 
 
 VIDEO_SUFFIXES = {".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif"}
@@ -457,7 +514,9 @@ def read_rows(source: Path) -> list[tuple[str, dict]]:
     if source.is_dir():
         videos = sorted(path for path in source.iterdir() if path.suffix.lower() in VIDEO_SUFFIXES)
         sides = [video.with_suffix(".json") for video in videos]
-        rows = [(str(s), (read_json(s) if s.exists() else {}) | {"video": v.name}) for v, s in zip(videos, sides)]
+        rows = [
+            (str(s), (read_json(s) if s.exists() else {}) | {"video": v.name}) for v, s in zip(videos, sides)
+        ]
     elif not source.is_file():
         refuse(f"{source} does not exist")
     elif source.suffix == ".csv":
@@ -496,7 +555,9 @@ def leave_out(source: Any, good: int, bad: list[dict], max_bad: float) -> None:
     if not good:
         refuse(f"{source}: none of {len(bad)} samples is usable:{first}")
     if len(bad) > max_bad * (good + len(bad)):
-        refuse(f"{source}: {len(bad)} of {good + len(bad)} samples are bad, more than --max_bad {max_bad}:{first}")
+        refuse(
+            f"{source}: {len(bad)} of {good + len(bad)} samples are bad, more than --max_bad {max_bad}:{first}"
+        )
     if bad:
         log.warning(f"warning: {len(bad)} of {good + len(bad)} samples are left out:{first}")
 
@@ -504,8 +565,16 @@ def leave_out(source: Any, good: int, bad: list[dict], max_bad: float) -> None:
 DEFAULT_QUESTION = "What happens in this video?"
 # What is trained on when nothing is given: (file, caption, split), as a first look at a rented box.
 SAMPLES = [
-    ("https://huggingface.co/datasets/diffusion-datasets/sample-videos/resolve/main/sample1.mp4", "a cat", "train"),
-    ("https://huggingface.co/datasets/diffusion-datasets/sample-videos/resolve/main/sample2.mp4", "a cat", "held_out"),
+    (
+        "https://huggingface.co/datasets/diffusion-datasets/sample-videos/resolve/main/sample1.mp4",
+        "a cat",
+        "train",
+    ),
+    (
+        "https://huggingface.co/datasets/diffusion-datasets/sample-videos/resolve/main/sample2.mp4",
+        "a cat",
+        "held_out",
+    ),
     ("https://assets.rapidata.ai/hailuo-02_scene-motion_0059.gif", "a breeze over grapes", "train"),
     ("https://assets.rapidata.ai/hailuo-02_scene-motion_0008.gif", "a breeze over books", "held_out"),
 ]
@@ -515,15 +584,21 @@ def sample_rows() -> list[tuple[str, dict, str]]:
     """The public samples; $SAMPLES_URL is a mirror that has the four files."""
     mirror = os.environ.get("SAMPLES_URL", "").rstrip("/")
     urls = [f"{mirror}/{url.rsplit('/', 1)[1]}" if mirror else url for url, _, _ in SAMPLES]
-    return [(u, {"video": u, "question": DEFAULT_QUESTION, "answer": a}, s) for u, (_, a, s) in zip(urls, SAMPLES)]
+    return [
+        (u, {"video": u, "question": DEFAULT_QUESTION, "answer": a}, s) for u, (_, a, s) in zip(urls, SAMPLES)
+    ]
 
 
 def split_of(name: str) -> str:
     """The part that a split's name means: "held_out" (validation, test and the like), "train" (others), or "" for no name"""
-    return "held_out" if name.startswith(("held_out", "val", "test", "eval", "dev")) else "train" if name else ""
+    return (
+        "held_out" if name.startswith(("held_out", "val", "test", "eval", "dev")) else "train" if name else ""
+    )
 
 
-def split_clips(videos: list[str], parts: list[str], fraction: float, seed: int) -> tuple[list[int], list[int]]:
+def split_clips(
+    videos: list[str], parts: list[str], fraction: float, seed: int
+) -> tuple[list[int], list[int]]:
     """Indices of rows to (train on, hold out), by video and never by row: the data set's own split (`parts`, as split_of gives
     them; a video that lies in both is trained on), else a random `fraction` of the videos, at least one of two."""
     if "held_out" in parts:
@@ -550,7 +625,10 @@ def dataset_rows(source: str, cache: Path, videos: bool) -> list[tuple[str, dict
     saved = local and any((Path(source) / name).exists() for name in ("dataset_dict.json", "state.json"))
     try:
         loaded = load_from_disk(source) if saved else load_dataset(source)
-    except (OSError, ValueError) as error:  # a missing repository is an OSError as well, an unknown format a ValueError
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # a missing repository is an OSError as well, an unknown format a ValueError
         refuse(f"--dataset {source}: {brief(error)}")
 
     def video_file(video: Any) -> str:
@@ -573,9 +651,17 @@ def dataset_rows(source: str, cache: Path, videos: bool) -> list[tuple[str, dict
         split = split_of(name) if len(parts) > 1 else ""
         for number, row in enumerate(part):
             try:
-                rows.append((f"{source}, {name} row {number}", row | {"video": video_file(row.get("video"))}, split))
+                rows.append(
+                    (f"{source}, {name} row {number}", row | {"video": video_file(row.get("video"))}, split)
+                )
             except OSError as error:  # not on the Hub
-                rows.append((f"{source}, {name} row {number}", row | {"video": f"{row['video']}: {brief(error)}"}, split))
+                rows.append(
+                    (
+                        f"{source}, {name} row {number}",
+                        row | {"video": f"{row['video']}: {brief(error)}"},
+                        split,
+                    )
+                )
     return rows
 
 
@@ -586,7 +672,9 @@ def all_rows(cfg: Any, videos: bool) -> tuple[list[tuple[str, dict, str]], Path]
         return dataset_rows(cfg.dataset, cfg.cache_dir, videos), Path()
     if source := cfg.manifest or cfg.video_dir:
         folder = source if source.is_dir() else source.parent
-        return [(where, row, split_of(str(row.get("split") or ""))) for where, row in read_rows(source)], folder
+        return [
+            (where, row, split_of(str(row.get("split") or ""))) for where, row in read_rows(source)
+        ], folder
     return sample_rows(), Path()
 
 
@@ -609,7 +697,9 @@ def pad(rows: list[list[int]], value: int, left: bool = False) -> Any:
     import torch
 
     width = max(map(len, rows))
-    return torch.tensor([[value] * (width - len(r)) + r if left else r + [value] * (width - len(r)) for r in rows])
+    return torch.tensor(
+        [[value] * (width - len(r)) + r if left else r + [value] * (width - len(r)) for r in rows]
+    )
 
 
 def made_once(folder: Path, make: Callable[[Path], Any]) -> Path:
@@ -749,7 +839,9 @@ def _all_frames(read: Callable, path: str, k: int, fit: Callable, total: int) ->
     raise BadSample(f"decodes to {count} frames, then to another number")
 
 
-def _seek_frames(path: str, k: int, fit: Callable, times: list[float], keys: list[int], has_index: bool) -> list | None:
+def _seek_frames(
+    path: str, k: int, fit: Callable, times: list[float], keys: list[int], has_index: bool
+) -> list | None:
     """The k frames by seeking; None as soon as the decoder's times are not the packets' times (edit list, damage, ...).
 
     Every frame grabbed must be the next of `times`; the first and the last are among them and nothing may follow.
@@ -782,7 +874,9 @@ def _seek_frames(path: str, k: int, fit: Callable, times: list[float], keys: lis
     return None if cap.grab() else [frames[i] for i in wanted]
 
 
-def extract_frames(path: str | Path, k: int, size: tuple[int, int] | None = None, crop: bool = True) -> np.ndarray:
+def extract_frames(
+    path: str | Path, k: int, size: tuple[int, int] | None = None, crop: bool = True
+) -> np.ndarray:
     """K evenly spaced frames of a video file -> (K, H, W, 3) RGB uint8, upright; exact on the frames that decode.
 
     size (h, w) scales the short side and crops the centre, or squeezes without `crop`, with cv2 INTER_AREA, as each frame is
@@ -804,7 +898,9 @@ def extract_frames(path: str | Path, k: int, size: tuple[int, int] | None = None
     if b"\0" not in head:  # every container has zero bytes in its header
         raise BadSample("text or HTML, not a video" if head else "empty file")
     # MP4, MOV, Matroska and WebM list their keyframes; elsewhere (MPEG-TS) a seek can land in the middle of a group.
-    has_index = head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free") or head.startswith(b"\x1a\x45\xdf\xa3")
+    has_index = head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free") or head.startswith(
+        b"\x1a\x45\xdf\xa3"
+    )
     # OpenCV takes ffmpeg's options from the environment alone, at each open.
     os.environ["OPENCV_FFMPEG_CAPTURE_OPTIONS"] = f"format_whitelist;{CONTAINERS}|protocol_whitelist;file"
     cap = cv2.VideoCapture(path, cv2.CAP_FFMPEG, [cv2.CAP_PROP_FORMAT, -1])  # raw packets: nothing is decoded
@@ -818,7 +914,9 @@ def extract_frames(path: str | Path, k: int, size: tuple[int, int] | None = None
     for read in (_cv_frames, _av_frames) if times else (_av_frames,):
         frames = frames or _all_frames(read, path, k, fit, len(times))
     if not frames or any(frame is None or frame.shape != frames[0].shape for frame in frames):
-        raise BadSample("pictures that cannot be decoded, or change their size" if frames else "no frame decodes")
+        raise BadSample(
+            "pictures that cannot be decoded, or change their size" if frames else "no frame decodes"
+        )
     return np.stack(frames)
 
 
@@ -873,7 +971,14 @@ def save_array(target: Path, array: np.ndarray) -> None:
 # Generated captions, clips and pictures
 # ---------------------------------------------------------------------------
 
-COLOURS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1, 1, 0), "magenta": (1, 0, 1), "cyan": (0, 1, 1)}
+COLOURS = {
+    "red": (1, 0, 0),
+    "green": (0, 1, 0),
+    "blue": (0, 0, 1),
+    "yellow": (1, 1, 0),
+    "magenta": (1, 0, 1),
+    "cyan": (0, 1, 1),
+}
 MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # x to the right, y downwards
 SPEEDS = {"slowly": 0.22, "quickly": 0.40}  # travel over the clip, in frame widths
 RADII = {"small": 0.20, "large": 0.30}  # radius of the circle of equal area, in frame widths
@@ -896,7 +1001,9 @@ def caption_of(a: dict[str, str]) -> str:
 
 def is_held_out(a: dict[str, str], shapes: tuple[str, ...]) -> bool:
     """A seventh of the combinations of shape, colour and move are never trained on."""
-    shape, colour, move = (list(attributes_of(shapes)[name]).index(a[name]) for name in ("shape", "colour", "move"))
+    shape, colour, move = (
+        list(attributes_of(shapes)[name]).index(a[name]) for name in ("shape", "colour", "move")
+    )
     return (2 * shape + 5 * colour + 3 * move) % 7 == 0
 
 
@@ -933,12 +1040,16 @@ def read_clip(clip: np.ndarray, shapes: tuple[str, ...]) -> dict[str, str]:
     weight = np.clip((x.max(-1) - 0.25) / 0.5, 0, 1)  # foreground, without the noise floor
     area = weight.sum((1, 2)) + 1e-6
     pixel = (np.arange(size) + 0.5) / size
-    centres = np.stack([(weight * pixel).sum((1, 2)), (weight * pixel[:, None]).sum((1, 2))], 1) / area[:, None]
+    centres = (
+        np.stack([(weight * pixel).sum((1, 2)), (weight * pixel[:, None]).sum((1, 2))], 1) / area[:, None]
+    )
     radius = math.sqrt(area.mean() / size**2 / math.pi)
     around = (pixel - centres[:, 0, None, None]) ** 2 + (pixel[:, None] - centres[:, 1, None, None]) ** 2
     spread = ((weight * around).sum((1, 2)) / area).mean()
     small, large = RADII.values()
-    if not (0.6 * small < radius < 1.5 * large and spread < 1.6 * radius**2 and area.min() > 0.3 * area.max()):
+    if not (
+        0.6 * small < radius < 1.5 * large and spread < 1.6 * radius**2 and area.min() > 0.3 * area.max()
+    ):
         return {}
     clock = np.linspace(-0.5, 0.5, frames)
     travel = (centres * clock[:, None]).sum(0) / (clock**2).sum()  # least squares over the clip
@@ -955,7 +1066,9 @@ def read_clip(clip: np.ndarray, shapes: tuple[str, ...]) -> dict[str, str]:
     }
 
 
-def asked_is_made(clips: np.ndarray, asked: list[dict[str, str]], shapes: tuple[str, ...]) -> dict[str, float]:
+def asked_is_made(
+    clips: np.ndarray, asked: list[dict[str, str]], shapes: tuple[str, ...]
+) -> dict[str, float]:
     """Share of uint8 (N, F, H, W, 3) clips that show what was asked, per attribute and for all five at once."""
     seen = [read_clip(clip, shapes) for clip in clips]
     hits = {name: [s.get(name) == a[name] for s, a in zip(seen, asked)] for name in attributes_of(shapes)}
@@ -970,7 +1083,9 @@ def word_direction(word: str, width: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(width)
 
 
-def encode_clip(clip: np.ndarray, path: Path, fps: int, codec: str, pix_fmt: str, options: dict, container: dict) -> None:
+def encode_clip(
+    clip: np.ndarray, path: Path, fps: int, codec: str, pix_fmt: str, options: dict, container: dict
+) -> None:
     """uint8 (F, H, W, 3) -> a video without sound; options: the codec's and the container's, as ffmpeg names them"""
     import av
 
@@ -1013,7 +1128,9 @@ def write_grid(clips: np.ndarray, captions: list[str], path: Path) -> None:
     figure.get_layout_engine().set(rect=(0, 0, 1, 1 - 0.15 / rows))  # room for the first caption
     for axes_row, clip, caption in zip(figure.subplots(rows, columns, squeeze=False), clips, captions):
         shown = caption if len(caption) < 18 * columns else caption[: 18 * columns] + "..."
-        axes_row[0].text(0, 1.06, shown, transform=axes_row[0].transAxes, fontsize=9, in_layout=False)  # runs over all columns
+        axes_row[0].text(
+            0, 1.06, shown, transform=axes_row[0].transAxes, fontsize=9, in_layout=False
+        )  # runs over all columns
         for axes, picture in zip(axes_row, clip):
             axes.imshow(picture, interpolation="nearest")
             axes.set_axis_off()
@@ -1061,14 +1178,20 @@ def ds_config(source: Path | dict, batch_size: int, accum: int, clip: float, dty
         if isinstance(value, dict):
             return {k: fill(v, f"{key}.{k}".lstrip(".")) for k, v in value.items()}
         if value == "auto":
-            return numbers[key] if key in numbers else refuse(f'{name}: "{key}": "auto" has no value here; write a number')
+            return (
+                numbers[key]
+                if key in numbers
+                else refuse(f'{name}: "{key}": "auto" has no value here; write a number')
+            )
         return value
 
     config = fill(config, "")
     zero = config.get("zero_optimization", {})
     if zero.get("stage") not in (1, 2, 3):
         refuse(f"{name}: zero_optimization.stage {zero.get('stage')}; take 1, 2 or 3")
-    known = set(DeepSpeedZeroConfig.model_fields) | {f.alias for f in DeepSpeedZeroConfig.model_fields.values() if f.alias}
+    known = set(DeepSpeedZeroConfig.model_fields) | {
+        f.alias for f in DeepSpeedZeroConfig.model_fields.values() if f.alias
+    }
     if unknown := sorted(set(zero) - known):
         refuse(f"{name}: this DeepSpeed does not know zero_optimization.{unknown[0]} and would ignore it")
     for key, number in numbers.items():
@@ -1076,12 +1199,20 @@ def ds_config(source: Path | dict, batch_size: int, accum: int, clip: float, dty
         place = config.setdefault(section[0], {}) if section else config
         if place.setdefault(last, number) != number:
             refuse(f'{name}: {key} is {place[last]}, the flags say {number}; write "auto" there')
-    config.setdefault("zero_force_ds_cpu_optimizer", False)  # offloading takes torch's AdamW too, which needs no compiler
+    config.setdefault(
+        "zero_force_ds_cpu_optimizer", False
+    )  # offloading takes torch's AdamW too, which needs no compiler
     return config
 
 
 def memory_plan(
-    trained: int, frozen: int, activations: int, dtype: str, devices: int, local: int | None = None, leaf: int = 0
+    trained: int,
+    frozen: int,
+    activations: int,
+    dtype: str,
+    devices: int,
+    local: int | None = None,
+    leaf: int = 0,
 ) -> list[dict]:
     """GB per GPU and of host RAM for each memory layout, least offloading first, each with its DeepSpeed config.
 
@@ -1093,7 +1224,9 @@ def memory_plan(
     """
     low = 4 if dtype == "fp32" else 2
     zero2, zero3 = (json.loads((HERE / f"ds_{name}.json").read_text()) for name in ("zero2", "zero3_offload"))
-    local = local or min(devices, int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or devices))
+    local = local or min(
+        devices, int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or devices)
+    )
 
     def offload(config: dict, **where: bool) -> dict:
         zero = {k: v for k, v in config["zero_optimization"].items() if not k.startswith("offload_")}
@@ -1105,19 +1238,40 @@ def memory_plan(
     bucket = 2 * low * min(trained, int(zero2["zero_optimization"]["reduce_bucket_size"]))
     rows = [
         ("ZeRO-2", zero2, weights + (gradients + states) / devices, 0),
-        ("ZeRO-2, optimizer on CPU", offload(zero2, optimizer=True), weights + gradients / devices, states / devices),
+        (
+            "ZeRO-2, optimizer on CPU",
+            offload(zero2, optimizer=True),
+            weights + gradients / devices,
+            states / devices,
+        ),
         ("ZeRO-3", offload(zero3), (weights + gradients + states) / devices + live, 0),
-        ("ZeRO-3, optimizer on CPU", offload(zero3, optimizer=True), (weights + gradients) / devices + live, states / devices),
+        (
+            "ZeRO-3, optimizer on CPU",
+            offload(zero3, optimizer=True),
+            (weights + gradients) / devices + live,
+            states / devices,
+        ),
         ("ZeRO-3, all on CPU", zero3, gradients / devices + live, (weights + states) / devices),
     ]
     return [
-        {"layout": name, "config": config, "gpu_gb": (gpu + bucket + activations) / GB, "host_gb": host * local / GB}
+        {
+            "layout": name,
+            "config": config,
+            "gpu_gb": (gpu + bucket + activations) / GB,
+            "host_gb": host * local / GB,
+        }
         for name, config, gpu, host in rows
     ]
 
 
 def memory_rows(
-    trained: int, frozen: int, kept: dict[bool, int], dtype: str, devices: int, local: int | None = None, leaf: int = 0
+    trained: int,
+    frozen: int,
+    kept: dict[bool, int],
+    dtype: str,
+    devices: int,
+    local: int | None = None,
+    leaf: int = 0,
 ) -> list[dict]:
     """memory_plan for `kept`, {with gradient checkpointing: bytes of activations}: a layout without it, then with it, then the
     next layout. A row has the key "checkpointing" as well."""
@@ -1129,7 +1283,11 @@ def memory_rows(
     return [row for _, row in sorted(rows, key=lambda r: r[0])]
 
 
-CHECKPOINTING = {"auto": (False, True), "on": (True,), "off": (False,)}  # what --gradient_checkpointing allows
+CHECKPOINTING = {
+    "auto": (False, True),
+    "on": (True,),
+    "off": (False,),
+}  # what --gradient_checkpointing allows
 
 
 def memory_here() -> tuple[float, float]:
@@ -1138,7 +1296,10 @@ def memory_here() -> tuple[float, float]:
 
     gpus = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
     ram = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for limit in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroup 2 and 1: a container often has less than its host
+    for limit in (
+        "memory.max",
+        "memory/memory.limit_in_bytes",
+    ):  # cgroup 2 and 1: a container often has less than its host
         path = Path("/sys/fs/cgroup") / limit
         if path.exists() and (text := path.read_text().strip()).isdigit():
             ram = min(ram, int(text))
@@ -1159,10 +1320,16 @@ def choose_layout(rows: list[dict], deepspeed: str, advice: str) -> tuple[str, d
         keys = ("offload_param", "offload_optimizer")
         like = [zero.get("stage"), *(bool(zero.get(key)) for key in keys)]
         usable = [
-            row for row in rows if [(z := row["config"]["zero_optimization"])["stage"], *(key in z for key in keys)] == like
+            row
+            for row in rows
+            if [(z := row["config"]["zero_optimization"])["stage"], *(key in z for key in keys)] == like
         ]
-    taken = next((row for row in usable if row["fits"]), usable[-1] if usable and deepspeed != "auto" else None)
-    lines = [f"memory   estimated; there are {f'{gpu:.1f} GB per GPU and ' if gpu else ''}{ram:.1f} GB of RAM"]
+    taken = next(
+        (row for row in usable if row["fits"]), usable[-1] if usable and deepspeed != "auto" else None
+    )
+    lines = [
+        f"memory   estimated; there are {f'{gpu:.1f} GB per GPU and ' if gpu else ''}{ram:.1f} GB of RAM"
+    ]
     for row in rows:
         mark = f"<- {'auto' if deepspeed == 'auto' else deepspeed} takes this" if row is taken else ""
         mark = mark or ("" if row["fits"] else "does not fit")
@@ -1197,7 +1364,9 @@ def saved_bytes(forward: Callable[[], Any], module: Any) -> int:
         return t
 
     fused = mock.patch.object(
-        torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, *_, **__: FusedAttention.apply(q, k, v)
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda q, k, v, *_, **__: FusedAttention.apply(q, k, v),
     )
     with fused, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         forward()
@@ -1207,7 +1376,9 @@ def saved_bytes(forward: Callable[[], Any], module: Any) -> int:
 def device_name(device: Any) -> str:
     import torch
 
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    )
     return f"{device} ({name})"
 
 
@@ -1249,7 +1420,9 @@ def count_skipped(engine: Any, loss: Any, step: int, lr: float, skipped: int) ->
     gradient was not finite. Ends the run with exit 4 at the third."""
     if engine.was_step_applied():
         return 0
-    if engine.fp16_enabled() and math.isfinite(over_ranks(float(loss), "mean")):  # fp16 skips to find its scale
+    if engine.fp16_enabled() and math.isfinite(
+        over_ranks(float(loss), "mean")
+    ):  # fp16 skips to find its scale
         return skipped
     log.warning(f"warning: step {step}: not finite, update skipped on all ranks ({skipped + 1} in a row)")
     if skipped == 2:
@@ -1275,7 +1448,9 @@ def full_weights(module: Any, dtype: Any, wanted: Callable[[Any], bool] = lambda
             with gathered([value]):
                 weights[name] = value.detach().to("cpu", dtype, copy=True)
     state = set(module.state_dict())
-    return weights | {n: b.detach().to("cpu", dtype, copy=True) for n, b in module.named_buffers() if n in state}
+    return weights | {
+        n: b.detach().to("cpu", dtype, copy=True) for n, b in module.named_buffers() if n in state
+    }
 
 
 # ---------------------------------------------------------------------------
@@ -1313,7 +1488,11 @@ def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None], keep
 
 def numbered(folder: Path, prefix: str, suffix: str = "") -> list[Path]:
     """folder/step_000200 and the like, lowest number first; no other name: what is not ours must not be pruned."""
-    found = (path for path in folder.glob(f"{prefix}*{suffix}") if path.name[len(prefix) :].removesuffix(suffix).isdigit())
+    found = (
+        path
+        for path in folder.glob(f"{prefix}*{suffix}")
+        if path.name[len(prefix) :].removesuffix(suffix).isdigit()
+    )
     return sorted(found, key=lambda path: int(path.name[len(prefix) :].removesuffix(suffix)))
 
 
@@ -1333,7 +1512,9 @@ def told_of_full_disk(target: Path, aside: Path) -> Iterator[None]:
 
 def write_whole(target: Path, write: Callable[[Path], None]) -> None:
     """`write(path)` aside, then flush and rename to `target`: whole or absent."""
-    aside = target.with_name(f".{target.name}.{rank()}.partial")  # two ranks may write the same file of a cache
+    aside = target.with_name(
+        f".{target.name}.{rank()}.partial"
+    )  # two ranks may write the same file of a cache
     with told_of_full_disk(target, aside):
         write(aside)
         sync(aside)
@@ -1347,7 +1528,10 @@ def check_in(folder: Path) -> dict[str, dict]:
     with ThreadPoolExecutor() as pool:  # hashlib and fsync release the GIL
         list(pool.map(sync, paths))
         sums = pool.map(sha256, files)
-        return {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": s} for path, s in zip(files, sums)}
+        return {
+            str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": s}
+            for path, s in zip(files, sums)
+        }
 
 
 def sync(path: Path) -> None:
@@ -1392,7 +1576,9 @@ def resume_checkpoint(folder: Path, resume: bool, ranks: int, **facts: Any) -> t
         if path is None:
             return None, 0, False
         if not resume:
-            refuse(f"{path} is there: leave out --no_resume to go on from it, or give another --output_dir to start anew")
+            refuse(
+                f"{path} is there: leave out --no_resume to go on from it, or give another --output_dir to start anew"
+            )
         marker = json.loads((path / "checkpoint.json").read_text())
         for name, value in facts.items():
             if marker.get(name) != value:
@@ -1419,7 +1605,9 @@ def load_engine(engine: Any, checkpoint: Path, other_ranks: bool, frozen_left_ou
         command += ["--input_folder", str(checkpoint / "deepspeed"), "--output_folder", str(universal)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            refuse(f"{checkpoint} is of another number of ranks, and DeepSpeed cannot convert it: {done.stderr[-500:]}")
+            refuse(
+                f"{checkpoint} is of another number of ranks, and DeepSpeed cannot convert it: {done.stderr[-500:]}"
+            )
 
     on_rank0(convert)
     engine.load_checkpoint(str(universal.parent), tag=universal.name, load_module_strict=not frozen_left_out)
@@ -1465,9 +1653,14 @@ def passing(error: BaseException) -> tuple[bool, float]:
             status = int(text[1])  # hf_xet: a builtin ConnectionError for every status, 401 too
         if status:
             after = re.fullmatch(r"\s*(\d+)\s*", headers.get("retry-after") or "")
-            window = re.search(r"\br\s*=\s*0\s*;\s*t\s*=\s*(\d+)", headers.get("ratelimit") or "")  # "api";r=0;t=55
+            window = re.search(
+                r"\br\s*=\s*0\s*;\s*t\s*=\s*(\d+)", headers.get("ratelimit") or ""
+            )  # "api";r=0;t=55
             seconds = max(float(found[1]) if found else 0.0 for found in (after, window))
-            if status in (409, 412):  # another writer's commit came in between; anywhere else a conflict stays
+            if status in (
+                409,
+                412,
+            ):  # another writer's commit came in between; anywhere else a conflict stays
                 return "/commit/" in str(getattr(answer, "url", "")), seconds
             return status in (408, 429) or status >= 500, seconds
         if type(e).__name__ == "OfflineModeIsEnabled":  # a ConnectionError, but the user asked for it
@@ -1509,7 +1702,9 @@ def retry(
                 raise
             wait = max(min(base * 2**n, maximum), min(seconds, 600.0))
             if n + 1 >= attempts or clock() - start + wait > deadline:
-                tried = f"gave up after {n + 1} attempts in {clock() - start:.0f} s (the next wait: {wait:.0f} s)"
+                tried = (
+                    f"gave up after {n + 1} attempts in {clock() - start:.0f} s (the next wait: {wait:.0f} s)"
+                )
                 raise ConnectionError(f"{what}: {tried}: {brief(error)}") from error
             log.warning("%s: %s; attempt %d of %d in %.0f s", what, brief(error), n + 2, attempts, wait)
         sleep(wait)
@@ -1521,7 +1716,9 @@ def retry(
 
 # What a finished model consists of; never optimizer state, logs, .env, or training_args.bin, which pickles the token.
 PUSHED = "*.safetensors *.json *.txt *.model *.jinja *.py README.md *.png *.gif *.mp4 *.wav".split()
-PUSHED += "language_model_embedding.pt vision/*.pt audio/*.pt audio/global_cmvn".split()  # LongCat-Flash-Omni's parts
+PUSHED += (
+    "language_model_embedding.pt vision/*.pt audio/*.pt audio/global_cmvn".split()
+)  # LongCat-Flash-Omni's parts
 PUSHED_DATA = ["*.jsonl", "README.md", "videos/*"]
 TOKEN_PAGE = "https://huggingface.co/settings/tokens"
 
@@ -1538,7 +1735,9 @@ def hub_api(timeout: float):
     if not token:
         raise ValueError(f"HF_TOKEN is not set: export a token with write access ({TOKEN_PAGE})")
     if not re.fullmatch(r"[!-~]+", token):  # the HTTP library would quote it in its error
-        raise ValueError(f"HF_TOKEN ({len(token)} characters) has a space or a non-ASCII one inside: copy it again")
+        raise ValueError(
+            f"HF_TOKEN ({len(token)} characters) has a space or a non-ASCII one inside: copy it again"
+        )
 
     def client():
         made = default_client_factory()
@@ -1576,21 +1775,31 @@ def hub_check(repo_id: str, public: bool, create: bool, kind: str = "model") -> 
         refuse(f"{error}, or use --no_push_to_hub")
     me = ask("whose token is HF_TOKEN", api.whoami)
     if me.get("auth", {}).get("accessToken", {}).get("role") == "read":  # fineGrained: the commit below tells
-        refuse(f"HF_TOKEN of {me['name']} has the role read: a push needs one with the role write ({TOKEN_PAGE})")
-    full = repo_id if "/" in repo_id else f"{os.environ.get('HF_USER_ID', '').strip() or me['name']}/{repo_id}"
+        refuse(
+            f"HF_TOKEN of {me['name']} has the role read: a push needs one with the role write ({TOKEN_PAGE})"
+        )
+    full = (
+        repo_id if "/" in repo_id else f"{os.environ.get('HF_USER_ID', '').strip() or me['name']}/{repo_id}"
+    )
     owner, names = full.split("/")[0], [me["name"], *(org["name"] for org in me.get("orgs", []))]
     if owner not in names:
-        refuse(f"{full}: HF_TOKEN writes to {', '.join(names)}, not to {owner}: change HF_USER_ID or --hub_model_id")
+        refuse(
+            f"{full}: HF_TOKEN writes to {', '.join(names)}, not to {owner}: change HF_USER_ID or --hub_model_id"
+        )
 
     info = ask(f"look up {full}", look)
     if info is None:
         if not create:
             log.info("Hub: would create %s (%s)", full, "public" if public else "private")
             return full
-        ask(f"create {full}", lambda: api.create_repo(full, private=not public, exist_ok=True, repo_type=kind))
+        ask(
+            f"create {full}", lambda: api.create_repo(full, private=not public, exist_ok=True, repo_type=kind)
+        )
         info = ask(f"read back {full}", lambda: api.repo_info(full, repo_type=kind))
     if not info.private and not public:
-        refuse(f"{full} is public: add --public, make it private on the Hub, or choose another --hub_model_id")
+        refuse(
+            f"{full} is public: add --public, make it private on the Hub, or choose another --hub_model_id"
+        )
     if info.private and public:
         log.warning("Hub: %s is private and stays so; --public is for new repositories", full)
     if not create:
@@ -1598,10 +1807,14 @@ def hub_check(repo_id: str, public: bool, create: bool, kind: str = "model") -> 
         return full
     if "README.md" in {file.rfilename for file in info.siblings or []}:
         # The same card again makes no commit, but the Hub asks for the right to write before it compares.
-        card = ask(f"read the card of {full}", lambda: Path(api.hf_hub_download(full, "README.md", repo_type=kind))).read_bytes()
+        card = ask(
+            f"read the card of {full}", lambda: Path(api.hf_hub_download(full, "README.md", repo_type=kind))
+        ).read_bytes()
     else:
         card = f"---\ntags:\n- video\n---\n# {full}\n\nThe {kind} and its card will follow.\n".encode()
-    write = partial(api.upload_file, path_or_fileobj=card, path_in_repo="README.md", repo_id=full, repo_type=kind)
+    write = partial(
+        api.upload_file, path_or_fileobj=card, path_in_repo="README.md", repo_id=full, repo_type=kind
+    )
     ask(f"write to {full}", partial(write, commit_message="Start training"))
     return full
 
@@ -1617,7 +1830,9 @@ def hub_push(folder: Path, repo_id: str, message: str, kind: str = "model") -> s
     api = hub_api(timeout=120.0)
     paths = sorted(path for path in folder.rglob("*") if path.is_file() or path.is_symlink())
     if links := [str(path) for path in paths if path.is_symlink()]:
-        raise ValueError(f"{', '.join(links)}: the target of a link would be published: remove it or put a copy there")
+        raise ValueError(
+            f"{', '.join(links)}: the target of a link would be published: remove it or put a copy there"
+        )
     names = [path.relative_to(folder).as_posix() for path in paths]
     chosen = {"allow_patterns": PUSHED if kind == "model" else PUSHED_DATA, "ignore_patterns": [".*", "*/.*"]}
     pushed = list(filter_repo_objects(names, **chosen))
@@ -1630,7 +1845,14 @@ def hub_push(folder: Path, repo_id: str, message: str, kind: str = "model") -> s
             data = path.read_bytes()
             if api.token.encode() in data or re.search(rb"hf_[A-Za-z0-9]{20,}", data):
                 raise ValueError(f"{path} contains a Hugging Face token: remove it there, then push again")
-    call = partial(api.upload_folder, repo_id=repo_id, repo_type=kind, folder_path=folder, commit_message=message, **chosen)
+    call = partial(
+        api.upload_folder,
+        repo_id=repo_id,
+        repo_type=kind,
+        folder_path=folder,
+        commit_message=message,
+        **chosen,
+    )
     retry(call, f"Hub, push to {repo_id}")
     return f"{api.endpoint}/{'datasets/' if kind == 'dataset' else ''}{repo_id}"
 
@@ -1640,14 +1862,22 @@ def pushes_data(cfg: Any) -> bool:
     return not cfg.demo and not (cfg.dataset and not Path(cfg.dataset).is_dir())
 
 
-def push_rows(folder: Path, repo_id: str, public: bool, parts: dict[str, list[dict]], about: str, script: str) -> None:
+def push_rows(
+    folder: Path, repo_id: str, public: bool, parts: dict[str, list[dict]], about: str, script: str
+) -> None:
     """Rank 0: push the rows of each split, JSON lines in `folder` beside what lies there, with a card, as a data set that the
     script's --dataset takes. Exit 2 if that fails: nothing was trained yet."""
-    repo, parts = hub_check(repo_id, public, create=True, kind="dataset"), {split: rows for split, rows in parts.items() if rows}
+    repo, parts = (
+        hub_check(repo_id, public, create=True, kind="dataset"),
+        {split: rows for split, rows in parts.items() if rows},
+    )
     for split, rows in parts.items():
         write_lines(folder / f"{split}.jsonl", rows)
     listed = "\n".join(f"  - split: {split}\n    path: {split}.jsonl" for split in parts)
-    table = "\n".join(f"| {split} | {len({row.get('video') for row in rows})} | {len(rows)} |" for split, rows in parts.items())
+    table = "\n".join(
+        f"| {split} | {len({row.get('video') for row in rows})} | {len(rows)} |"
+        for split, rows in parts.items()
+    )
     (folder / "README.md").write_text(f"""---
 task_categories: [visual-question-answering]
 tags: [video]
@@ -1680,8 +1910,14 @@ python {script} --dataset {repo}
 def card_parts(folder: Path, numbers: dict[str, float | None], repo: str) -> tuple[str, str, str]:
     """What every model's card has: (the rows of a table of the numbers that there are; the first lines of its snippet, which find
     the model; how it was made, of the run folder's environment.json)"""
-    rows = "\n".join(f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in numbers.items() if value is not None)
-    snippet = f'from huggingface_hub import snapshot_download\n\nfolder = snapshot_download("{repo}")' if repo else 'folder = "."'
+    rows = "\n".join(
+        f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in numbers.items() if value is not None
+    )
+    snippet = (
+        f'from huggingface_hub import snapshot_download\n\nfolder = snapshot_download("{repo}")'
+        if repo
+        else 'folder = "."'
+    )
     was = json.loads((folder / "environment.json").read_text())
     versions = ", ".join(f"{name} {version}" for name, version in was["versions"].items())
     settings_are = "all settings are in the `config.json` of the run"
@@ -1711,7 +1947,10 @@ def fetch_model(source: str, *patterns: str, flag: str = "--model") -> Path:
         local = offline(source)
         get = partial(snapshot_download, source, allow_patterns=list(patterns), local_files_only=local)
         return Path(retry(get, f"download {source}"))
-    except (OSError, ValueError) as error:  # the Hub's errors are OSErrors; an impossible name is a ValueError
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # the Hub's errors are OSErrors; an impossible name is a ValueError
         refuse(f"{flag} {source}: {brief(error)}; give a folder, or a Hub id that HF_TOKEN may read")
 
 
@@ -1724,13 +1963,18 @@ def check_weights(source: str) -> None:
         index = folder / "model.safetensors.index.json"
         wanted = set(read_json(index)["weight_map"].values()) if index.exists() else {"model.safetensors"}
         if missing := sorted(name for name in wanted if not (folder / name).is_file()):
-            refuse(f"--model {source}: {len(missing)} of {len(wanted)} files of weights are missing, {missing[0]} among them")
+            refuse(
+                f"--model {source}: {len(missing)} of {len(wanted)} files of weights are missing, {missing[0]} among them"
+            )
     elif not offline(source):
         try:
             files = retry(lambda: snapshot_download(source, dry_run=True), f"look up {source}", attempts=2)
         except (OSError, ValueError) as error:
             refuse(f"--model {source}: {brief(error)}")
-        need, cache = sum(file.file_size for file in files if file.will_download), Path(constants.HF_HUB_CACHE)
+        need, cache = (
+            sum(file.file_size for file in files if file.will_download),
+            Path(constants.HF_HUB_CACHE),
+        )
         log.info(f"download {need / GB:.2f} GB of {source} to {cache}, {disk_free(cache) / GB:.1f} GB free")
         if need > disk_free(cache):
             refuse(
@@ -1740,8 +1984,12 @@ def check_weights(source: str) -> None:
 
 def check_loaded(report: dict, folder: Path) -> None:
     """End the run when from_pretrained left weights at random, or had some that fit nowhere."""
-    if wrong := sorted(map(str, [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]])):
-        raise SystemExit(f"error: {folder}: {len(wrong)} weights are missing or do not fit, {wrong[0]} among them")
+    if wrong := sorted(
+        map(str, [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]])
+    ):
+        raise SystemExit(
+            f"error: {folder}: {len(wrong)} weights are missing or do not fit, {wrong[0]} among them"
+        )
 
 
 @functools.cache  # asked before each of config, weights' sizes and weights
@@ -1784,13 +2032,17 @@ def download(url: str, folder: Path, max_bytes: int = 2 * 2**30, timeout: float 
     if target.exists():
         return target
     folder.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f"{target.name}.{secrets.token_hex(4)}.part")  # several ranks may want the same url
+    part = target.with_name(
+        f"{target.name}.{secrets.token_hex(4)}.part"
+    )  # several ranks may want the same url
     opener = urllib.request.OpenerDirector()  # build_opener() would open ftp: too, after a redirect
     for kind in ("ProxyHandler", "HTTPHandler", "HTTPSHandler", "HTTPRedirectHandler", "HTTPDefaultErrorHandler",
                  "HTTPErrorProcessor", "UnknownHandler"):  # fmt: skip
         opener.add_handler(getattr(urllib.request, kind)())
     quoted = urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]")  # manifests have blanks and umlauts
-    request = urllib.request.Request(quoted, headers={"User-Agent": "Mozilla/5.0 (compatible; video training)"})
+    request = urllib.request.Request(
+        quoted, headers={"User-Agent": "Mozilla/5.0 (compatible; video training)"}
+    )
     end = time.monotonic() + timeout
 
     def fetch() -> None:
@@ -1799,7 +2051,9 @@ def download(url: str, folder: Path, max_bytes: int = 2 * 2**30, timeout: float 
                 raise ValueError(f"{url}: a web page, not a file (moved, expired, or behind a login)")
             length = int(response.headers.get("content-length") or -1)
             size = 0
-            while max(size, length) <= max_bytes and (block := response.read1(2**20)):  # read() would wait for 1 MiB
+            while max(size, length) <= max_bytes and (
+                block := response.read1(2**20)
+            ):  # read() would wait for 1 MiB
                 size += file.write(block)
                 if time.monotonic() > end:
                     raise TimeoutError(f"{url}: only {size} bytes in {timeout:.0f} s")

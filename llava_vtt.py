@@ -143,7 +143,15 @@ TEMPLATE = """\
 CURVES = ("loss", "held_out_loss")  # in loss.png
 SHUFFLES = ("in order", "shuffled", "reversed", "blanked")  # how frames are shown in an evaluation
 METRICS = ("exact", "bleu", "rouge_l")
-SIDES = {"left", "right", "leftwards", "rightwards", "clockwise", "counterclockwise", "anticlockwise"}  # wrong in a mirror
+SIDES = {
+    "left",
+    "right",
+    "leftwards",
+    "rightwards",
+    "clockwise",
+    "counterclockwise",
+    "anticlockwise",
+}  # wrong in a mirror
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 # ---------------------------------------------------------------------------
@@ -176,7 +184,9 @@ class Config:
 
     # model
 
-    model: str = ""  # LLaVA, a Hub id or a folder; default: LLaVA-interleave 7B, for --predict <output_dir>/model
+    model: str = (
+        ""  # LLaVA, a Hub id or a folder; default: LLaVA-interleave 7B, for --predict <output_dir>/model
+    )
     attn: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"  # attention kernel
     compile: bool = False  # torch.compile the decoder layers; needs a C++ compiler
     lora_r: int = 16  # rank; 0: full fine-tuning
@@ -199,8 +209,12 @@ class Config:
     weight_decay: float = 0.0
     beta2: float = 0.999  # of AdamW
     clip: float = 1.0  # gradient norm limit
-    dtype: Literal["bf16", "fp16", "fp32"] | None = None  # default: bf16, fp16 on GPUs without it, fp32 on a CPU
-    deepspeed: Annotated[str, tyro.conf.arg(aliases=["--deepspeed_config"])] = "auto"  # JSON file, or auto: what fits
+    dtype: Literal["bf16", "fp16", "fp32"] | None = (
+        None  # default: bf16, fp16 on GPUs without it, fp32 on a CPU
+    )
+    deepspeed: Annotated[str, tyro.conf.arg(aliases=["--deepspeed_config"])] = (
+        "auto"  # JSON file, or auto: what fits
+    )
 
     # asking
 
@@ -215,7 +229,9 @@ class Config:
     save_every: int = 100
     keep: int = 2  # newest checkpoints kept
     resume: bool = True  # --no_resume: refuse a folder that has checkpoints
-    report_to: Literal["none", "tensorboard", "wandb"] = "wandb" if os.environ.get("WANDB_API_KEY") else "none"
+    report_to: Literal["none", "tensorboard", "wandb"] = (
+        "wandb" if os.environ.get("WANDB_API_KEY") else "none"
+    )
 
     # Hub
 
@@ -243,11 +259,15 @@ class Config:
         if self.augment_flip and not self.augment:
             raise ValueError("--augment_flip: is part of --augment; give both")
         if self.load_in_4bit and not torch.cuda.is_available():
-            raise ValueError("--load_in_4bit: needs a GPU, and none is visible; leave it out to debug on a CPU")
+            raise ValueError(
+                "--load_in_4bit: needs a GPU, and none is visible; leave it out to debug on a CPU"
+            )
         if self.load_in_4bit and not importlib.util.find_spec("bitsandbytes"):
             raise ValueError("--load_in_4bit: pip install bitsandbytes")
         if self.load_in_4bit and not self.lora_r:
-            raise ValueError("--load_in_4bit: 4-bit weights cannot be trained; give --lora_r 16, or leave --load_in_4bit out")
+            raise ValueError(
+                "--load_in_4bit: 4-bit weights cannot be trained; give --lora_r 16, or leave --load_in_4bit out"
+            )
 
 
 # The demo is a preset: the same code with other numbers. Recipe and scores: README.md and benchmarks/RESULTS.md.
@@ -291,20 +311,32 @@ def draw_scene(seed: tuple[int, int]) -> Scene:
     shape, other = rng.choice(SHAPES, 2)
     colour, second = rng.choice(list(COLOURS), 2, replace=False)
     move = str(rng.choice(list(MOVES))) if rng.random() < 0.75 else ""
-    return Scene(seed, str(shape), str(colour), move, (str(other), str(second)) if rng.random() < 0.35 else None)
+    return Scene(
+        seed, str(shape), str(colour), move, (str(other), str(second)) if rng.random() < 0.35 else None
+    )
 
 
 def questions_of(scene: Scene) -> tuple[QA, ...]:
     """With a second shape, what stays cannot be asked for: which of the two?"""
     asked = [
-        QA("Which way does the shape move?", scene.move or "it stays", "direction" if scene.move else "moving"),
+        QA(
+            "Which way does the shape move?",
+            scene.move or "it stays",
+            "direction" if scene.move else "moving",
+        ),
         QA("Does a shape move?", "yes" if scene.move else "no", "moving"),
         QA("How many shapes are there?", "two" if scene.other else "one", "count"),
     ]
     if scene.move:
-        asked += [QA("What colour is the moving shape?", scene.colour, "colour"), QA("What shape moves?", scene.shape, "shape")]
+        asked += [
+            QA("What colour is the moving shape?", scene.colour, "colour"),
+            QA("What shape moves?", scene.shape, "shape"),
+        ]
     elif not scene.other:
-        asked += [QA("What colour is the shape?", scene.colour, "colour"), QA("What shape is it?", scene.shape, "shape")]
+        asked += [
+            QA("What colour is the shape?", scene.colour, "colour"),
+            QA("What shape is it?", scene.shape, "shape"),
+        ]
     return tuple(asked)
 
 
@@ -356,11 +388,17 @@ def build_tiny(folder: Path, seed: int) -> None:
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"]
     learn = trainers.BpeTrainer(
-        vocab_size=512, special_tokens=special, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=512,
+        special_tokens=special,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     bpe.train_from_iterator(sorted(f"user\n{qa.question}\nassistant\n{qa.answer}" for qa in every), learn)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens={"image_token": "<image>"}
+        tokenizer_object=bpe,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens={"image_token": "<image>"},
     )
     pictures = SiglipImageProcessor(
         size={"height": DEMO_SIZE, "width": DEMO_SIZE}, image_mean=[0.16] * 3, image_std=[0.25] * 3  # of the generated clips
@@ -384,7 +422,10 @@ def build_tiny(folder: Path, seed: int) -> None:
     )  # fmt: skip
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config)
-    for name, weight in model.named_parameters():  # 0.02, the default, is of models that are ten times as wide
+    for (
+        name,
+        weight,
+    ) in model.named_parameters():  # 0.02, the default, is of models that are ten times as wide
         if weight.ndim == 2 and "embed" not in name:
             nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
     model.save_pretrained(folder)
@@ -419,20 +460,43 @@ def read_questions(cfg: Config) -> tuple[list[Clip], list[dict]]:
         video = first_of(row, "video", "video_path", "path", "file")
         pairs = first_of(row, "qa") or [row]
         pairs = [pair for pair in pairs if isinstance(pair, dict)] if isinstance(pairs, list) else []
-        asked = [(p.get("question") or default, first_of(p, "answer", "caption", "description"), p.get("kind")) for p in pairs]
+        asked = [
+            (p.get("question") or default, first_of(p, "answer", "caption", "description"), p.get("kind"))
+            for p in pairs
+        ]
         if not isinstance(video, str):
             bad.append({"where": where, "reason": 'no video ("video", "video_path", "path" or "file")'})
         elif not asked or not all(isinstance(q, str) and without_mark(q) for q, _, _ in asked):
-            bad.append({"where": where, "video": video, "reason": 'no question ("question", or "qa": [{"question", "answer"}])'})
+            bad.append(
+                {
+                    "where": where,
+                    "video": video,
+                    "reason": 'no question ("question", or "qa": [{"question", "answer"}])',
+                }
+            )
         elif not all(isinstance(a, str) and a.strip() for _, a, _ in asked):
-            bad.append({"where": where, "video": video, "reason": 'question without answer ("answer", "caption", "description")'})
+            bad.append(
+                {
+                    "where": where,
+                    "video": video,
+                    "reason": 'question without answer ("answer", "caption", "description")',
+                }
+            )
         elif any("<|im_" in text or "<image>" in text for q, a, _ in asked for text in (without_mark(q), a)):
-            bad.append({"where": where, "video": video, "reason": "a special token (<image>, <|im_end|>, ...) inside the text"})
+            bad.append(
+                {
+                    "where": where,
+                    "video": video,
+                    "reason": "a special token (<image>, <|im_end|>, ...) inside the text",
+                }
+            )
         else:
             source = video if is_url(video) else str(folder / video)
             qa = tuple(QA(without_mark(q), a.strip(), str(kind or "")) for q, a, kind in asked)
             earlier = clips.get(source, Clip(source, (), where, split))
-            part = split if split == earlier.split else "train"  # held-out questions about pictures that were seen prove nothing
+            part = (
+                split if split == earlier.split else "train"
+            )  # held-out questions about pictures that were seen prove nothing
             clips[source] = dataclasses.replace(earlier, qa=earlier.qa + qa, split=part)
     return list(clips.values()), bad
 
@@ -445,7 +509,11 @@ class Sample:
     qa: tuple[QA, ...]
 
     def load(self, frames: int) -> np.ndarray:
-        return np.load(self.frames) if isinstance(self.frames, Path) else draw_clip_of(self.frames, frames, DEMO_SIZE)
+        return (
+            np.load(self.frames)
+            if isinstance(self.frames, Path)
+            else draw_clip_of(self.frames, frames, DEMO_SIZE)
+        )
 
 
 @dataclass(frozen=True)
@@ -461,28 +529,38 @@ def load_data(cfg: Config, base: Base) -> Data:
     if cfg.demo:
         train = [draw_scene((cfg.seed, number)) for number in range(cfg.steps * cfg.batch_size * cfg.accum)]
         held_out = [draw_scene((cfg.seed + 1_000_003, number)) for number in range(NUM_HELD_OUT)]
-        return Data(*([Sample(scene, questions_of(scene)) for scene in part] for part in (train, held_out)), bad=[])
+        return Data(
+            *([Sample(scene, questions_of(scene)) for scene in part] for part in (train, held_out)), bad=[]
+        )
 
     def decode() -> tuple[list[Clip], list[Path], list[dict]]:
         clips, bad = read_questions(cfg)
         if cfg.augment_flip and (
             lost := next((c for c in clips if any(SIDES & set(words(" ".join(qa[:2]))) for qa in c.qa)), None)
         ):
-            refuse(f"--augment_flip: a mirrored clip makes left and right wrong, and {lost.where} asks for them; leave it out")
+            refuse(
+                f"--augment_flip: a mirrored clip makes left and right wrong, and {lost.where} asks for them; leave it out"
+            )
         files, undecoded = decode_all(clips, cfg.frames, base.size, cfg.cache_dir, cfg.num_workers, base.crop)
         good = [(clip, file) for clip, file in zip(clips, files) if file]
         leave_out(
-            cfg.manifest or cfg.video_dir or cfg.dataset or "public samples", len(good), bad := bad + undecoded, cfg.max_bad
+            cfg.manifest or cfg.video_dir or cfg.dataset or "public samples",
+            len(good),
+            bad := bad + undecoded,
+            cfg.max_bad,
         )
         return [clip for clip, _ in good], [file for _, file in good], bad
 
     clips, files, bad = on_rank0(decode)
-    parts = split_clips([clip.video for clip in clips], [clip.split for clip in clips], cfg.val_fraction, cfg.seed)
+    parts = split_clips(
+        [clip.video for clip in clips], [clip.split for clip in clips], cfg.val_fraction, cfg.seed
+    )
     if not parts[0]:
         refuse("every video is in the held-out split: there is none to train on")
     turns = range(0, max(len(clip.qa) for clip in clips), cfg.max_turns)
     train, held_out = (
-        [Sample(files[i], some) for i in part for t in turns if (some := clips[i].qa[t : t + cfg.max_turns])] for part in parts
+        [Sample(files[i], some) for i in part for t in turns if (some := clips[i].qa[t : t + cfg.max_turns])]
+        for part in parts
     )
     return Data(train, held_out or train, bad, tuple([clips[i] for i in part] for part in parts))
 
@@ -531,7 +609,10 @@ def curriculum(samples: list[Sample], by_length: bool) -> list[list[Sample]]:
 def encode_turn(qa: QA, frames: int, processor: Any) -> tuple[list[int], list[int]]:
     """(ids, labels) of one question and its answer after `frames` placeholders; labels are -100 but for answer and <|im_end|>."""
     question = [{"type": "image"}] * frames + [{"type": "text", "text": qa.question}]
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": [{"type": "text", "text": qa.answer}]}]
+    messages = [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": [{"type": "text", "text": qa.answer}]},
+    ]
     encoded = processor.tokenizer.apply_chat_template(
         messages, chat_template=TEMPLATE, return_dict=True, return_assistant_tokens_mask=True
     )
@@ -542,14 +623,20 @@ def encode_turn(qa: QA, frames: int, processor: Any) -> tuple[list[int], list[in
 def expand(ids: list[int], labels: list[int], base: Base) -> tuple[list[int], list[int]]:
     """Each placeholder becomes the tokens of its frame, as the processor does it."""
     image, times = base.processor.image_token_id, base.tokens_per_frame
-    wide = [(t, y) for token, label in zip(ids, labels) for t, y in [(token, label)] * (times if token == image else 1)]
+    wide = [
+        (t, y)
+        for token, label in zip(ids, labels)
+        for t, y in [(token, label)] * (times if token == image else 1)
+    ]
     return [t for t, _ in wide], [y for _, y in wide]
 
 
 def pixel_values(clips: list[np.ndarray], base: Base, dtype: str | None) -> Tensor:
     """uint8 (F, S, S, 3) clips -> (B*F, 3, S, S), scaled and normalised as the model wants it"""
     pictures = [frame for clip in clips for frame in clip]
-    pixels = base.processor.image_processor(pictures, do_resize=False, do_center_crop=False, return_tensors="pt")
+    pixels = base.processor.image_processor(
+        pictures, do_resize=False, do_center_crop=False, return_tensors="pt"
+    )
     return pixels["pixel_values"].to(TORCH_DTYPES[dtype])
 
 
@@ -562,19 +649,29 @@ class Collator:
 
     def __init__(self, base: Base, cfg: Config) -> None:
         self.base, self.cfg = base, cfg
-        self.turn = functools.lru_cache(maxsize=1 << 16)(functools.partial(encode_turn, processor=base.processor))
+        self.turn = functools.lru_cache(maxsize=1 << 16)(
+            functools.partial(encode_turn, processor=base.processor)
+        )
 
     def sequence(self, turns: tuple[QA, ...]) -> tuple[list[int], list[int]]:
-        encoded = [self.turn(qa, self.cfg.frames if first else 0) for first, qa in zip([True] + [False] * len(turns), turns)]
+        encoded = [
+            self.turn(qa, self.cfg.frames if first else 0)
+            for first, qa in zip([True] + [False] * len(turns), turns)
+        ]
         return expand(*(sum(parts, []) for parts in zip(*encoded)), self.base)
 
     def __call__(self, batch: list[tuple[np.ndarray, tuple[QA, ...]]]) -> dict[str, Tensor]:
         """[(uint8 (F, S, S, 3), turns)]. Raises ValueError when image tokens and frames do not match."""
         ids, labels = zip(*(self.sequence(turns) for _, turns in batch))
         tokens = pad(ids, self.base.processor.tokenizer.pad_token_id)
-        images, wanted = (tokens == self.base.processor.image_token_id).sum(), sum(len(clip) for clip, _ in batch)
+        images, wanted = (
+            (tokens == self.base.processor.image_token_id).sum(),
+            sum(len(clip) for clip, _ in batch),
+        )
         if images != wanted * self.base.tokens_per_frame:
-            raise ValueError(f"{images} image tokens for {wanted} frames of {self.base.tokens_per_frame} tokens")
+            raise ValueError(
+                f"{images} image tokens for {wanted} frames of {self.base.tokens_per_frame} tokens"
+            )
         return {
             "input_ids": tokens,
             "attention_mask": pad([[1] * len(row) for row in ids], 0),
@@ -583,7 +680,9 @@ class Collator:
         }
 
 
-def get_batch(stages: list[list[Sample]], collate: Collator, cfg: Config, micro_step: int) -> dict[str, Tensor]:
+def get_batch(
+    stages: list[list[Sample]], collate: Collator, cfg: Config, micro_step: int
+) -> dict[str, Tensor]:
     """This rank's batch at a micro-step: a pure function of (seed, micro-step, rank), so that a resumed run repeats the order."""
     per_stage = -(-cfg.steps * cfg.accum // len(stages))
     stage, micro_step = divmod(micro_step, per_stage)
@@ -596,14 +695,18 @@ def get_batch(stages: list[list[Sample]], collate: Collator, cfg: Config, micro_
         clip = sample.load(cfg.frames)
         if cfg.augment:
             clip = augmented(clip, rng, cfg.augment_flip)
-        batch.append((clip, tuple(sample.qa[j] for j in rng.permutation(len(sample.qa)))))  # any question may be asked first
+        batch.append(
+            (clip, tuple(sample.qa[j] for j in rng.permutation(len(sample.qa))))
+        )  # any question may be asked first
     return collate(batch)
 
 
 class Batches:
     """The data loader: from micro-step `start` to the last, each prepared in a thread while the GPU works on the one before."""
 
-    def __init__(self, stages: list, collate: Callable[[list], dict[str, Tensor]], cfg: Config, start: int) -> None:
+    def __init__(
+        self, stages: list, collate: Callable[[list], dict[str, Tensor]], cfg: Config, start: int
+    ) -> None:
         self.stages, self.collate, self.cfg, self.start = stages, collate, cfg, start
 
     def __len__(self) -> int:
@@ -612,7 +715,11 @@ class Batches:
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         last = self.cfg.steps * self.cfg.accum
         with ThreadPoolExecutor(1) as pool:
-            ahead = pool.submit(get_batch, self.stages, self.collate, self.cfg, self.start) if self.start < last else None
+            ahead = (
+                pool.submit(get_batch, self.stages, self.collate, self.cfg, self.start)
+                if self.start < last
+                else None
+            )
             for micro_step in range(self.start, last):
                 batch = ahead.result()
                 if micro_step + 1 < last:
@@ -648,7 +755,9 @@ def open_base(source: str) -> Base:
     try:
         config = AutoConfig.from_pretrained(folder)
         if config.model_type != "llava":
-            refuse(f"--model {source} is of the class {config.model_type}; LlavaForConditionalGeneration (llava) is wanted")
+            refuse(
+                f"--model {source} is of the class {config.model_type}; LlavaForConditionalGeneration (llava) is wanted"
+            )
         processor = AutoProcessor.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         refuse(f"--model {source}: {brief(error)}")
@@ -663,7 +772,9 @@ def open_base(source: str) -> Base:
     size = shape["height"]
     black = np.zeros((size, size, 3), np.uint8)
     tokens = processor(images=[black], text="<image>", return_tensors="pt")["input_ids"]
-    return Base(source, folder, config, processor, int((tokens == processor.image_token_id).sum()), size, crop)
+    return Base(
+        source, folder, config, processor, int((tokens == processor.image_token_id).sum()), size, crop
+    )
 
 
 def lora_config(cfg: Config):
@@ -708,7 +819,9 @@ def choose_trained(model: nn.Module, cfg: Config) -> None:
     model.requires_grad_(not cfg.lora_r)
     tower = model.model.vision_tower
     tower.requires_grad_(cfg.train_vision)
-    if not cfg.train_vision:  # else gradient checkpointing goes back through it for nothing (it makes inputs require gradients)
+    if (
+        not cfg.train_vision
+    ):  # else gradient checkpointing goes back through it for nothing (it makes inputs require gradients)
         tower.forward = torch.no_grad()(tower.forward)
 
 
@@ -723,14 +836,19 @@ def core(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def generate_answers(model: nn.Module, base: Base, items: list[tuple[np.ndarray, str]], cfg: Config) -> list[str]:
+def generate_answers(
+    model: nn.Module, base: Base, items: list[tuple[np.ndarray, str]], cfg: Config
+) -> list[str]:
     """Greedy answers to [(uint8 (F, S, S, 3), question)], in one batch."""
     device, zero3 = next(model.parameters()).device, any(hasattr(p, "ds_id") for p in model.parameters())
     tokenizer, prompts = base.processor.tokenizer, []
     for clip, question in items:
         content = [{"type": "image"}] * len(clip) + [{"type": "text", "text": question}]
         prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], chat_template=TEMPLATE, add_generation_prompt=True, return_dict=True
+            [{"role": "user", "content": content}],
+            chat_template=TEMPLATE,
+            add_generation_prompt=True,
+            return_dict=True,
         )["input_ids"]
         prompts.append(expand(prompt, prompt, base)[0])
     tokens = pad(prompts, tokenizer.pad_token_id, left=True).to(device)
@@ -740,7 +858,9 @@ def generate_answers(model: nn.Module, base: Base, items: list[tuple[np.ndarray,
         input_ids=tokens, attention_mask=mask, pixel_values=pixels, max_new_tokens=cfg.max_new_tokens, do_sample=False,
         synced_gpus=zero3,
     )  # fmt: skip
-    return [text.strip() for text in tokenizer.batch_decode(out[:, tokens.shape[1] :], skip_special_tokens=True)]
+    return [
+        text.strip() for text in tokenizer.batch_decode(out[:, tokens.shape[1] :], skip_special_tokens=True)
+    ]
 
 
 def scores(answers: list[str], references: list[str]) -> dict[str, float]:
@@ -751,8 +871,11 @@ def scores(answers: list[str], references: list[str]) -> dict[str, float]:
     rouge = RougeScorer(["rougeL"])
     return {
         "exact": float(np.mean([plain(a) == plain(r) for a, r in zip(answers, references)])),
-        "bleu": BLEU(effective_order=True).corpus_score(answers, [references]).score / 100,  # one word has no 4-grams
-        "rouge_l": float(np.mean([rouge.score(r, a)["rougeL"].fmeasure for a, r in zip(answers, references)])),
+        "bleu": BLEU(effective_order=True).corpus_score(answers, [references]).score
+        / 100,  # one word has no 4-grams
+        "rouge_l": float(
+            np.mean([rouge.score(r, a)["rougeL"].fmeasure for a, r in zip(answers, references)])
+        ),
     }
 
 
@@ -774,7 +897,9 @@ def evaluate(model: nn.Module, base: Base, data: Data, cfg: Config) -> dict:
     result: dict[str, Any] = {"held_out_loss": held_out_loss(model, base, data, cfg)}
     for how in SHUFFLES:
         answers: dict[int, str] = {}
-        for start in range(0, rounds, cfg.batch_size):  # a sequence's cache of keys and values is about its training memory
+        for start in range(
+            0, rounds, cfg.batch_size
+        ):  # a sequence's cache of keys and values is about its training memory
             part = mine[start : start + cfg.batch_size]
             clips = [rearrange_frames(data.held_out[asked[i][0]].load(cfg.frames), how, i) for i in part]
             items = [(clip, asked[i][1].question) for clip, i in zip(clips, part)]
@@ -783,11 +908,16 @@ def evaluate(model: nn.Module, base: Base, data: Data, cfg: Config) -> dict:
         given, references = [answers[i] for i in range(len(asked))], [qa.answer for _, qa in asked]
         result[how] = scores(given, references)
         kinds = dict.fromkeys(qa.kind for _, qa in asked if qa.kind)
-        hits = {kind: [plain(g) == plain(qa.answer) for g, (_, qa) in zip(given, asked) if qa.kind == kind] for kind in kinds}
+        hits = {
+            kind: [plain(g) == plain(qa.answer) for g, (_, qa) in zip(given, asked) if qa.kind == kind]
+            for kind in kinds
+        }
         result[how]["kinds"] = {kind: float(np.mean(hit)) for kind, hit in hits.items()}
         if how == "in order":
             rows = zip(asked, given)
-            result["answers"] = [{"question": qa.question, "answer": qa.answer, "given": g, "sample": i} for (i, qa), g in rows]
+            result["answers"] = [
+                {"question": qa.question, "answer": qa.answer, "given": g, "sample": i} for (i, qa), g in rows
+            ]
     model.train(was_training)
     return result
 
@@ -817,7 +947,9 @@ def answer_loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, int
     positions = (labels != -100).any(0).nonzero()[:, 0]
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
     logits = model(**inputs, logits_to_keep=positions, use_cache=False).logits  # (B, positions, vocabulary)
-    loss = F.cross_entropy(logits.float().flatten(0, 1), labels[:, positions].flatten(), ignore_index=-100, reduction="sum")
+    loss = F.cross_entropy(
+        logits.float().flatten(0, 1), labels[:, positions].flatten(), ignore_index=-100, reduction="sum"
+    )
     return loss, int((labels != -100).sum())
 
 
@@ -832,7 +964,11 @@ MACHINES = {
     "4x RTX 4090 24 GB": (4, 25.3, "bf16"),
     "4x V100 16 GB": (4, 16.9, "fp16"),
 }
-METHODS = {"full fine-tuning": (0, False), "LoRA": (16, False), "LoRA, 4 bits": (16, True)}  # (lora_r, 4-bit weights)
+METHODS = {
+    "full fine-tuning": (0, False),
+    "LoRA": (16, False),
+    "LoRA, 4 bits": (16, True),
+}  # (lora_r, 4-bit weights)
 
 
 @dataclass(frozen=True)
@@ -860,12 +996,18 @@ def measure(base: Base, cfg: Config, dtype: str, tokens: int, supervised: int, f
     if cfg.lora_r:
         names = {name.split(".")[-1] for name in linear}
         if wrong := [name for name in cfg.lora_targets.split(",") if name not in names]:
-            refuse(f"--lora_targets {wrong[0]}: no such layer; the language model has {', '.join(sorted(names))}")
+            refuse(
+                f"--lora_targets {wrong[0]}: no such layer; the language model has {', '.join(sorted(names))}"
+            )
         model = get_peft_model(model, lora_config(cfg), autocast_adapter_dtype=False)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen_bytes = (parameters - (0 if cfg.lora_r else trained)) * kind.itemsize
-    if four_bit:  # 4 bits and a share of the scales, which are quantized too (Dettmers et al. 2023, section 3)
-        frozen_bytes -= int(sum(layer.weight.numel() for layer in linear.values()) * (kind.itemsize - 4.127 / 8))
+    if (
+        four_bit
+    ):  # 4 bits and a share of the scales, which are quantized too (Dettmers et al. 2023, section 3)
+        frozen_bytes -= int(
+            sum(layer.weight.numel() for layer in linear.values()) * (kind.itemsize - 4.127 / 8)
+        )
 
     inner, text = core(model).model, base.config.text_config
     layers, batch, width = inner.language_model.layers, cfg.batch_size, text.hidden_size
@@ -876,7 +1018,9 @@ def measure(base: Base, cfg: Config, dtype: str, tokens: int, supervised: int, f
             embedded = torch.empty(batch, tokens, width, dtype=kind, requires_grad=True)
             places = torch.arange(tokens)[None]
             mask = {"full_attention": None}  # causal, as SDPA does it by itself
-            call = functools.partial(inner.language_model, inputs_embeds=embedded, position_ids=places, attention_mask=mask)
+            call = functools.partial(
+                inner.language_model, inputs_embeds=embedded, position_ids=places, attention_mask=mask
+            )
             return saved_bytes(lambda: call(use_cache=False), model)
 
     one, two = kept(1), kept(2)
@@ -888,13 +1032,17 @@ def measure(base: Base, cfg: Config, dtype: str, tokens: int, supervised: int, f
         if cfg.train_vision:
             pictures = torch.empty(batch * cfg.frames, 3, base.size, base.size, dtype=kind)
             around += saved_bytes(lambda: inner.vision_tower(pictures), model)
-    around += batch * supervised * text.vocab_size * (kind.itemsize + 8)  # logits, in fp32, and their gradient
+    around += (
+        batch * supervised * text.vocab_size * (kind.itemsize + 8)
+    )  # logits, in fp32, and their gradient
     plain = one + (len(layers) - 1) * layer + around
     checkpointed = one + (len(layers) - 1) * batch * tokens * width * kind.itemsize + around
     return Sizes(parameters, trained, frozen_bytes, plain, checkpointed)
 
 
-def layouts(sizes: Sizes, checkpointing: str, four_bit: bool, dtype: str, devices: int, local: int | None = None) -> list[dict]:
+def layouts(
+    sizes: Sizes, checkpointing: str, four_bit: bool, dtype: str, devices: int, local: int | None = None
+) -> list[dict]:
     """memory_rows; 4-bit weights are not partitioned, so they have no ZeRO-3."""
     kept = {on: sizes.checkpointed if on else sizes.plain for on in CHECKPOINTING[checkpointing]}
     rows = memory_rows(sizes.trained, sizes.frozen_bytes, kept, dtype, devices, local)
@@ -910,7 +1058,9 @@ def machine_table(base: Base, cfg: Config, tokens: int, supervised: int) -> str:
         for machine, (devices, gpu, dtype) in MACHINES.items():
             rows = layouts(sizes, "auto", four_bit, dtype, devices, local=devices)
             fits = next((row for row in rows if row["gpu_gb"] < 0.92 * gpu), None)
-            told = f"{fits['layout']:<40}{fits['gpu_gb']:6.1f}{fits['host_gb']:8.1f}" if fits else "does not fit"
+            told = (
+                f"{fits['layout']:<40}{fits['gpu_gb']:6.1f}{fits['host_gb']:8.1f}" if fits else "does not fit"
+            )
             lines.append(f"  {machine:<20}{method:<18}{told}")
     return "\n".join(lines)
 
@@ -920,21 +1070,36 @@ def plan(cfg: Config, base: Base, data: Data, device: torch.device) -> dict:
     world, dtype = world_size(), cfg.dtype
     collate = Collator(base, cfg)
     some = data.train[:: max(1, len(data.train) // 256)]
-    lengths = [(len(ids), sum(label >= 0 for label in labels)) for ids, labels in (collate.sequence(s.qa) for s in some)]
+    lengths = [
+        (len(ids), sum(label >= 0 for label in labels))
+        for ids, labels in (collate.sequence(s.qa) for s in some)
+    ]
     tokens, supervised = max(length for length, _ in lengths), max(count for _, count in lengths)
     limit = base.config.text_config.max_position_embeddings
     if tokens > limit:
-        refuse(f"sequences of {tokens} tokens, {base.source} takes {limit}: lower --frames {cfg.frames} or --max_turns")
+        refuse(
+            f"sequences of {tokens} tokens, {base.source} takes {limit}: lower --frames {cfg.frames} or --max_turns"
+        )
     sizes = measure(base, cfg, dtype, tokens, supervised, cfg.load_in_4bit)
     rows = layouts(sizes, cfg.gradient_checkpointing, cfg.load_in_4bit, dtype, world)
-    memory, row = choose_layout(rows, cfg.deepspeed, "take --load_in_4bit, fewer --frames, or a lower --lora_r")
+    memory, row = choose_layout(
+        rows, cfg.deepspeed, "take --load_in_4bit, fewer --frames, or a lower --lora_r"
+    )
     state = sizes.trained * (12 + TORCH_DTYPES[dtype].itemsize)
     whole = sizes.trained if cfg.lora_r else sizes.parameters
-    free, need = disk_free(cfg.output_dir) / GB, ((cfg.keep + 1) * state + whole * TORCH_DTYPES[dtype].itemsize) / GB
+    free, need = (
+        disk_free(cfg.output_dir) / GB,
+        ((cfg.keep + 1) * state + whole * TORCH_DTYPES[dtype].itemsize) / GB,
+    )
     method = f"LoRA r {cfg.lora_r} and the projector" if cfg.lora_r else "full fine-tuning"
     method += (", 4-bit weights" if cfg.load_in_4bit else "") + (", vision tower" if cfg.train_vision else "")
     questions = [sum(len(sample.qa) for sample in part) for part in (data.train, data.held_out)]
-    source = cfg.manifest or cfg.video_dir or cfg.dataset or ("moving shapes" if cfg.demo else "four public samples")
+    source = (
+        cfg.manifest
+        or cfg.video_dir
+        or cfg.dataset
+        or ("moving shapes" if cfg.demo else "four public samples")
+    )
     stages = f", {len(curriculum(data.train, True))} stages by answer length" if cfg.curriculum else ""
     seen = "" if data.held_out is not data.train else " (the same: there is one video)"
     lines = [
@@ -954,7 +1119,9 @@ def plan(cfg: Config, base: Base, data: Data, device: torch.device) -> dict:
     if cfg.check and not cfg.demo:
         log.info(machine_table(base, cfg, tokens, supervised))
     if need > free:
-        refuse(f"--output_dir {cfg.output_dir}: {free:.2f} GB free, the run writes {need:.2f} GB; make room or lower --keep")
+        refuse(
+            f"--output_dir {cfg.output_dir}: {free:.2f} GB free, the run writes {need:.2f} GB; make room or lower --keep"
+        )
     return row
 
 
@@ -971,7 +1138,9 @@ class VideoTrainer(SFTTrainer):
 
         self.cfg, self.batches, self.loss_of_step = cfg, batches, 0.0
         # TRL wants a data set to look at; the batches come from get_train_dataloader
-        super().__init__(train_dataset=Dataset.from_dict({"input_ids": [[0]]}), data_collator=batches.collate, **kwargs)
+        super().__init__(
+            train_dataset=Dataset.from_dict({"input_ids": [[0]]}), data_collator=batches.collate, **kwargs
+        )
 
     def get_train_dataloader(self) -> Batches:
         return self.batches
@@ -979,7 +1148,9 @@ class VideoTrainer(SFTTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             trained, cfg = [p for p in self.model.parameters() if p.requires_grad], self.cfg
-            self.optimizer = torch.optim.AdamW(trained, cfg.lr, (0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
+            self.optimizer = torch.optim.AdamW(
+                trained, cfg.lr, (0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True
+            )
         return self.optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Tensor:
@@ -1003,10 +1174,19 @@ def save(cfg: Config, engine: Any, facts: dict, step: int) -> None:
 class Watch(TrainerCallback):
     """Around the steps of the trainer: learning rate, seeds, log, checkpoints, evaluation, signals."""
 
-    def __init__(self, cfg: Config, trainer: Any, resume: tuple, facts: dict, caught: list[int], bar: tqdm, on: dict) -> None:
+    def __init__(
+        self, cfg: Config, trainer: Any, resume: tuple, facts: dict, caught: list[int], bar: tqdm, on: dict
+    ) -> None:
         """resume: as resume_checkpoint returns it; facts: what goes into each checkpoint; caught: signals; on: what to call after
         the "first" step, and to "evaluate" at a step."""
-        self.cfg, self.trainer, self.facts, self.caught, self.bar, self.on = cfg, trainer, facts, caught, bar, on
+        self.cfg, self.trainer, self.facts, self.caught, self.bar, self.on = (
+            cfg,
+            trainer,
+            facts,
+            caught,
+            bar,
+            on,
+        )
         self.found, self.step, self.other_ranks = resume
         self.first, self.skipped = self.step + 1, 0
         self.track = tracker(cfg.report_to, cfg.output_dir, Path(__file__).stem) if rank() == 0 else None
@@ -1017,7 +1197,9 @@ class Watch(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         if self.found:
             load_engine(self.trainer.deepspeed, self.found, self.other_ranks, frozen_left_out=True)
-            log.info(f"resumed {self.found}{', saved by another number of ranks' if self.other_ranks else ''}")
+            log.info(
+                f"resumed {self.found}{', saved by another number of ranks' if self.other_ranks else ''}"
+            )
         state.global_step = self.step
         self.start_clock()
 
@@ -1042,7 +1224,9 @@ class Watch(TrainerCallback):
         if saved:
             save(cfg, engine, self.facts, step)
         if stop:
-            log.info(f"stopped by {signal.Signals(stop).name} after step {step}; the same command goes on from there")
+            log.info(
+                f"stopped by {signal.Signals(stop).name} after step {step}; the same command goes on from there"
+            )
             raise SystemExit(128 + stop)
         if step % cfg.eval_every == 0 and step < cfg.steps:
             row = self.on["evaluate"](step)
@@ -1063,7 +1247,10 @@ class Watch(TrainerCallback):
         self.bar.set_postfix(loss=f"{loss:.4f}")
         norm = engine.get_global_grad_norm()  # None until a first update was made
         row = {"step": step, "loss": loss, "lr": learning_rate(cfg, step - 1)}
-        row |= {"grad_norm": math.nan if norm is None else float(norm), "samples_per_s": speed * engine.train_batch_size()}
+        row |= {
+            "grad_norm": math.nan if norm is None else float(norm),
+            "samples_per_s": speed * engine.train_batch_size(),
+        }
         record(cfg.output_dir, row | {"peak_memory_gb": peak_memory_gb()}, self.track)
         self.start_clock()
 
@@ -1071,13 +1258,19 @@ class Watch(TrainerCallback):
 def watch_projector(model: nn.Module) -> Callable[[], None]:
     """-> what to call after the first step: it ends the run when no gradient has reached the projector."""
     projector, reached = core(model).model.multi_modal_projector, []
-    hooks = [p.register_hook(lambda grad: reached.append(bool(grad.any()))) for p in projector.parameters() if p.requires_grad]
+    hooks = [
+        p.register_hook(lambda grad: reached.append(bool(grad.any())))
+        for p in projector.parameters()
+        if p.requires_grad
+    ]
 
     def check() -> None:
         for hook in hooks:
             hook.remove()
         if not over_ranks(any(reached), "max"):
-            raise SystemExit("error: the projector got no gradient: the model answers without the video; nothing was saved")
+            raise SystemExit(
+                "error: the projector got no gradient: the model answers without the video; nothing was saved"
+            )
 
     return check
 
@@ -1116,8 +1309,12 @@ def train(cfg: Config) -> None:
     on_rank0(lambda: take_run_folder(given))
     stage = config["zero_optimization"]["stage"]
     facts = {"zero_stage": stage, "dtype": cfg.dtype, "base_model": cfg.model}
-    found, step, other_ranks = resume_checkpoint(cfg.output_dir / "checkpoints", cfg.resume, world_size(), **facts)
-    cfg = dataclasses.replace(cfg, steps=max(cfg.steps, step))  # more GPUs make fewer steps of the same --epochs
+    found, step, other_ranks = resume_checkpoint(
+        cfg.output_dir / "checkpoints", cfg.resume, world_size(), **facts
+    )
+    cfg = dataclasses.replace(
+        cfg, steps=max(cfg.steps, step)
+    )  # more GPUs make fewer steps of the same --epochs
     folder = on_rank0(lambda: fetch_model(cfg.model, "*"))
     repo = ""
     if cfg.push_to_hub:
@@ -1137,7 +1334,9 @@ def train(cfg: Config) -> None:
         logging_strategy="no", save_strategy="no", eval_strategy="no", report_to="none", disable_tqdm=True,
     )  # fmt: skip
     torch.manual_seed(cfg.seed)
-    model = load_weights(folder, base, cfg, cfg.dtype)  # after SFTConfig: under ZeRO-3 each rank takes its part of the weights
+    model = load_weights(
+        folder, base, cfg, cfg.dtype
+    )  # after SFTConfig: under ZeRO-3 each rank takes its part of the weights
     choose_trained(model, cfg)
     if cfg.compile:
         for layer in model.model.language_model.layers:
@@ -1177,10 +1376,15 @@ def export(cfg: Config, model: nn.Module, base: Base) -> None:
     weights = full_weights(model, TORCH_DTYPES[cfg.dtype], lambda p: p.requires_grad or not cfg.lora_r)
     if rank() == 0:
         target.mkdir(exist_ok=True)
-        vars(model).pop("_weight_conversions", None)  # loaded under ZeRO-3 it would save other names (transformers 5.23)
+        vars(model).pop(
+            "_weight_conversions", None
+        )  # loaded under ZeRO-3 it would save other names (transformers 5.23)
         model.save_pretrained(target, state_dict=weights)
         base.processor.save_pretrained(target)
-        write_json(target / "llava_vtt.json", {"frames": cfg.frames, "max_new_tokens": cfg.max_new_tokens, "dtype": cfg.dtype})
+        write_json(
+            target / "llava_vtt.json",
+            {"frames": cfg.frames, "max_new_tokens": cfg.max_new_tokens, "dtype": cfg.dtype},
+        )
         for source in (Path(__file__), Path(__file__).with_name("common.py")):
             shutil.copyfile(source, target / source.name)
         for path in target.iterdir():
@@ -1191,7 +1395,9 @@ def export(cfg: Config, model: nn.Module, base: Base) -> None:
 def publish(cfg: Config, model: nn.Module, base: Base, data: Data, repo: str) -> None:
     """Every rank: model/, its evaluation, its card; the Hub last. Exit code 3 when only the push failed."""
     folder, target = cfg.output_dir, cfg.output_dir / "model"
-    results = on_rank0(lambda: json.loads(path.read_text()) if (path := folder / "results.json").exists() else {})
+    results = on_rank0(
+        lambda: json.loads(path.read_text()) if (path := folder / "results.json").exists() else {}
+    )
     if results.get("steps") != cfg.steps:
         export(cfg, model, base)  # before the evaluation: a run that dies there keeps its model
         result = evaluate(model, base, data, cfg)
@@ -1243,7 +1449,10 @@ def show(results: dict, folder: Path) -> None:
         f"{'frames':<20}" + "".join(f"{h:>11}" for h in SHUFFLES),
     ]
     rows = {name.replace("_", "-"): [answers[how][name] for how in SHUFFLES] for name in METRICS}
-    rows |= {f"  {kind}": [answers[how]["kinds"][kind] for how in SHUFFLES] for kind in answers["in order"]["kinds"]}
+    rows |= {
+        f"  {kind}": [answers[how]["kinds"][kind] for how in SHUFFLES]
+        for kind in answers["in order"]["kinds"]
+    }
     lines += [f"{name:<20}" + "".join(f"{value:11.3f}" for value in values) for name, values in rows.items()]
     lines += [
         f"needs the video       {results['needs_the_video']:.3f}   score in order less score blanked",
@@ -1269,19 +1478,35 @@ def push_data(cfg: Config, data: Data) -> None:
                 shutil.copyfile(clip.video, folder / video)
             parts[split] += [{"video": video, "question": qa.question, "answer": qa.answer} for qa in clip.qa]
     files = "a file of this repository" if cfg.push_videos else "the name of a file that is not part of it"
-    push_rows(folder, cfg.hub_dataset_id, cfg.public, parts, f"`video` is a URL, or {files}.", Path(__file__).name)
+    push_rows(
+        folder, cfg.hub_dataset_id, cfg.public, parts, f"`video` is a URL, or {files}.", Path(__file__).name
+    )
 
 
 def write_card(cfg: Config, results: dict, base: Base, repo: str) -> None:
-    answers, numbers = results["answers"], {name: results[name] for name in ("score", "needs_the_video", "held_out_loss")}
+    answers, numbers = (
+        results["answers"],
+        {name: results[name] for name in ("score", "needs_the_video", "held_out_loss")},
+    )
     numbers |= {name: results[name] for name in ("steps", "final_loss", "samples_per_s", "peak_memory_gb")}
     rows, snippet, made = card_parts(cfg.output_dir, numbers, repo)
-    table = "\n".join(f"| {m} | " + " | ".join(f"{answers[how][m]:.3f}" for how in SHUFFLES) + " |" for m in METRICS)
+    table = "\n".join(
+        f"| {m} | " + " | ".join(f"{answers[how][m]:.3f}" for how in SHUFFLES) + " |" for m in METRICS
+    )
     given = [row for _, row in read_json_lines(cfg.output_dir / "samples" / "answers.jsonl")][:6]
-    cells = [[str(row[name]).replace("|", "/").replace("\n", " ") for name in ("question", "given", "answer")] for row in given]
+    cells = [
+        [str(row[name]).replace("|", "/").replace("\n", " ") for name in ("question", "given", "answer")]
+        for row in given
+    ]
     said = "\n".join(f"| {' | '.join(row)} |" for row in cells)
     data = cfg.manifest or cfg.video_dir or cfg.dataset
-    data = f"`{Path(data).name}`" if data else "generated clips of moving shapes" if cfg.demo else "four public samples"
+    data = (
+        f"`{Path(data).name}`"
+        if data
+        else "generated clips of moving shapes"
+        if cfg.demo
+        else "four public samples"
+    )
     what = f"a LoRA adapter (r {cfg.lora_r}) and the projector" if cfg.lora_r else "all weights"
     known = f"base_model: {base.source}\n" if not Path(base.source).exists() else ""
     (cfg.output_dir / "model" / "README.md").write_text(f"""---

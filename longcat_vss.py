@@ -122,7 +122,9 @@ from common import (
 )
 
 BASE_MODEL = "meituan-longcat/LongCat-Flash-Omni"
-PUBLISHED_BYTES = 1.125e12  # 562.6 B parameters in bf16, counted with the published sizes (tests/test_longcat_maths.py)
+PUBLISHED_BYTES = (
+    1.125e12  # 562.6 B parameters in bf16, counted with the published sizes (tests/test_longcat_maths.py)
+)
 SAMPLE_RATE = 16_000  # of all speech that the model hears
 # Of the speech streams, from constants.py of the official repository (commit 9df66a8).
 CODEBOOKS = 4  # one semantic, three acoustic
@@ -156,7 +158,9 @@ class Config:
 
     # data
 
-    data_dir: Path = Path("data")  # train/01/{in.mp4,in.wav,out.wav,out.txt}, ... and, if there, test/ beside it
+    data_dir: Path = Path(
+        "data"
+    )  # train/01/{in.mp4,in.wav,out.wav,out.txt}, ... and, if there, test/ beside it
     frames: int = 64  # most frames of a clip; two a second are taken
     size: int = 224  # height and width, pixels; a multiple of 28
     max_seconds: float = 120.0  # longest in.wav and out.wav
@@ -168,11 +172,15 @@ class Config:
     # model
 
     model: str = ""  # LongCat-Flash-Omni, a Hub id or a folder; for --predict <output_dir>/model
-    codec: Path | None = None  # checkout of LongCat-Audio-Codec with its ckpts/; the tiny model has a codec of its own
+    codec: Path | None = (
+        None  # checkout of LongCat-Audio-Codec with its ckpts/; the tiny model has a codec of its own
+    )
     lora_r: int = 8  # rank; 0: full fine-tuning
     lora_alpha: int = 16
     lora_dropout: float = 0.05
-    lora_targets: str = "q_a_proj,q_b_proj,kv_a_proj_with_mqa,kv_b_proj,o_proj"  # also dense MLPs and audio_output_layers
+    lora_targets: str = (
+        "q_a_proj,q_b_proj,kv_a_proj_with_mqa,kv_b_proj,o_proj"  # also dense MLPs and audio_output_layers
+    )
     gradient_checkpointing: Literal["auto", "on", "off"] = "auto"  # auto: when it does not fit without
 
     # loss: the published weights of the first pre-training stage; those of fine-tuning are not published
@@ -193,9 +201,15 @@ class Config:
     weight_decay: float = 0.1
     beta2: float = 0.95  # of AdamW
     clip: float = 1.0  # gradient norm limit
-    dtype: Literal["bf16", "fp16", "fp32"] | None = None  # default: bf16, fp16 on GPUs without it, fp32 on a CPU
-    deepspeed: Annotated[str, tyro.conf.arg(aliases=["--deepspeed_config"])] = "auto"  # JSON file, or auto: what fits
-    nvme_path: Path | None = None  # folder on a fast disk: weights may lie there when they do not fit into RAM
+    dtype: Literal["bf16", "fp16", "fp32"] | None = (
+        None  # default: bf16, fp16 on GPUs without it, fp32 on a CPU
+    )
+    deepspeed: Annotated[str, tyro.conf.arg(aliases=["--deepspeed_config"])] = (
+        "auto"  # JSON file, or auto: what fits
+    )
+    nvme_path: Path | None = (
+        None  # folder on a fast disk: weights may lie there when they do not fit into RAM
+    )
 
     # speaking
 
@@ -213,7 +227,9 @@ class Config:
     save_every: int = 50
     keep: int = 2  # newest checkpoints kept
     resume: bool = True  # --no_resume: refuse a folder that has checkpoints
-    report_to: Literal["none", "tensorboard", "wandb"] = "wandb" if os.environ.get("WANDB_API_KEY") else "none"
+    report_to: Literal["none", "tensorboard", "wandb"] = (
+        "wandb" if os.environ.get("WANDB_API_KEY") else "none"
+    )
 
     # Hub
 
@@ -240,7 +256,9 @@ class Config:
         if self.demo and self.data_dir != Path("data"):
             raise ValueError(f"--demo makes its own clips: leave out --data_dir {self.data_dir}")
         if len(self.predict) > 2:
-            raise ValueError(f"--predict {' '.join(map(str, self.predict))}: one video and one file of speech, in.mp4 in.wav")
+            raise ValueError(
+                f"--predict {' '.join(map(str, self.predict))}: one video and one file of speech, in.mp4 in.wav"
+            )
         if self.nvme_path and not self.nvme_path.is_dir():
             raise ValueError(f"--nvme_path {self.nvme_path}: no such folder")
 
@@ -279,7 +297,9 @@ def say(word: str, pitch: float, rng: np.random.Generator) -> np.ndarray:
             parts.append(0.25 * voiced(length, pitch, (250, 1000, 2200), rng))
         else:  # noise above 3 kHz: long for s, a short burst after silence for t
             noise = np.diff(rng.standard_normal(length + 2), 2) / 6
-            envelope = np.hanning(length) if consonant == "s" else np.maximum(0, np.linspace(-2, 1, length)) ** 2
+            envelope = (
+                np.hanning(length) if consonant == "s" else np.maximum(0, np.linspace(-2, 1, length)) ** 2
+            )
             parts.append(0.5 * noise * envelope)
         length = int(SAMPLE_RATE * rng.uniform(0.13, 0.15))
         rise = np.minimum(1, np.minimum(np.arange(length), np.arange(length)[::-1]) / (0.015 * SAMPLE_RATE))
@@ -325,13 +345,23 @@ def make_clip(folder: Path, number: int, held_out: bool, adapted: bool, seed: in
 
 def make_data(cfg: Config, adapted: bool) -> Path:
     """Rank 0: the demo's folder of samples, made once; a shorter demo needs fewer."""
-    counts = {"train": min(NUM_TRAIN, cfg.steps * cfg.batch_size * cfg.accum), "test": min(NUM_HELD_OUT, cfg.eval_samples)}
+    counts = {
+        "train": min(NUM_TRAIN, cfg.steps * cfg.batch_size * cfg.accum),
+        "test": min(NUM_HELD_OUT, cfg.eval_samples),
+    }
     name = f"{Path(__file__).stem}_demo_{cfg.seed}_{'adapted' if adapted else 'base'}_{counts['train']}_{counts['test']}"
     wanted = [(part, number) for part, count in counts.items() for number in range(count)]
 
     def make(aside: Path) -> None:
         with ThreadPoolExecutor(cfg.num_workers) as pool:
-            list(pool.map(lambda w: make_clip(aside / w[0] / f"{w[1] + 1:03d}", w[1], w[0] == "test", adapted, cfg.seed), wanted))
+            list(
+                pool.map(
+                    lambda w: make_clip(
+                        aside / w[0] / f"{w[1] + 1:03d}", w[1], w[0] == "test", adapted, cfg.seed
+                    ),
+                    wanted,
+                )
+            )
 
     return made_once(cfg.cache_dir / f"{name}_1", make)  # 1: version of what is made
 
@@ -340,8 +370,13 @@ def make_data(cfg: Config, adapted: bool) -> Path:
 # Data: folders of video and speech
 # ---------------------------------------------------------------------------
 
-SUFFIXES = {"video": (".mp4", ".mov", ".mkv", ".webm", ".avi"), "speech": (".wav", ".mp3", ".flac", ".m4a", ".ogg")}
-AUDIO_CONTAINERS = "wav,mp3,flac,ogg,aac,aiff,mov,matroska,avi"  # ffmpeg's playlist formats would open other files
+SUFFIXES = {
+    "video": (".mp4", ".mov", ".mkv", ".webm", ".avi"),
+    "speech": (".wav", ".mp3", ".flac", ".m4a", ".ogg"),
+}
+AUDIO_CONTAINERS = (
+    "wav,mp3,flac,ogg,aac,aiff,mov,matroska,avi"  # ffmpeg's playlist formats would open other files
+)
 
 
 @dataclass(frozen=True)
@@ -444,8 +479,18 @@ def open_clip(folder: Path, cfg: Config, base: Base) -> Clip:
         there = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
         raise BadSample(f"no {'in.mp4' if video is None else 'out.wav'}; there is {there}")
     text = (folder / "out.txt").read_text(errors="replace").strip() if (folder / "out.txt").exists() else ""
-    clip = make_sample(f"{folder.parent.name}/{folder.name}", video, member(folder, "in", "speech") or video, reply, text, cfg)
-    tokens, rows = len(base.encode(text)), int(np.load(clip.reply, mmap_mode="r").size / SAMPLE_RATE / FRAME_SECONDS) - 1
+    clip = make_sample(
+        f"{folder.parent.name}/{folder.name}",
+        video,
+        member(folder, "in", "speech") or video,
+        reply,
+        text,
+        cfg,
+    )
+    tokens, rows = (
+        len(base.encode(text)),
+        int(np.load(clip.reply, mmap_mode="r").size / SAMPLE_RATE / FRAME_SECONDS) - 1,
+    )
     if tokens > rows:
         raise BadSample(
             f"out.txt has {tokens} tokens, {reply.name} has room for {rows}, one in {FRAME_SECONDS:g} s: is it its text?"
@@ -470,15 +515,21 @@ def sample_folders(source: Path) -> dict[str, list[Path]]:
     if root.name == "train" and not (root / "train").is_dir():
         root = root.parent
     if not root.is_dir():
-        refuse(f"--data_dir {source}: no such folder; it holds train/01/in.mp4, in.wav and out.wav, train/02/...")
-    places = {"train": root / "train", "test": root / "test"} if (root / "train").is_dir() else {"train": root}
+        refuse(
+            f"--data_dir {source}: no such folder; it holds train/01/in.mp4, in.wav and out.wav, train/02/..."
+        )
+    places = (
+        {"train": root / "train", "test": root / "test"} if (root / "train").is_dir() else {"train": root}
+    )
     found = {
         part: sorted(path for path in place.iterdir() if path.is_dir() and not path.name.startswith("."))
         for part, place in places.items()
         if place.is_dir()
     }
     if not found["train"]:
-        refuse(f"--data_dir {source}: no sample folders in {places['train']}; it holds 01/in.mp4, in.wav and out.wav, 02/...")
+        refuse(
+            f"--data_dir {source}: no sample folders in {places['train']}; it holds 01/in.mp4, in.wav and out.wav, 02/..."
+        )
     return {"test": []} | found
 
 
@@ -522,7 +573,12 @@ class MelCodec:
     """A codec without a network to download: 60 ms of log-mel spectrum at a time through four codebooks, each fitted to what the
     one before left over (residual vector quantization), back by Griffin-Lim. Its first codebook stands for the semantic one."""
 
-    rate, mels, per_frame, window = SAMPLE_RATE, 40, 6, 512  # 6 spectra, 10 ms apart, in 60 ms; windows of 32 ms
+    rate, mels, per_frame, window = (
+        SAMPLE_RATE,
+        40,
+        6,
+        512,
+    )  # 6 spectra, 10 ms apart, in 60 ms; windows of 32 ms
     hop = int(SAMPLE_RATE * FRAME_SECONDS) // per_frame
 
     def __init__(self, mean: Tensor, codebooks: Tensor) -> None:
@@ -537,7 +593,9 @@ class MelCodec:
         """(mels, 257), of equal area"""
         from transformers.audio_utils import mel_filter_bank
 
-        bank = mel_filter_bank(MelCodec.window // 2 + 1, MelCodec.mels, 40, 7800, SAMPLE_RATE, norm="slaney", mel_scale="slaney")
+        bank = mel_filter_bank(
+            MelCodec.window // 2 + 1, MelCodec.mels, 40, 7800, SAMPLE_RATE, norm="slaney", mel_scale="slaney"
+        )
         return torch.from_numpy(bank.T).float()
 
     @staticmethod
@@ -546,7 +604,9 @@ class MelCodec:
         frame = MelCodec.hop * MelCodec.per_frame
         padded = F.pad(torch.from_numpy(np.asarray(sound, np.float32)), (0, -len(sound) % frame))
         window = torch.hann_window(MelCodec.window)
-        spectrum = torch.stft(padded, MelCodec.window, MelCodec.hop, window=window, return_complex=True).abs()[:, :-1]
+        spectrum = torch.stft(
+            padded, MelCodec.window, MelCodec.hop, window=window, return_complex=True
+        ).abs()[:, :-1]
         return (MelCodec.filters() @ spectrum + 1e-3).log().T
 
     @classmethod
@@ -554,9 +614,15 @@ class MelCodec:
         """Four codebooks of `size` entries by k-means on these replies. Exit 2 when they are too short for that."""
         from scipy.cluster.vq import kmeans2
 
-        rows = torch.cat([cls.log_mel(sound).reshape(-1, cls.per_frame * cls.mels) for sound in sounds]).double().numpy()
+        rows = (
+            torch.cat([cls.log_mel(sound).reshape(-1, cls.per_frame * cls.mels) for sound in sounds])
+            .double()
+            .numpy()
+        )
         if len(rows) < size:
-            refuse(f"{len(rows) * FRAME_SECONDS:.1f} s of replies: the codec needs {size * FRAME_SECONDS:.0f} s to be fitted on")
+            refuse(
+                f"{len(rows) * FRAME_SECONDS:.1f} s of replies: the codec needs {size * FRAME_SECONDS:.0f} s to be fitted on"
+            )
         mean, books = rows.mean(0), []
         left = rows - mean
         for number in range(CODEBOOKS):
@@ -585,8 +651,13 @@ class MelCodec:
         """The inverse of log_mel but for the phase, which is estimated (Griffin and Lim 1984) from a fixed random one."""
         if not len(log_mel):
             return np.zeros(0, np.float32)
-        loud = (torch.linalg.pinv(cls.filters()) @ (log_mel.exp().T - 1e-3).clamp(min=0)).clamp(min=0)  # (257, 6 * T)
-        loud, transform = F.pad(loud, (0, 1)), dict(n_fft=cls.window, hop_length=cls.hop, window=torch.hann_window(cls.window))
+        loud = (torch.linalg.pinv(cls.filters()) @ (log_mel.exp().T - 1e-3).clamp(min=0)).clamp(
+            min=0
+        )  # (257, 6 * T)
+        loud, transform = (
+            F.pad(loud, (0, 1)),
+            dict(n_fft=cls.window, hop_length=cls.hop, window=torch.hann_window(cls.window)),
+        )
         phase = torch.rand(loud.shape, generator=torch.Generator().manual_seed(0)) * 2 * math.pi
         for _ in range(iterations):
             sound = torch.istft(torch.polar(loud, phase), **transform, length=cls.hop * len(log_mel))
@@ -610,7 +681,10 @@ class LongCatCodec:
     LongCat-Flash-Omni's download. One semantic and three acoustic codebooks, 24 kHz out."""
 
     sizes = (8192, 8100, 8100, 8100)
-    files = ("configs/LongCatAudioCodec_encoder.yaml", "configs/LongCatAudioCodec_decoder_24k_4codebooks.yaml")
+    files = (
+        "configs/LongCatAudioCodec_encoder.yaml",
+        "configs/LongCatAudioCodec_decoder_24k_4codebooks.yaml",
+    )
 
     def __init__(self, checkout: Path) -> None:
         root, here, device = checkout.resolve(), Path.cwd(), "cuda" if torch.cuda.is_available() else "cpu"
@@ -620,9 +694,13 @@ class LongCatCodec:
         try:
             from networks.semantic_codec.model_loader import load_decoder, load_encoder
 
-            self.encoder, self.decoder = (load(name, self.device) for load, name in zip((load_encoder, load_decoder), self.files))
+            self.encoder, self.decoder = (
+                load(name, self.device) for load, name in zip((load_encoder, load_decoder), self.files)
+            )
         except (ImportError, OSError, KeyError, RuntimeError) as error:
-            refuse(f"--codec {checkout}: {brief(error)}: install what its requirements.txt lists, and fill its ckpts/")
+            refuse(
+                f"--codec {checkout}: {brief(error)}: install what its requirements.txt lists, and fill its ckpts/"
+            )
         finally:
             os.chdir(here)
             sys.path.remove(str(root))
@@ -632,7 +710,9 @@ class LongCatCodec:
     def encode(self, sound: np.ndarray) -> np.ndarray:
         """float32 (N,) at 16 kHz -> int64 (T, 4)"""
         wave_in = torch.from_numpy(sound).to(self.device)[None, None]
-        semantic, acoustic = self.encoder(wave_in, SAMPLE_RATE, n_acoustic_codebooks=CODEBOOKS - 1)[:2]  # (1, T), (1, 3, T)
+        semantic, acoustic = self.encoder(wave_in, SAMPLE_RATE, n_acoustic_codebooks=CODEBOOKS - 1)[
+            :2
+        ]  # (1, T), (1, 3, T)
         count = min(semantic.shape[-1], acoustic.shape[-1])
         return torch.cat([semantic[:, None, :count], acoustic[..., :count]], 1)[0].T.cpu().numpy()
 
@@ -646,14 +726,20 @@ class LongCatCodec:
 def check_codec(cfg: Config, base: Base) -> None:
     """Exit 2 when the model's codes can be had neither from --codec nor from a codec that lies in its folder or can be fitted."""
     if cfg.codec:
-        needed = [*LongCatCodec.files, "networks/semantic_codec/model_loader.py", "ckpts/LongCatAudioCodec_encoder.pt"]
+        needed = [
+            *LongCatCodec.files,
+            "networks/semantic_codec/model_loader.py",
+            "ckpts/LongCatAudioCodec_encoder.pt",
+        ]
         if missing := [name for name in needed if not (cfg.codec / name).is_file()]:
             refuse(
                 f"--codec {cfg.codec}: {', '.join(missing)} missing; clone github.com/meituan-longcat/LongCat-Audio-Codec and "
                 "put the files of the Hub repository of that name into its ckpts/ (the encoder is a download of its own)"
             )
     elif base.audio_vocabulary == AUDIO_VOCABULARY:
-        refuse(f"{base.source} speaks in the codes of LongCat-Audio-Codec: give --codec with a checkout of it")
+        refuse(
+            f"{base.source} speaks in the codes of LongCat-Audio-Codec: give --codec with a checkout of it"
+        )
 
 
 def open_codec(cfg: Config, base: Base, replies: list[Path]) -> MelCodec | LongCatCodec:
@@ -681,7 +767,9 @@ def encode_replies(clips: list[Clip], codec: MelCodec | LongCatCodec, base: Base
         if not target.exists():
             save_array(target, codec.encode(np.load(clip.reply)))
         if (rows := len(np.load(target, mmap_mode="r"))) < len(base.encode(clip.text)):
-            refuse(f"{clip.name}: out.txt has {len(base.encode(clip.text))} tokens, the codec makes {rows} rows of out.wav")
+            refuse(
+                f"{clip.name}: out.txt has {len(base.encode(clip.text))} tokens, the codec makes {rows} rows of out.wav"
+            )
         return dataclasses.replace(clip, codes=target)
 
     return [encode(clip) for clip in tqdm(clips, "encode replies", unit="clip", disable=None)]
@@ -721,7 +809,9 @@ def speech_features(sound: np.ndarray, base: Base) -> np.ndarray:
     rows = (rows - base.cmvn[0]) * base.cmvn[1]
     padded = np.concatenate([rows[:1].repeat(splice["left"], 0), rows, rows[-1:].repeat(splice["right"], 0)])
     width = splice["left"] + splice["right"] + 1
-    return np.stack([padded[i : i + width].ravel() for i in range(0, len(rows), splice["stride"])]).astype(np.float32)
+    return np.stack([padded[i : i + width].ravel() for i in range(0, len(rows), splice["stride"])]).astype(
+        np.float32
+    )
 
 
 def patches(frames: np.ndarray, base: Base) -> Tensor:
@@ -732,7 +822,9 @@ def patches(frames: np.ndarray, base: Base) -> Tensor:
     return rearrange(pixels, "(n t) (h p) (w q) c -> n (h w) (c t p q)", t=2, p=size, q=size)
 
 
-def prompt_ids(seconds: tuple[float, ...], spread: bool, tokens_per_pair: int, audio_tokens: int, base: Base) -> list[int]:
+def prompt_ids(
+    seconds: tuple[float, ...], spread: bool, tokens_per_pair: int, audio_tokens: int, base: Base
+) -> list[int]:
     """The user's turn and the start of the reply: pairs of frames, each after its time, with the speech heard meanwhile, 12.5
     tokens a second. Frames before the speech begins come first, speech after the last frame last; of a clip whose pairs are
     further apart than a second the speech is spread over them. (multimodal_interleaved_converter.py)"""
@@ -778,12 +870,16 @@ class Collator:
     def __init__(self, base: Base, cfg: Config) -> None:
         self.base, self.cfg = base, cfg
         self.features = functools.lru_cache(maxsize=1024)(lambda path: speech_features(np.load(path), base))
-        self.patches = functools.lru_cache(maxsize=1024 if cfg.size <= 56 else 1)(lambda path: patches(np.load(path), base))
+        self.patches = functools.lru_cache(maxsize=1024 if cfg.size <= 56 else 1)(
+            lambda path: patches(np.load(path), base)
+        )
         self.tokens_per_pair = (cfg.size // base.vision["patch_size"]) ** 2 // 2
 
     def sequence(self, clip: Clip, reply: bool) -> tuple[list[int], np.ndarray, int]:
         """(ids, streams, where the reply starts)"""
-        prompt = prompt_ids(clip.seconds, clip.spread, self.tokens_per_pair, len(self.features(clip.speech)), self.base)
+        prompt = prompt_ids(
+            clip.seconds, clip.spread, self.tokens_per_pair, len(self.features(clip.speech)), self.base
+        )
         ids, streams = [], np.zeros((0, CODEBOOKS), np.int64)
         if reply:
             ids, streams = reply_rows(np.load(clip.codes), self.base.encode(clip.text), self.base)
@@ -799,7 +895,11 @@ class Collator:
         mask = torch.zeros(len(clips), length, dtype=torch.bool)
         for i, (tokens, codes, start) in enumerate(sequences):
             place = slice(0, len(tokens)) if reply else slice(length - len(tokens), length)
-            ids[i, place], streams[i, place], mask[i, place] = torch.tensor(tokens), torch.from_numpy(codes), True
+            ids[i, place], streams[i, place], mask[i, place] = (
+                torch.tensor(tokens),
+                torch.from_numpy(codes),
+                True,
+            )
             body = slice(start, len(tokens))
             if reply:
                 text_labels[i, body] = torch.where(ids[i, body] == self.base.pad, -100, ids[i, body])
@@ -809,7 +909,10 @@ class Collator:
         if shown == "video blanked":
             pixels = torch.cat([patches(np.zeros_like(np.load(clip.frames)), self.base) for clip in clips])
         elif shown == "audio silenced":
-            rows = [torch.from_numpy(speech_features(np.zeros_like(np.load(clip.speech)), self.base)) for clip in clips]
+            rows = [
+                torch.from_numpy(speech_features(np.zeros_like(np.load(clip.speech)), self.base))
+                for clip in clips
+            ]
         features = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         heard = torch.arange(features.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
         dtype = TORCH_DTYPES[self.cfg.dtype]
@@ -846,7 +949,10 @@ class ViTAttention(nn.Module):
         width, self.heads = c["hidden_size"], c["num_attention_heads"]
         self.qkv, self.proj = nn.Linear(width, 3 * width, bias=c["qkv_bias"]), nn.Linear(width, width)
         if c["qk_normalization"]:
-            self.q_norm, self.k_norm = RMSNorm(width, c["layer_norm_eps"]), RMSNorm(width, c["layer_norm_eps"])
+            self.q_norm, self.k_norm = (
+                RMSNorm(width, c["layer_norm_eps"]),
+                RMSNorm(width, c["layer_norm_eps"]),
+            )
         else:
             self.q_norm = self.k_norm = nn.Identity()
 
@@ -867,7 +973,11 @@ class SwiGLU(nn.Module):
     def __init__(self, c: dict) -> None:
         super().__init__()
         width, inner = c["hidden_size"], int(c["intermediate_size"] * 2 / 3)
-        self.fc1, self.fc2, self.fc3 = nn.Linear(width, inner), nn.Linear(inner, width), nn.Linear(width, inner)
+        self.fc1, self.fc2, self.fc3 = (
+            nn.Linear(width, inner),
+            nn.Linear(inner, width),
+            nn.Linear(width, inner),
+        )
         self.norm = RMSNorm(inner, c["layer_norm_eps"])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -878,7 +988,12 @@ class ViTLayer(nn.Module):
     def __init__(self, c: dict) -> None:
         super().__init__()
         width, eps = c["hidden_size"], c["layer_norm_eps"]
-        self.attn, self.mlp, self.norm1, self.norm2 = ViTAttention(c), SwiGLU(c), RMSNorm(width, eps), RMSNorm(width, eps)
+        self.attn, self.mlp, self.norm1, self.norm2 = (
+            ViTAttention(c),
+            SwiGLU(c),
+            RMSNorm(width, eps),
+            RMSNorm(width, eps),
+        )
         self.ls1, self.ls2 = (nn.Parameter(c["initializer_factor"] * torch.ones(width)) for _ in range(2))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -892,18 +1007,28 @@ class VisionEncoder(nn.Module):
     def __init__(self, c: dict) -> None:
         super().__init__()
         kernel = (c["temporal_patch_size"], c["patch_size"], c["patch_size"])
-        self.width, self.head, self.theta = c["hidden_size"], c["hidden_size"] // c["num_attention_heads"], c["rope_theta"]
+        self.width, self.head, self.theta = (
+            c["hidden_size"],
+            c["hidden_size"] // c["num_attention_heads"],
+            c["rope_theta"],
+        )
         self.embeddings, self.encoder = nn.Module(), nn.Module()
-        self.embeddings.patch_embedding = nn.Conv3d(3, self.width, kernel, stride=kernel, bias=c["patch_embedding_bias"])
+        self.embeddings.patch_embedding = nn.Conv3d(
+            3, self.width, kernel, stride=kernel, bias=c["patch_embedding_bias"]
+        )
         self.encoder.layers = nn.ModuleList(ViTLayer(c) for _ in range(c["num_hidden_layers"]))
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels (N, T, 3 * 2 * 14 * 14) of square pictures -> (N, T, D)"""
         convolution, side = self.embeddings.patch_embedding, math.isqrt(pixels.shape[1])
         x = convolution(pixels.view(-1, 3, *convolution.kernel_size)).view(-1, side * side, self.width)
-        rates = self.theta ** -(torch.arange(0, self.head // 2, 2, device=x.device).float() / (self.head // 2))
+        rates = self.theta ** -(
+            torch.arange(0, self.head // 2, 2, device=x.device).float() / (self.head // 2)
+        )
         rows, columns = torch.meshgrid(*[torch.arange(side, device=x.device).float()] * 2, indexing="ij")
-        angles = torch.cat([rows.flatten()[:, None] * rates, columns.flatten()[:, None] * rates], 1).repeat(1, 2)
+        angles = torch.cat([rows.flatten()[:, None] * rates, columns.flatten()[:, None] * rates], 1).repeat(
+            1, 2
+        )
         for layer in self.encoder.layers:
             x = layer(x, angles.cos(), angles.sin())
         return x
@@ -913,7 +1038,11 @@ class VisionProjector(nn.Module):
     def __init__(self, width: int, adaptor: int, out: int) -> None:
         super().__init__()
         self.p0 = nn.Sequential(
-            nn.LayerNorm(2 * width), nn.Linear(2 * width, adaptor), nn.GELU(), nn.Linear(adaptor, adaptor), nn.GELU()
+            nn.LayerNorm(2 * width),
+            nn.Linear(2 * width, adaptor),
+            nn.GELU(),
+            nn.Linear(adaptor, adaptor),
+            nn.GELU(),
         )
         self.proj = nn.Linear(adaptor, out)
 
@@ -931,11 +1060,15 @@ class MemoryLayer(nn.Module):
         width, inner, self.reach = c["proj_size"], c["hidden_size"], (c["left_order"], right)
         self.memory_ln = nn.LayerNorm(width)
         self.memory = nn.Conv1d(width, width, sum(self.reach) + 1, groups=width, bias=False)
-        self.ffn = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, inner), nn.ReLU6(), nn.Linear(inner, width))
+        self.ffn = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, inner), nn.ReLU6(), nn.Linear(inner, width)
+        )
         self.dropout = nn.Dropout(c["dropout"])
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.dropout(self.memory(F.pad(self.memory_ln(x).transpose(1, 2), self.reach)).transpose(1, 2))
+        x = x + self.dropout(
+            self.memory(F.pad(self.memory_ln(x).transpose(1, 2), self.reach)).transpose(1, 2)
+        )
         return x + self.ffn(x)
 
 
@@ -943,12 +1076,18 @@ class AudioEncoder(nn.Module):
     def __init__(self, c: dict) -> None:
         super().__init__()
         inner, width, layers = c["hidden_size"], c["proj_size"], c["nlayer"]
-        self.ffn = nn.Sequential(nn.Linear(c["input_size"], inner), nn.ReLU6(), nn.Linear(inner, width, bias=False))
+        self.ffn = nn.Sequential(
+            nn.Linear(c["input_size"], inner), nn.ReLU6(), nn.Linear(inner, width, bias=False)
+        )
         rights = [0 if i < layers - c["num_right_layers"] else c["right_order"] for i in range(layers)]
         self.fsmn_layers = nn.ModuleList(MemoryLayer(c, right) for right in rights)
         widths = [width] + [inner] * c["ndnn"]
-        self.dnn = nn.Sequential(*(part for a, b in zip(widths, widths[1:]) for part in (nn.Linear(a, b), nn.ReLU6())))
-        self.output = nn.Linear(widths[-1], c["vocab_size"])  # of its pre-training; lies in the file, does nothing here
+        self.dnn = nn.Sequential(
+            *(part for a, b in zip(widths, widths[1:]) for part in (nn.Linear(a, b), nn.ReLU6()))
+        )
+        self.output = nn.Linear(
+            widths[-1], c["vocab_size"]
+        )  # of its pre-training; lies in the file, does nothing here
         self.width = widths[-1]
 
     def forward(self, features: Tensor, heard: Tensor) -> Tensor:
@@ -982,7 +1121,9 @@ class AudioHeads(nn.Module):
 
     def __init__(self, vocabulary: int, width: int) -> None:
         super().__init__()
-        self.audio_output_layers = nn.ModuleList(nn.Linear(width, vocabulary, bias=False) for _ in range(CODEBOOKS))
+        self.audio_output_layers = nn.ModuleList(
+            nn.Linear(width, vocabulary, bias=False) for _ in range(CODEBOOKS)
+        )
         self.embedding = nn.ModuleList(nn.Embedding(vocabulary, width) for _ in range(CODEBOOKS - 1))
 
     def forward(self, hidden: Tensor, pick: Callable[[int, Tensor], Tensor]) -> list[Tensor]:
@@ -1043,8 +1184,12 @@ class Omni(nn.Module):
         self.vision_encoder = VisionEncoder(base.vision)
         self.vision_projector = VisionProjector(base.vision["hidden_size"], base.vision["adaptor_dim"], width)
         self.audio_encoder = AudioEncoder(base.audio)
-        self.audio_projector = nn.Sequential(nn.Linear(self.audio_encoder.width, width), nn.GELU(), nn.Linear(width, width))
-        self.audio_embedding, self.audio_heads = (kind(base.audio_vocabulary, width) for kind in (AudioEmbedding, AudioHeads))
+        self.audio_projector = nn.Sequential(
+            nn.Linear(self.audio_encoder.width, width), nn.GELU(), nn.Linear(width, width)
+        )
+        self.audio_embedding, self.audio_heads = (
+            kind(base.audio_vocabulary, width) for kind in (AudioEmbedding, AudioHeads)
+        )
         self.llm = llm or LongCat(base.config)
 
     def rows(self, ids: Tensor, streams: Tensor) -> Tensor:
@@ -1053,7 +1198,9 @@ class Omni(nn.Module):
         silent = is_pad & (streams == CODEC_PAD).all(-1, keepdim=True)
         return torch.where(is_pad & ~silent, 0, text) + self.audio_embedding(streams)
 
-    def embed(self, ids: Tensor, streams: Tensor, pixels: Tensor, features: Tensor, heard: Tensor, **_: Tensor) -> Tensor:
+    def embed(
+        self, ids: Tensor, streams: Tensor, pixels: Tensor, features: Tensor, heard: Tensor, **_: Tensor
+    ) -> Tensor:
         """A batch as the Collator makes it -> (B, L, D)"""
         trained = torch.is_grad_enabled() and next(self.vision_projector.parameters()).requires_grad
         with torch.set_grad_enabled(trained):  # frozen encoders keep nothing for a backward pass
@@ -1063,10 +1210,14 @@ class Omni(nn.Module):
         x = x.masked_scatter((ids == self.special["image_pad"])[..., None], seen.to(x.dtype))
         return x.masked_scatter((ids == self.special["audio_pad"])[..., None], sounds.to(x.dtype))
 
-    def forward(self, text_labels: Tensor, code_labels: Tensor, mask: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, text_labels: Tensor, code_labels: Tensor, mask: Tensor, **inputs: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """A batch -> (cross-entropy of the text and of each stream (5,), share of right predictions (5,)), mean over the clips of
         the mean over a reply. The heads run on the positions of replies alone."""
-        hidden = self.llm.model(inputs_embeds=self.embed(**inputs), attention_mask=mask, use_cache=False).last_hidden_state
+        hidden = self.llm.model(
+            inputs_embeds=self.embed(**inputs), attention_mask=mask, use_cache=False
+        ).last_hidden_state
         labels = torch.cat([text_labels[..., None], code_labels], -1)[:, 1:]  # (B, L - 1, 5)
         clip, place = (labels != -100).any(-1).nonzero().unbind(1)
         hidden, labels = hidden[clip, place], labels[clip, place]  # (N, D), (N, 5)
@@ -1077,7 +1228,11 @@ class Omni(nn.Module):
             there = labels[:, i] != -100
             count = torch.zeros(len(mask), device=hidden.device).index_add_(0, clip, there.float())
             share = there / count.clamp(min=1)[clip] / len(mask)
-            losses.append((F.cross_entropy(one.float(), labels[:, i], ignore_index=-100, reduction="none") * share).sum())
+            losses.append(
+                (
+                    F.cross_entropy(one.float(), labels[:, i], ignore_index=-100, reduction="none") * share
+                ).sum()
+            )
             hits.append(((one.argmax(-1) == labels[:, i]) * share).sum())
         return torch.stack(losses), torch.stack(hits)
 
@@ -1106,15 +1261,28 @@ class Omni(nn.Module):
         `together`: all ranks go on until the last is done, for each of them holds a part of the weights.
         """
         count, device = len(batch["ids"]), batch["ids"].device
-        mask, x = batch["mask"], self.embed(**{k: v for k, v in batch.items() if "label" not in k and k != "mask"})
-        length, writing, first = [0] * count, [True] * count, [True] * count  # rows; text goes on; the next row begins a segment
+        mask, x = (
+            batch["mask"],
+            self.embed(**{k: v for k, v in batch.items() if "label" not in k and k != "mask"}),
+        )
+        length, writing, first = (
+            [0] * count,
+            [True] * count,
+            [True] * count,
+        )  # rows; text goes on; the next row begins a segment
         last, done = [False] * count, [False] * count  # this segment is the last
         texts: list[list[int]] = [[] for _ in range(count)]
         spoken = torch.full((count, 0, CODEBOOKS), CODEC_PAD, device=device)
         cache, end = None, self.llm.config.eos_token_id
         for _ in range(most):
             place = (mask.cumsum(1) - 1).clamp(min=0)[:, -x.shape[1] :]
-            out = self.llm.model(inputs_embeds=x, attention_mask=mask, position_ids=place, past_key_values=cache, use_cache=True)
+            out = self.llm.model(
+                inputs_embeds=x,
+                attention_mask=mask,
+                position_ids=place,
+                past_key_values=cache,
+                use_cache=True,
+            )
             cache, hidden = out.past_key_values, out.last_hidden_state[:, -1]
             text, row = self.llm.lm_head(hidden).argmax(-1), self.choose(hidden, spoken, penalty)
             for b in range(count):
@@ -1209,7 +1377,9 @@ def token_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
 def published_base(source: str) -> Base:
     """The sizes alone, for --check where the model cannot be looked up."""
     config = LongcatFlashConfig(pad_token_id=3)
-    return Base(source, None, config, None, VISION, AUDIO, {}, (np.zeros(80), np.ones(80)), {}, AUDIO_VOCABULARY)
+    return Base(
+        source, None, config, None, VISION, AUDIO, {}, (np.zeros(80), np.ones(80)), {}, AUDIO_VOCABULARY
+    )
 
 
 def open_base(source: str) -> Base:
@@ -1221,21 +1391,31 @@ def open_base(source: str) -> Base:
     disable_progress_bar()  # of loading and saving, on each rank
     folder = on_rank0(lambda: fetch_model(source, *SMALL))
     try:
-        kind = read_json(folder / "config.json").get("model_type", "longcat_flash")  # without one transformers takes defaults
+        kind = read_json(folder / "config.json").get(
+            "model_type", "longcat_flash"
+        )  # without one transformers takes defaults
         config = LongcatFlashConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        vision, audio = VISION | read_json(folder / "vision" / "config.json"), AUDIO | read_json(folder / "audio" / "config.json")
+        vision, audio = (
+            VISION | read_json(folder / "vision" / "config.json"),
+            AUDIO | read_json(folder / "audio" / "config.json"),
+        )
         front = read_json(folder / "audio" / "preprocessor_config.json")
         stats = kaldiio.load_mat(str(folder / "audio" / "global_cmvn"))
     except (OSError, ValueError, KeyError) as error:
         missing = missing_files(folder)
-        refuse(f"--model {source}: " + (f"{len(missing)} files are missing: {', '.join(missing)}" if missing else brief(error)))
+        refuse(
+            f"--model {source}: "
+            + (f"{len(missing)} files are missing: {', '.join(missing)}" if missing else brief(error))
+        )
     if kind != "longcat_flash":
         refuse(f"--model {source}: LongCat-Flash-Omni (model_type longcat_flash) is wanted")
     config.pad_token_id = tokenizer.pad_token_id if config.pad_token_id is None else config.pad_token_id
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in SPECIAL.items()}
     if unknown := [SPECIAL[name] for name, i in ids.items() if i is None or i == tokenizer.unk_token_id]:
-        refuse(f"--model {source}: its tokenizer does not know {', '.join(unknown)}, which stand for speech and pictures")
+        refuse(
+            f"--model {source}: its tokenizer does not know {', '.join(unknown)}, which stand for speech and pictures"
+        )
     width = front["fbank"]["num_mel_bins"] * (front["splice"]["left"] + front["splice"]["right"] + 1)
     odd = {
         "vision spatial_merge_size": (vision["spatial_merge_size"], 1),
@@ -1252,7 +1432,9 @@ def open_base(source: str) -> Base:
     table = folder / "audio" / "audio_embeddings.pt"
     vocabulary = AUDIO_VOCABULARY
     if table.exists():
-        vocabulary = len(torch.load(table, weights_only=True, map_location="cpu")["audio_embeddings.0.weight"])
+        vocabulary = len(
+            torch.load(table, weights_only=True, map_location="cpu")["audio_embeddings.0.weight"]
+        )
     return Base(source, folder, config, tokenizer, vision, audio, front, (mean, scale), ids, vocabulary)
 
 
@@ -1260,8 +1442,18 @@ def missing_files(folder: Path) -> list[str]:
     """What LongCat-Flash-Omni consists of and is not in the folder, the shards that its index lists included."""
     index = folder / "model.safetensors.index.json"
     shards = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {index.name}
-    around = ["config.json", "tokenizer_config.json", "vision/config.json", "audio/config.json", "audio/preprocessor_config.json"]
-    return [name for name in (*around, "audio/global_cmvn", *PARTS, *sorted(shards)) if not (folder / name).is_file()]
+    around = [
+        "config.json",
+        "tokenizer_config.json",
+        "vision/config.json",
+        "audio/config.json",
+        "audio/preprocessor_config.json",
+    ]
+    return [
+        name
+        for name in (*around, "audio/global_cmvn", *PARTS, *sorted(shards))
+        if not (folder / name).is_file()
+    ]
 
 
 def part_of(net: Omni, name: str) -> nn.Module:
@@ -1278,12 +1470,20 @@ def load_omni(base: Base, dtype: str) -> Omni:
     from safetensors import safe_open
 
     folder, kind = base.folder, TORCH_DTYPES[dtype]
-    asked = dict(config=base.config, dtype=kind, output_loading_info=True, local_files_only=True, ignore_mismatched_sizes=True)
+    asked = dict(
+        config=base.config,
+        dtype=kind,
+        output_loading_info=True,
+        local_files_only=True,
+        ignore_mismatched_sizes=True,
+    )
     try:
         llm, report = LongCat.from_pretrained(folder, **asked)
     except RuntimeError as error:  # an expert is missing: transformers puts them together
         raise SystemExit(f"error: {folder}: {brief(error)}") from error
-    report["missing_keys"] = [name for name in report["missing_keys"] if name != "model.embed_tokens.weight"]  # has its own file
+    report["missing_keys"] = [
+        name for name in report["missing_keys"] if name != "model.embed_tokens.weight"
+    ]  # has its own file
     check_loaded(report, folder)
     where = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     for name, buffer in llm.named_buffers():
@@ -1293,9 +1493,16 @@ def load_omni(base: Base, dtype: str) -> Omni:
     net = Omni(base, llm)
     for name in PARTS:
         part, weights = part_of(net, name), torch.load(folder / name, weights_only=True, map_location="cpu")
-        shapes = {key: tuple(getattr(value, "ds_shape", value.shape)) for key, value in part.state_dict(keep_vars=True).items()}
-        if wrong := sorted(set(shapes.items()) ^ {(key, tuple(value.shape)) for key, value in weights.items()}):
-            raise SystemExit(f"error: {folder / name}: {len(wrong)} weights are missing or do not fit, {wrong[0][0]} among them")
+        shapes = {
+            key: tuple(getattr(value, "ds_shape", value.shape))
+            for key, value in part.state_dict(keep_vars=True).items()
+        }
+        if wrong := sorted(
+            set(shapes.items()) ^ {(key, tuple(value.shape)) for key, value in weights.items()}
+        ):
+            raise SystemExit(
+                f"error: {folder / name}: {len(wrong)} weights are missing or do not fit, {wrong[0][0]} among them"
+            )
         with gathered(list(part.parameters()), changed=True):
             for key, value in part.state_dict(keep_vars=True).items():
                 value.data.copy_(weights[key])
@@ -1326,18 +1533,28 @@ def write_omni(folder: Path, weights: dict[str, Tensor], base: Base) -> None:
     for name in ("vision", "audio"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     words_of = "llm.model.embed_tokens.weight"
-    llm = {name.removeprefix("llm."): value for name, value in weights.items() if name.startswith("llm.") and name != words_of}
+    llm = {
+        name.removeprefix("llm."): value
+        for name, value in weights.items()
+        if name.startswith("llm.") and name != words_of
+    }
     for old in folder.glob("model*.safetensors"):
         old.unlink()
-    shards = {name: value.clone(memory_format=torch.contiguous_format) for name, value in checkpoint_names(llm)}
+    shards = {
+        name: value.clone(memory_format=torch.contiguous_format) for name, value in checkpoint_names(llm)
+    }
     for name in shards:
         if name.endswith("e_score_correction_bias"):
             shards[name] = shards[name].float()
-    half = sum(value.nbytes for value in shards.values()) // 2  # at least two shards, so that there is an index
+    half = (
+        sum(value.nbytes for value in shards.values()) // 2
+    )  # at least two shards, so that there is an index
     save_torch_state_dict(shards, folder, max_shard_size=min(half, 10**10))
     for file, prefix in PARTS.items():
         part = {
-            name.removeprefix(f"{prefix}."): value for name, value in weights.items() if prefix and name.startswith(f"{prefix}.")
+            name.removeprefix(f"{prefix}."): value
+            for name, value in weights.items()
+            if prefix and name.startswith(f"{prefix}.")
         }
         torch.save(part or {"word_embeddings.weight": weights[words_of]}, folder / file)
     base.config.save_pretrained(folder)
@@ -1359,14 +1576,29 @@ def build_tiny(folder: Path, seed: int) -> None:
     rng = np.random.default_rng(seed)
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    special = ["<unk>", "<longcat_s>", "</longcat_s>", "<longcat_pad>", *(f"<mask_{i}>" for i in range(110, 120))]
+    special = [
+        "<unk>",
+        "<longcat_s>",
+        "</longcat_s>",
+        "<longcat_pad>",
+        *(f"<mask_{i}>" for i in range(110, 120)),
+    ]
     learn = trainers.BpeTrainer(
-        vocab_size=352, special_tokens=special, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=352,
+        special_tokens=special,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     said = [f"{word} {number}" for word in WORDS.values() for number in NUMBERS]
-    bpe.train_from_iterator([*said, *["USER:second{0.0}:second{1.0}:second{0.6}:\nVOICE ASSISTANT:"] * 9], learn)
+    bpe.train_from_iterator(
+        [*said, *["USER:second{0.0}:second{1.0}:second{0.6}:\nVOICE ASSISTANT:"] * 9], learn
+    )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, unk_token="<unk>", bos_token="<longcat_s>", eos_token="</longcat_s>", pad_token="<longcat_pad>"
+        tokenizer_object=bpe,
+        unk_token="<unk>",
+        bos_token="<longcat_s>",
+        eos_token="</longcat_s>",
+        pad_token="<longcat_pad>",
     )
     config = LongcatFlashConfig(
         vocab_size=len(tokenizer), hidden_size=128, num_layers=2, num_attention_heads=4, ffn_hidden_size=256, q_lora_rank=48,
@@ -1374,7 +1606,12 @@ def build_tiny(folder: Path, seed: int) -> None:
         zero_expert_num=4, expert_ffn_hidden_size=64, max_position_embeddings=2048, pad_token_id=3, routed_scaling_factor=2.0,
     )  # fmt: skip
     vision = VISION | dict(
-        hidden_size=64, intermediate_size=144, num_hidden_layers=2, num_attention_heads=4, initializer_factor=1.0, adaptor_dim=128
+        hidden_size=64,
+        intermediate_size=144,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        initializer_factor=1.0,
+        adaptor_dim=128,
     )
     audio = AUDIO | dict(
         hidden_size=128, proj_size=64, vocab_size=8, nlayer=3, ndnn=1, num_right_layers=2, dropout=0.0
@@ -1396,7 +1633,9 @@ def build_tiny(folder: Path, seed: int) -> None:
     torch.manual_seed(seed)
     net = Omni(base)
     for name, module in net.named_modules():  # 0.02 and the like are for models that are fifty times as wide
-        if isinstance(module, (nn.Linear, nn.Conv3d, nn.Conv1d)) and not name.startswith(("llm.", "audio_heads.")):
+        if isinstance(module, (nn.Linear, nn.Conv3d, nn.Conv1d)) and not name.startswith(
+            ("llm.", "audio_heads.")
+        ):
             gain = 1.0 if isinstance(module, nn.Conv1d) else 2.0
             nn.init.normal_(module.weight, std=(gain / module.weight[0].numel()) ** 0.5)
             if module.bias is not None:
@@ -1429,7 +1668,11 @@ def lora_config(cfg: Config, base: Base):
     names, asked = lora_names(base), [name.strip() for name in cfg.lora_targets.split(",") if name.strip()]
     if wrong := [name for name in asked if name not in names]:
         real = ", ".join(f"{name} ({cfg.lora_r * size / 1e6:.3g} M)" for name, size in names.items())
-        why = "; the router and the experts cannot be adapted" if wrong[0] in ("classifier", "router", "experts", "mlp") else ""
+        why = (
+            "; the router and the experts cannot be adapted"
+            if wrong[0] in ("classifier", "router", "experts", "mlp")
+            else ""
+        )
         refuse(
             f"--lora_targets {wrong[0]}: no such layer{why}. There are, with what each trains at --lora_r {cfg.lora_r}: {real}"
         )
@@ -1452,7 +1695,9 @@ def with_adapter(net: Omni, cfg: Config, base: Base) -> nn.Module:
     from peft import get_peft_model
 
     adapted = get_peft_model(net, lora_config(cfg, base), autocast_adapter_dtype=False)
-    adapted.peft_config["default"].base_model_name_or_path = base.source  # PEFT looks for it in a model of transformers
+    adapted.peft_config[
+        "default"
+    ].base_model_name_or_path = base.source  # PEFT looks for it in a model of transformers
     return adapted
 
 
@@ -1501,9 +1746,14 @@ def speech_distance(target: np.ndarray, output: np.ndarray) -> dict[str, float]:
     from pystoi import stoi
     from scipy.fft import dct
 
-    wrong, output = abs(len(output) - len(target)) / len(target), output if len(output) else np.zeros_like(target)
+    wrong, output = (
+        abs(len(output) - len(target)) / len(target),
+        output if len(output) else np.zeros_like(target),
+    )
     length = min(len(target), len(output))
-    cepstra = [dct(MelCodec.log_mel(sound[:length]).numpy(), norm="ortho")[:, 1:14] for sound in (target, output)]
+    cepstra = [
+        dct(MelCodec.log_mel(sound[:length]).numpy(), norm="ortho")[:, 1:14] for sound in (target, output)
+    ]
     moved = np.sqrt(2 * ((cepstra[0] - cepstra[1]) ** 2).sum(1)).mean()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of speech that is shorter than its 0.4 s
@@ -1548,7 +1798,10 @@ def evaluate(net: nn.Module, base: Base, data: Data, cfg: Config, aloud: bool) -
     collate, clips = Collator(base, cfg), some_of(data.held_out, cfg.eval_samples)
     rounds = -(-len(clips) // world_size())  # under ZeRO-3 all ranks must go through the model equally often
     mine = [min(rank() + i * world_size(), len(clips) - 1) for i in range(rounds)]
-    together, most = any(hasattr(p, "ds_id") for p in net.parameters()), math.ceil(cfg.max_reply / FRAME_SECONDS)
+    together, most = (
+        any(hasattr(p, "ds_id") for p in net.parameters()),
+        math.ceil(cfg.max_reply / FRAME_SECONDS),
+    )
     result: dict[str, Any] = {}
     for shown in SHOWN:
         sums = np.zeros(10)
@@ -1564,13 +1817,19 @@ def evaluate(net: nn.Module, base: Base, data: Data, cfg: Config, aloud: bool) -
         }  # fmt: skip
         if aloud and (cfg.demo or shown == SHOWN[0]):
             replies = {}
-            for start in range(0, rounds, cfg.batch_size):  # a sequence's cache of keys and values is about its training memory
+            for start in range(
+                0, rounds, cfg.batch_size
+            ):  # a sequence's cache of keys and values is about its training memory
                 part = mine[start : start + cfg.batch_size]
-                batch = {k: v.to(device) for k, v in collate([clips[i] for i in part], shown, reply=False).items()}
+                batch = {
+                    k: v.to(device) for k, v in collate([clips[i] for i in part], shown, reply=False).items()
+                }
                 texts, rows = core(net).speak(batch, most, cfg.repetition_penalty, together)
                 said = [base.tokenizer.decode(text, skip_special_tokens=True).strip() for text in texts]
                 replies |= dict(zip(part, zip(said, rows)))
-            result[shown]["replies"] = {i: reply for several in from_all_ranks(replies) for i, reply in several.items()}
+            result[shown]["replies"] = {
+                i: reply for several in from_all_ranks(replies) for i, reply in several.items()
+            }
     net.train(was_training)
     return result
 
@@ -1593,12 +1852,20 @@ def listen(result: dict, data: Data, codec: MelCodec | LongCatCodec, cfg: Config
             text, codes = result[shown]["replies"][i]
             sound = codec.decode(codes_from(codes, codec.sizes))
             sounds.setdefault(clip.name, sound)
-            heard = resample_poly(sound, SAMPLE_RATE, codec.rate).astype(np.float32) if codec.rate != SAMPLE_RATE else sound
+            heard = (
+                resample_poly(sound, SAMPLE_RATE, codec.rate).astype(np.float32)
+                if codec.rate != SAMPLE_RATE
+                else sound
+            )
             row = {"text_right": float(plain(text) == plain(clip.text))} if clip.text else {}
             row |= speech_distance(np.load(clip.reply), heard)
-            rows.append(row | ({"recognised": float(recognised(heard, known) == clip.text)} if cfg.demo else {}))
+            rows.append(
+                row | ({"recognised": float(recognised(heard, known) == clip.text)} if cfg.demo else {})
+            )
         names = dict.fromkeys(name for row in rows for name in row)
-        result[shown]["spoken"] = {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
+        result[shown]["spoken"] = {
+            name: float(np.mean([row[name] for row in rows if name in row])) for name in names
+        }
     return sounds
 
 
@@ -1681,9 +1948,13 @@ def layouts(
             weights * (local or devices) / devices / DISK if "NVMe" in row["layout"] else 0,
         )
         if "all on CPU" in row["layout"] or "NVMe" in row["layout"]:
-            row["gpu_gb"] += low * sizes.layer / devices / GB  # a rank's own part of what is gathered, on its way
+            row["gpu_gb"] += (
+                low * sizes.layer / devices / GB
+            )  # a rank's own part of what is gathered, on its way
         if row["seconds"] > 1:
-            row["note"] = f"at least {duration(row['seconds'])} a micro-step, {duration(row['seconds'] * cfg.accum)} a step"
+            row["note"] = (
+                f"at least {duration(row['seconds'])} a micro-step, {duration(row['seconds'] * cfg.accum)} a step"
+            )
     return rows
 
 
@@ -1693,7 +1964,10 @@ def nvme_rows(like: dict, sizes: Sizes, low: int, devices: int, local: int, nvme
     two tensors a layer, and all else resident on each GPU; then every weight there, and the tensors of a whole layer at once.
     Prefetching is off: DeepSpeed 0.19.8 would ask for a tensor twice. Optimizer states stay in RAM: with LoRA they are small."""
     buffer, around, rows = math.ceil(1.05 * sizes.largest / devices), sizes.parameters - sizes.experts, []
-    for name, tensors, resident in (("experts on NVMe", 4, around), ("weights on NVMe", sizes.tensors + 1, 0)):
+    for name, tensors, resident in (
+        ("experts on NVMe", 4, around),
+        ("weights on NVMe", sizes.tensors + 1, 0),
+    ):
         config = json.loads(json.dumps(like["config"]))
         config["zero_optimization"] |= {
             "offload_param": {"device": "nvme", "nvme_path": str(nvme), "buffer_count": tensors, "buffer_size": buffer,
@@ -1705,7 +1979,10 @@ def nvme_rows(like: dict, sizes: Sizes, low: int, devices: int, local: int, nvme
                          "overlap_events": True}  # fmt: skip
         host = (tensors * buffer * low + 14 * sizes.trained / devices) * local / GB
         gpu = like["gpu_gb"] + low * resident / GB
-        rows.append(like | {"layout": f"ZeRO-3, {name}, checkpointing", "config": config, "host_gb": host, "gpu_gb": gpu})
+        rows.append(
+            like
+            | {"layout": f"ZeRO-3, {name}, checkpointing", "config": config, "host_gb": host, "gpu_gb": gpu}
+        )
     return rows
 
 
@@ -1716,16 +1993,26 @@ def check_nvme(cfg: Config) -> None:
     if not AsyncIOBuilder().is_compatible(verbose=False):
         refuse(f"--nvme_path {cfg.nvme_path}: DeepSpeed needs libaio for it: apt-get install libaio-dev")
     if not torch.cuda.is_available() and world_size() == 1:
-        refuse("--nvme_path: with one process on a CPU DeepSpeed computes wrong gradients; take two, or leave it out")
+        refuse(
+            "--nvme_path: with one process on a CPU DeepSpeed computes wrong gradients; take two, or leave it out"
+        )
 
 
 def duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 100
+        else f"{seconds / 60:.0f} min"
+        if seconds < 6000
+        else f"{seconds / 3600:.1f} h"
+    )
 
 
 def large(count: float) -> str:
     """Bytes for people: 1.1 TB, 8.4 MB"""
-    name, unit = next((n, u) for n, u in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1)) if count >= u / 2)
+    name, unit = next(
+        (n, u) for n, u in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1)) if count >= u / 2
+    )
     return f"{count / unit:.1f} {name}"
 
 
@@ -1740,22 +2027,33 @@ def storage(cfg: Config) -> list[str]:
     missing, shards, weights = missing_files(folder) if folder else ["all"], set(), PUBLISHED_BYTES
     if folder and (index := folder / "model.safetensors.index.json").exists():
         listed = json.loads(index.read_text())
-        shards, weights = set(listed["weight_map"].values()), listed.get("metadata", {}).get("total_size", weights)
+        shards, weights = (
+            set(listed["weight_map"].values()),
+            listed.get("metadata", {}).get("total_size", weights),
+        )
     place, need = (folder, 0.0) if folder and not missing else (Path(constants.HF_HUB_CACHE), 1.06 * weights)
     status, free, short = "OK", disk_free(place), []
     if missing and Path(cfg.model).is_dir():
         status, need = f"{len(missing)} files missing", 0.0
-        short.append(f"--model {cfg.model}: missing are {', '.join(missing[:8])}{' ...' if len(missing) > 8 else ''}")
+        short.append(
+            f"--model {cfg.model}: missing are {', '.join(missing[:8])}{' ...' if len(missing) > 8 else ''}"
+        )
     elif need > free:
         status = f"{large(need - free)} short"
-        short.append(f"--model {cfg.model}: {large(need)} are needed in {place}, {large(free)} are free: set HF_HOME")
+        short.append(
+            f"--model {cfg.model}: {large(need)} are needed in {place}, {large(free)} are free: set HF_HOME"
+        )
     log.info(f"Model weights: {large(weights)}\nAvailable space: {large(free)} in {place}\nStatus: {status}")
     told = f"{len(shards - set(missing))} of {len(shards)} are there" if shards else "not downloaded"
     log.info(f"shards   {told}{f'; {large(need)} of disk for the download' if need else ''}")
     if cfg.nvme_path:
         swap = disk_free(cfg.nvme_path)
         log.info(f"nvme     {large(weights)} of weights once more in {cfg.nvme_path}, {large(swap)} free")
-        short += [f"--nvme_path {cfg.nvme_path}: {large(swap)} free, {large(weights)} needed"] if swap < weights else []
+        short += (
+            [f"--nvme_path {cfg.nvme_path}: {large(swap)} free, {large(weights)} needed"]
+            if swap < weights
+            else []
+        )
     return short
 
 
@@ -1769,7 +2067,11 @@ def machine_table(sizes: Sizes, cfg: Config) -> tuple[str, str]:
         fits = next((row for row in rows if row["gpu_gb"] < 0.92 * gpu and row["host_gb"] < 0.9 * ram), None)
         weights = 2 * sizes.parameters * local / devices / GB
         told = "" if weights < 0.9 * ram else f"cannot hold the {weights:.0f} GB of weights in its RAM; "
-        told += f"{fits['layout']} ({fits['gpu_gb']:.0f} GB a GPU, {fits['host_gb']:.0f} GB RAM)" if fits else "does not fit"
+        told += (
+            f"{fits['layout']} ({fits['gpu_gb']:.0f} GB a GPU, {fits['host_gb']:.0f} GB RAM)"
+            if fits
+            else "does not fit"
+        )
         lines.insert(1, f"  {machine:<30}{told}{': ' + fits['note'] if fits and 'note' in fits else ''}")
         nearest = machine if fits and "NVMe" not in fits["layout"] else nearest
     return "\n".join(lines), nearest
@@ -1778,15 +2080,23 @@ def machine_table(sizes: Sizes, cfg: Config) -> tuple[str, str]:
 def plan(cfg: Config, base: Base, data: Data | None, source: Path, device: torch.device) -> dict:
     """Print what this run is going to do, and check that it fits. -> the row of the memory plan that is taken"""
     world, dtype, low = world_size(), cfg.dtype, TORCH_DTYPES[cfg.dtype].itemsize
-    tokens, supervised, lines = 1650, 168, ["data     none yet: the plan is for clips of 10 s with replies of 10 s"]
+    tokens, supervised, lines = (
+        1650,
+        168,
+        ["data     none yet: the plan is for clips of 10 s with replies of 10 s"],
+    )
     if data:
         collate = Collator(base, cfg)
         some = data.train[:: max(1, len(data.train) // 256)]
-        lengths = [(len(ids), len(ids) - start) for ids, _, start in (collate.sequence(clip, True) for clip in some)]
+        lengths = [
+            (len(ids), len(ids) - start) for ids, _, start in (collate.sequence(clip, True) for clip in some)
+        ]
         tokens, supervised = max(length for length, _ in lengths), max(length for _, length in lengths)
         lines = describe(cfg, data, source)
     if tokens > base.config.max_position_embeddings:
-        refuse(f"sequences of {tokens} tokens, {base.source} takes {base.config.max_position_embeddings}: lower --frames")
+        refuse(
+            f"sequences of {tokens} tokens, {base.source} takes {base.config.max_position_embeddings}: lower --frames"
+        )
     sizes = measure(base, cfg, dtype, tokens, supervised)
     rows = layouts(sizes, cfg, dtype, world, None, cfg.nvme_path)
     table, nearest = machine_table(sizes, cfg)
@@ -1811,7 +2121,9 @@ def plan(cfg: Config, base: Base, data: Data | None, source: Path, device: torch
     memory, row = choose_layout(rows, cfg.deepspeed, advice)
     log.info(memory)
     if need > free:
-        refuse(f"--output_dir {cfg.output_dir}: {free:.2f} GB free, the run writes {need:.2f} GB; make room or lower --keep")
+        refuse(
+            f"--output_dir {cfg.output_dir}: {free:.2f} GB free, the run writes {need:.2f} GB; make room or lower --keep"
+        )
     return row
 
 
@@ -1820,7 +2132,10 @@ def describe(cfg: Config, data: Data, source: Path) -> list[str]:
     clips = data.train if data.held_out is data.train else data.train + data.held_out
     heard, said = ([np.load(path, mmap_mode="r").size / SAMPLE_RATE for path in paths] for paths in
                    ([c.speech for c in clips], [c.reply for c in clips]))  # fmt: skip
-    pairs, narrow = [len(clip.seconds) for clip in clips], [clip.name for clip in clips if min(clip.rates) < SAMPLE_RATE]
+    pairs, narrow = (
+        [len(clip.seconds) for clip in clips],
+        [clip.name for clip in clips if min(clip.rates) < SAMPLE_RATE],
+    )
     written = sum(bool(clip.text) for clip in clips)
     lines = [
         f"data     {source}: {len(data.train)} clips to train on, {len(data.held_out)} held out"
@@ -1832,7 +2147,9 @@ def describe(cfg: Config, data: Data, source: Path) -> list[str]:
     if written < len(clips):
         lines[-1] += ": without it the model has no words to hold on to (a tiny one spoke .50 right, not .97)"
     if narrow:
-        lines.append(f"warning: below 16 kHz, so dull: {', '.join(narrow[:5])}{' ...' if len(narrow) > 5 else ''}")
+        lines.append(
+            f"warning: below 16 kHz, so dull: {', '.join(narrow[:5])}{' ...' if len(narrow) > 5 else ''}"
+        )
     return lines
 
 
@@ -1848,7 +2165,9 @@ def load_net(base: Base, cfg: Config, config: dict, finish_net: Callable[[Omni],
     from transformers.integrations import HfDeepSpeedConfig
 
     zero3 = config["zero_optimization"]["stage"] == 3
-    told = HfDeepSpeedConfig(config) if zero3 else None  # while it lives from_pretrained gives each rank its part
+    told = (
+        HfDeepSpeedConfig(config) if zero3 else None
+    )  # while it lives from_pretrained gives each rank its part
     net = load_omni(base, cfg.dtype)
     del told
     net = finish_net(net)
@@ -1867,7 +2186,11 @@ def prepare(cfg: Config, base: Base, source: Path) -> tuple[Data, Any]:
         data = load_data(cfg, source, base)
         codec = open_codec(cfg, base, [clip.reply for clip in data.train])
         train = encode_replies(data.train, codec, base, cfg)
-        return Data(train, train if data.held_out is data.train else encode_replies(data.held_out, codec, base, cfg), data.bad)
+        return Data(
+            train,
+            train if data.held_out is data.train else encode_replies(data.held_out, codec, base, cfg),
+            data.bad,
+        )
 
     return on_rank0(read), codec
 
@@ -1898,9 +2221,15 @@ def train(cfg: Config, source: Path, part: Literal["", "base", "adapt"] = "") ->
         return {}
     on_rank0(lambda: take_run_folder(given))
     facts = {"zero_stage": config["zero_optimization"]["stage"], "dtype": cfg.dtype, "base_model": cfg.model}
-    found, step, other_ranks = resume_checkpoint(cfg.output_dir / "checkpoints", cfg.resume, world_size(), **facts)
-    cfg = dataclasses.replace(cfg, steps=max(cfg.steps, step))  # more GPUs make fewer steps of the same --epochs
-    base = dataclasses.replace(base, folder=on_rank0(lambda: fetch_model(cfg.model, *SMALL, *PARTS, "*.safetensors")))
+    found, step, other_ranks = resume_checkpoint(
+        cfg.output_dir / "checkpoints", cfg.resume, world_size(), **facts
+    )
+    cfg = dataclasses.replace(
+        cfg, steps=max(cfg.steps, step)
+    )  # more GPUs make fewer steps of the same --epochs
+    base = dataclasses.replace(
+        base, folder=on_rank0(lambda: fetch_model(cfg.model, *SMALL, *PARTS, "*.safetensors"))
+    )
     repo = on_rank0(lambda: hub_check(cfg.hub_model_id, cfg.public, create=True)) if cfg.push_to_hub else ""
     on_rank0(lambda: prepare_run_folder(given, __file__, step, data.bad, config))
 
@@ -1913,7 +2242,9 @@ def train(cfg: Config, source: Path, part: Literal["", "base", "adapt"] = "") ->
     if row["checkpointing"]:
         core(net).llm.gradient_checkpointing_enable({"use_reentrant": False})
     trained = [p for p in net.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, cfg.lr, (0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        trained, cfg.lr, (0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True
+    )
     engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=config)
     before = cfg.output_dir / "before.json"
     if part == "adapt" and not found:
@@ -1963,24 +2294,39 @@ def train_steps(cfg: Config, engine: Any, base: Base, data: Data, facts: dict, s
 
             skipped = count_skipped(engine, loss, step, cfg.lr, skipped)
             if step % cfg.log_every == 0 or step == cfg.steps:
-                loss, speed = over_ranks(loss.item(), "mean"), (step - since_step) / (time.monotonic() - since)
+                loss, speed = (
+                    over_ranks(loss.item(), "mean"),
+                    (step - since_step) / (time.monotonic() - since),
+                )
                 left = timedelta(seconds=round((cfg.steps - step) / speed))
                 parts = [over_ranks(value, "mean") for value in means.tolist()]
                 right = " ".join(f"{value:.2f}" for value in parts[5:])
-                log.info(f"step {step:06d} | loss {loss:.4f} | right: text, streams {right} | {speed:.2f} steps/s | {left} left")
+                log.info(
+                    f"step {step:06d} | loss {loss:.4f} | right: text, streams {right} | {speed:.2f} steps/s | {left} left"
+                )
                 bar.set_postfix(loss=f"{loss:.4f}")
                 norm = engine.get_global_grad_norm()  # None until a first update was made
-                row = {"step": step, "loss": loss, "lr": group["lr"], "grad_norm": math.nan if norm is None else float(norm)}
+                row = {
+                    "step": step,
+                    "loss": loss,
+                    "lr": group["lr"],
+                    "grad_norm": math.nan if norm is None else float(norm),
+                }
                 row |= {f"{name}_loss": value for name, value in zip(names, parts)}
                 row |= {f"{name}_accuracy": value for name, value in zip(names, parts[5:])}
-                row |= {"samples_per_s": speed * engine.train_batch_size(), "peak_memory_gb": peak_memory_gb()}
+                row |= {
+                    "samples_per_s": speed * engine.train_batch_size(),
+                    "peak_memory_gb": peak_memory_gb(),
+                }
                 record(cfg.output_dir, row, track)
                 since, since_step = time.monotonic(), step
             stop = int(over_ranks(max(caught, default=0), "max"))
             if step % cfg.save_every == 0 or step == cfg.steps or stop:
                 save(cfg, engine, facts, step)
             if stop:
-                log.info(f"stopped by {signal.Signals(stop).name} after step {step}; the same command goes on from there")
+                log.info(
+                    f"stopped by {signal.Signals(stop).name} after step {step}; the same command goes on from there"
+                )
                 raise SystemExit(128 + stop)
             if step % cfg.eval_every == 0 and step < cfg.steps and cfg.eval_samples:
                 evaluate_at(step, engine.module, base, data, cfg, track)
@@ -2002,7 +2348,9 @@ def evaluate_at(step: int, net: nn.Module, base: Base, data: Data, cfg: Config, 
     """Every rank: evaluate in the middle of the run, without speaking."""
     result = evaluate(net, base, data, cfg, aloud=False)
     right = " | ".join(f"{shown} {result[shown]['accuracy']['semantic']:.2f}" for shown in SHOWN)
-    log.info(f"eval step {step:06d} | held-out loss {result[SHOWN[0]]['loss']:.4f} | semantic codes right: {right}")
+    log.info(
+        f"eval step {step:06d} | held-out loss {result[SHOWN[0]]['loss']:.4f} | semantic codes right: {right}"
+    )
     if rank() == 0:
         row = {f"held_out_loss_{shown.replace(' ', '_')}": result[shown]["loss"] for shown in SHOWN[1:]}
         record(cfg.output_dir, {"step": step, "held_out_loss": result[SHOWN[0]]["loss"]} | row, track)
@@ -2028,7 +2376,10 @@ def export(cfg: Config, net: nn.Module, base: Base, codec: Any) -> None:
         if isinstance(codec, MelCodec):
             (target / "audio_codec").mkdir(exist_ok=True)
             codec.save(target / "audio_codec" / "mel_codec.safetensors")
-        kept = {name: getattr(cfg, name) for name in ("frames", "size", "max_reply", "repetition_penalty", "dtype")}
+        kept = {
+            name: getattr(cfg, name)
+            for name in ("frames", "size", "max_reply", "repetition_penalty", "dtype")
+        }
         write_json(target / "longcat_vss.json", kept)
         for name in (Path(__file__).name, "common.py", "ds_zero2.json", "ds_zero3_offload.json"):
             shutil.copyfile(Path(__file__).with_name(name), target / name)
@@ -2037,10 +2388,14 @@ def export(cfg: Config, net: nn.Module, base: Base, codec: Any) -> None:
     barrier()
 
 
-def publish(cfg: Config, net: nn.Module, base: Base, codec: Any, data: Data, repo: str, source: Path, last: bool) -> dict:
+def publish(
+    cfg: Config, net: nn.Module, base: Base, codec: Any, data: Data, repo: str, source: Path, last: bool
+) -> dict:
     """Every rank: model/, its evaluation, its card; the Hub last. Exit code 3 when only the push failed. -> results.json"""
     folder, target = cfg.output_dir, cfg.output_dir / "model"
-    results = on_rank0(lambda: json.loads(path.read_text()) if (path := folder / "results.json").exists() else {})
+    results = on_rank0(
+        lambda: json.loads(path.read_text()) if (path := folder / "results.json").exists() else {}
+    )
     if results.get("steps") != cfg.steps:
         export(cfg, net, base, codec)  # before the evaluation: a run that dies there keeps its model
         result = evaluate(net, base, data, cfg, aloud=cfg.speak) if cfg.eval_samples else {}
@@ -2073,13 +2428,29 @@ def publish(cfg: Config, net: nn.Module, base: Base, codec: Any, data: Data, rep
 def report(result: dict, data: Data, codec: Any, cfg: Config) -> dict:
     """-> results.json: score, controls and the table."""
     if not result:
-        return {"score": None, "score_is": "not evaluated: --eval_samples 0", "controls": {}, "evaluation": {}}
-    which, count = "training" if data.held_out is data.train else "held-out", min(cfg.eval_samples, len(data.held_out))
-    kept = {shown: {name: value for name, value in result[shown].items() if name != "replies"} for shown in SHOWN}
+        return {
+            "score": None,
+            "score_is": "not evaluated: --eval_samples 0",
+            "controls": {},
+            "evaluation": {},
+        }
+    which, count = (
+        "training" if data.held_out is data.train else "held-out",
+        min(cfg.eval_samples, len(data.held_out)),
+    )
+    kept = {
+        shown: {name: value for name, value in result[shown].items() if name != "replies"} for shown in SHOWN
+    }
     if "recognised" in kept[SHOWN[0]].get("spoken", {}):
-        score, of = {shown: kept[shown]["spoken"]["recognised"] for shown in SHOWN}, "spoken replies recognised"
+        score, of = (
+            {shown: kept[shown]["spoken"]["recognised"] for shown in SHOWN},
+            "spoken replies recognised",
+        )
     else:
-        score, of = {shown: kept[shown]["accuracy"]["semantic"] for shown in SHOWN}, "semantic codes right, given those before"
+        score, of = (
+            {shown: kept[shown]["accuracy"]["semantic"] for shown in SHOWN},
+            "semantic codes right, given those before",
+        )
     before = json.loads(path.read_text()) if (path := cfg.output_dir / "before.json").exists() else {}
     return {
         "score": score[SHOWN[0]], "score_is": f"{of}, {count} {which} clips",
@@ -2106,7 +2477,9 @@ def show_samples(folder: Path, sounds: dict, result: dict, data: Data, codec: An
         for place, (title, wave_of, rate) in zip(axes, both):
             long_enough = np.pad(wave_of, (0, max(0, 512 - len(wave_of)))) + 1e-6
             place.specgram(long_enough, NFFT=512, Fs=rate, noverlap=352, vmin=-120, vmax=-20)
-            place.set(title="".join(c if c.isprintable() else "?" for c in title), ylabel="Hz", ylim=(0, 8000))
+            place.set(
+                title="".join(c if c.isprintable() else "?" for c in title), ylabel="Hz", ylim=(0, 8000)
+            )
         axes[1].set(xlabel="s")
         figure.savefig(path.with_suffix(".png"), dpi=90)
     write_lines(folder / "samples.jsonl", rows)
@@ -2115,22 +2488,33 @@ def show_samples(folder: Path, sounds: dict, result: dict, data: Data, codec: An
 def show(results: dict, folder: Path) -> None:
     """The table at the end of a run, and where things are."""
     lines = [f"\nscore                 {results['score'] or 0:.3f}   {results['score_is']}"]
-    lines += [f"{name:<22}{value:.3f}   a control: must be low" for name, value in results["controls"].items()]
+    lines += [
+        f"{name:<22}{value:.3f}   a control: must be low" for name, value in results["controls"].items()
+    ]
     if before := results.get("before"):
         told = "   ".join(f"{shown} {before[shown]['recognised']:.3f}" for shown in SHOWN)
         lines.append(f"before this training  {told}")
     if evaluation := results["evaluation"]:
         mean = results["training_mean"]
-        lines.append(f"{'given the reply so far':<26}" + "".join(f"{shown:>16}" for shown in (*SHOWN, "training mean")))
+        lines.append(
+            f"{'given the reply so far':<26}" + "".join(f"{shown:>16}" for shown in (*SHOWN, "training mean"))
+        )
         for what in ("cross_entropy", "accuracy"):
             for head in HEADS:
                 values = [evaluation[shown][what][head] for shown in SHOWN] + [mean[what][head]]
-                lines.append(f"{f'{what}, {head}'.replace('_', ' '):<26}" + "".join(f"{value:16.3f}" for value in values))
+                lines.append(
+                    f"{f'{what}, {head}'.replace('_', ' '):<26}"
+                    + "".join(f"{value:16.3f}" for value in values)
+                )
         values = [evaluation[shown]["text"]["accuracy"] for shown in SHOWN]
         lines.append(f"{'accuracy, text':<26}" + "".join(f"{value:16.3f}" for value in values))
         for name in next((evaluation[s]["spoken"] for s in SHOWN if "spoken" in evaluation[s]), {}):
-            values = [evaluation[shown].get("spoken", {}).get(name, math.nan) for shown in SHOWN] + [mean.get(name, math.nan)]
-            lines.append(f"{f'spoken, {name}'.replace('_', ' '):<26}" + "".join(f"{value:16.3f}" for value in values))
+            values = [evaluation[shown].get("spoken", {}).get(name, math.nan) for shown in SHOWN] + [
+                mean.get(name, math.nan)
+            ]
+            lines.append(
+                f"{f'spoken, {name}'.replace('_', ' '):<26}" + "".join(f"{value:16.3f}" for value in values)
+            )
         lines.append(f"held-out loss         {results['held_out_loss']:.4f}")
     lines += [
         f"speed                 {results['samples_per_s']:.2f} clips/s, peak memory {results['peak_memory_gb']:.2f} GB",
@@ -2141,13 +2525,22 @@ def show(results: dict, folder: Path) -> None:
 
 def write_card(cfg: Config, results: dict, base: Base, repo: str, source: Path) -> None:
     numbers = {"score": results["score"]} | results["controls"]
-    numbers |= {name: results.get(name) for name in ("held_out_loss", "steps", "final_loss", "samples_per_s", "peak_memory_gb")}
+    numbers |= {
+        name: results.get(name)
+        for name in ("held_out_loss", "steps", "final_loss", "samples_per_s", "peak_memory_gb")
+    }
     numbers |= results["evaluation"].get(SHOWN[0], {}).get("spoken", {})
     rows, snippet, made = card_parts(cfg.output_dir, numbers, repo)
     data = "generated clips and words" if cfg.demo else f"`{source.name}`"
-    what = f"a LoRA adapter (r {cfg.lora_r}, PEFT)" if cfg.lora_r else "all weights, in LongCat-Flash-Omni's files"
+    what = (
+        f"a LoRA adapter (r {cfg.lora_r}, PEFT)"
+        if cfg.lora_r
+        else "all weights, in LongCat-Flash-Omni's files"
+    )
     known = f"base_model: {base.source}\n" if not Path(base.source).exists() else ""
-    pictures = sorted(path.name for path in (cfg.output_dir / "model").glob("*.png") if path.name != "loss.png")
+    pictures = sorted(
+        path.name for path in (cfg.output_dir / "model").glob("*.png") if path.name != "loss.png"
+    )
     shown = "\n".join(f"![wanted and spoken]({name})" for name in pictures)
     codec = f', codec="{cfg.codec.name}"  # your checkout of it' if cfg.codec else ""
     (cfg.output_dir / "model" / "README.md").write_text(f"""---
@@ -2202,7 +2595,9 @@ def reply(
     cfg = dataclasses.replace(cfg, dtype=pick_dtype(cfg.dtype))
     clip = on_rank0(lambda: make_sample("predict", Path(video), Path(speech), None, "", cfg))
     base = open_base(below)
-    base = dataclasses.replace(base, folder=on_rank0(lambda: fetch_model(below, *SMALL, *PARTS, "*.safetensors")))
+    base = dataclasses.replace(
+        base, folder=on_rank0(lambda: fetch_model(below, *SMALL, *PARTS, "*.safetensors"))
+    )
     check_codec(cfg, base)
     fitted = folder / "audio_codec" / "mel_codec.safetensors"
     spoken = MelCodec.load(fitted) if fitted.exists() else open_codec(cfg, base, [])
@@ -2217,7 +2612,9 @@ def reply(
         net = deepspeed.initialize(model=net, config=config)[0].module
     net = core(net if together else net.to(device))
     batch = {name: value.to(device) for name, value in Collator(base, cfg)([clip], reply=False).items()}
-    texts, codes = net.speak(batch, math.ceil(cfg.max_reply / FRAME_SECONDS), cfg.repetition_penalty, together)
+    texts, codes = net.speak(
+        batch, math.ceil(cfg.max_reply / FRAME_SECONDS), cfg.repetition_penalty, together
+    )
     text = base.tokenizer.decode(texts[0], skip_special_tokens=True).strip()
     return text, spoken.decode(codes_from(codes[0], spoken.sizes)), spoken.rate
 
@@ -2241,7 +2638,9 @@ def check(cfg: Config) -> None:
             data, _ = prepare(cfg, base, cfg.data_dir)
             cfg = with_steps(cfg, data)
         except SystemExit:
-            wrong.append(f"--data_dir {cfg.data_dir} or --codec cannot be used as they are: the plan is for clips of 10 s")
+            wrong.append(
+                f"--data_dir {cfg.data_dir} or --codec cannot be used as they are: the plan is for clips of 10 s"
+            )
     for text in wrong:
         log.warning(f"error: {text}")
     plan(cfg, base, data, cfg.data_dir, device)
@@ -2274,16 +2673,27 @@ def demo(cfg: Config) -> None:
     base = train(dataclasses.replace(cfg, model=tiny), spoken, "base")
     if cfg.check:
         return
-    adapt = ADAPT | {"steps": min(cfg.steps, ADAPT["steps"]), "model": str(cfg.output_dir / "model"), "push_to_hub": False}
+    adapt = ADAPT | {
+        "steps": min(cfg.steps, ADAPT["steps"]),
+        "model": str(cfg.output_dir / "model"),
+        "push_to_hub": False,
+    }
     adapted = train(dataclasses.replace(cfg, output_dir=cfg.output_dir / "lora", **adapt), other, "adapt")
     if rank() == 0:
         before = adapted["before"][SHOWN[0]]["recognised"]
         log.info(f"\nscore                 {base['score']:.3f}   {base['score_is']}")
         log.info(
-            "".join(f"{name:<22}{value:.3f}   a control: must be low\n" for name, value in base["controls"].items()).rstrip()
+            "".join(
+                f"{name:<22}{value:.3f}   a control: must be low\n"
+                for name, value in base["controls"].items()
+            ).rstrip()
         )
-        log.info(f"LoRA, other words     {before:.3f} -> {adapted['score']:.3f}   in another voice, over the frozen model")
-        write_json(cfg.output_dir / "results.json", base | {"lora": {"before": before, "score": adapted["score"]}})
+        log.info(
+            f"LoRA, other words     {before:.3f} -> {adapted['score']:.3f}   in another voice, over the frozen model"
+        )
+        write_json(
+            cfg.output_dir / "results.json", base | {"lora": {"before": before, "score": adapted["score"]}}
+        )
         finish(cfg.output_dir)
 
 

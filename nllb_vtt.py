@@ -139,7 +139,9 @@ class Config:
 
     # data
 
-    manifest: Path | None = None  # JSON lines, CSV or parquet: question, answer or caption (or qa), metadata, video
+    manifest: Path | None = (
+        None  # JSON lines, CSV or parquet: question, answer or caption (or qa), metadata, video
+    )
     video_dir: Path | None = None  # x.mp4 beside x.json with a description
     dataset: str = ""  # Hub id or folder for the library datasets: video, question, caption
     source_fields: str = FIELDS  # columns that go into the source, in this order
@@ -155,7 +157,9 @@ class Config:
 
     # model
 
-    model: str = ""  # NLLB, a Hub id or a folder; default: the distilled 600M, for --predict <output_dir>/model
+    model: str = (
+        ""  # NLLB, a Hub id or a folder; default: the distilled 600M, for --predict <output_dir>/model
+    )
     lora_r: int = 0  # rank; 0: full fine-tuning
     lora_alpha: int = 32
     lora_dropout: float = 0.05
@@ -175,8 +179,12 @@ class Config:
     clip: float = 1.0  # gradient norm limit
     label_smoothing: float = 0.1
     adam_8bit: bool = False  # moments in 8 bits; needs a GPU and bitsandbytes
-    dtype: Literal["bf16", "fp16", "fp32"] | None = None  # default: bf16, fp16 on GPUs without it, fp32 on a CPU
-    deepspeed: Annotated[str, tyro.conf.arg(aliases=["--deepspeed_config"])] = "auto"  # JSON file, or auto: what fits
+    dtype: Literal["bf16", "fp16", "fp32"] | None = (
+        None  # default: bf16, fp16 on GPUs without it, fp32 on a CPU
+    )
+    deepspeed: Annotated[str, tyro.conf.arg(aliases=["--deepspeed_config"])] = (
+        "auto"  # JSON file, or auto: what fits
+    )
 
     # asking
 
@@ -193,7 +201,9 @@ class Config:
     save_every: int = 500
     keep: int = 2  # newest checkpoints kept
     resume: bool = True  # --no_resume: refuse a folder that has checkpoints
-    report_to: Literal["none", "tensorboard", "wandb"] = "wandb" if os.environ.get("WANDB_API_KEY") else "none"
+    report_to: Literal["none", "tensorboard", "wandb"] = (
+        "wandb" if os.environ.get("WANDB_API_KEY") else "none"
+    )
 
     # Hub
 
@@ -215,7 +225,9 @@ class Config:
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)}: the data come from one of them")
         if self.predict and not (self.question or self.metadata):
-            raise ValueError("--predict: what is to be asked? Give --question, or a file of questions as --metadata")
+            raise ValueError(
+                "--predict: what is to be asked? Give --question, or a file of questions as --metadata"
+            )
         if self.adam_8bit and not (torch.cuda.is_available() and importlib.util.find_spec("bitsandbytes")):
             raise ValueError("--adam_8bit: needs a GPU and pip install bitsandbytes; leave it out")
 
@@ -256,8 +268,15 @@ def generated_rows(count: int, seed: int, held_out: bool) -> list[tuple[str, dic
             list(v)[i] for v, i in zip((COLOURS, THINGS, ACTIONS, PLACES, QUESTIONS), places)
         )
         seconds, tags = int(rng.integers(2, 31)), [colour, thing, short, place]
-        said = QUESTIONS[question].format(colour=colour, thing=thing, action=ACTIONS[short], place=place, seconds=seconds)
-        row = {"question": question, "answer": said, "tags": [tags[i] for i in rng.permutation(4)], "duration": seconds}
+        said = QUESTIONS[question].format(
+            colour=colour, thing=thing, action=ACTIONS[short], place=place, seconds=seconds
+        )
+        row = {
+            "question": question,
+            "answer": said,
+            "tags": [tags[i] for i in rng.permutation(4)],
+            "duration": seconds,
+        }
         part = "held_out" if held_out else "train"
         rows.append((f"generated {part} {len(rows)}", row | {"frames": 30 * seconds}, part))
     return rows
@@ -270,11 +289,15 @@ def build_tiny(folder: Path, seed: int) -> None:
     from transformers import M2M100Config, M2M100ForConditionalGeneration, NllbTokenizer
 
     rows = [row for _, row, _ in generated_rows(2000, 0, False)]
-    texts = [text for row in rows for text in (source_of(row["question"], row, FIELDS.split(",")), row["answer"])]
+    texts = [
+        text for row in rows for text in (source_of(row["question"], row, FIELDS.split(",")), row["answer"])
+    ]
     bpe = Tokenizer(models.BPE(unk_token="<unk>"))
     bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
     special = ["<s>", "<pad>", "</s>", "<unk>"]
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=500, special_tokens=special, show_progress=False))
+    bpe.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=500, special_tokens=special, show_progress=False)
+    )
     learned = json.loads(bpe.to_str())["model"]
     tokenizer = NllbTokenizer(
         vocab=learned["vocab"], merges=[tuple(pair) for pair in learned["merges"]], src_lang="eng_Latn", tgt_lang="eng_Latn",
@@ -311,7 +334,10 @@ def source_of(question: str, row: dict, fields: list[str]) -> str:
 
     def text(value: Any) -> str:
         several = value if isinstance(value, (list, tuple)) else [value]
-        return ", ".join(json.dumps(v) if isinstance(v, dict) else f"{v:g}" if isinstance(v, float) else str(v) for v in several)
+        return ", ".join(
+            json.dumps(v) if isinstance(v, dict) else f"{v:g}" if isinstance(v, float) else str(v)
+            for v in several
+        )
 
     known = [f"{name}: {text(row[name])}" for name in fields if row.get(name) not in (None, "", [])]
     return " ".join(" | ".join([f"question: {question}", *known]).split())
@@ -339,17 +365,26 @@ def read_examples(cfg: Config) -> tuple[list[Example], list[str], list[dict]]:
     for where, row, part in rows:
         pairs = row["qa"] if isinstance(row.get("qa"), list) else [row]
         for pair in (p if isinstance(p, dict) else {} for p in pairs):
-            question, target = pair.get("question") or default, first_of(pair, "answer", "caption", "description")
+            question, target = (
+                pair.get("question") or default,
+                first_of(pair, "answer", "caption", "description"),
+            )
             video = first_of(row, "video", "video_path", "path", "file", "video_id")
             if not isinstance(question, str) or not without_mark(question):
-                bad.append({"where": where, "reason": 'no question ("question", or "qa": [{"question", "answer"}])'})
+                bad.append(
+                    {"where": where, "reason": 'no question ("question", or "qa": [{"question", "answer"}])'}
+                )
             elif not isinstance(target, str) or not target.strip():
-                bad.append({"where": where, "reason": 'question without answer ("answer", "caption", "description")'})
+                bad.append(
+                    {"where": where, "reason": 'question without answer ("answer", "caption", "description")'}
+                )
             else:
                 name = video if isinstance(video, str) else where
                 langs = [str(row.get(column) or getattr(cfg, column)) for column in ("src_lang", "tgt_lang")]
                 kept = {field: row[field] for field in fields if row.get(field) not in (None, "", [])}
-                shown = name if is_url(name) or not isinstance(video, str) else Path(name).name  # no path of this machine
+                shown = (
+                    name if is_url(name) or not isinstance(video, str) else Path(name).name
+                )  # no path of this machine
                 pushed = {"video": shown, "question": without_mark(question), "answer": target.strip()} | kept
                 source = source_of(without_mark(question), row, fields)
                 examples.append(Example(source, target.strip(), *langs, name, where, pushed))
@@ -358,7 +393,12 @@ def read_examples(cfg: Config) -> tuple[list[Example], list[str], list[dict]]:
 
 
 def data_name(cfg: Config) -> str:
-    return str(cfg.manifest or cfg.video_dir or cfg.dataset or ("generated metadata" if cfg.demo else "four public samples"))
+    return str(
+        cfg.manifest
+        or cfg.video_dir
+        or cfg.dataset
+        or ("generated metadata" if cfg.demo else "four public samples")
+    )
 
 
 def leaks(example: Example) -> bool:
@@ -414,11 +454,18 @@ def encode(examples: list[Example], base: Base) -> tuple[list[Encoded], int]:
     """-> (examples as tokens, how many sources were cut)"""
     tokenizer, rows, cut = base.tokenizer, [], 0
     for e in examples:
-        tokenizer.src_lang, tokenizer.tgt_lang = e.src_lang, e.tgt_lang  # the setters change what stands in front
+        tokenizer.src_lang, tokenizer.tgt_lang = (
+            e.src_lang,
+            e.tgt_lang,
+        )  # the setters change what stands in front
         source = tokenizer(e.source)["input_ids"]
         labels = tokenizer(text_target=e.target, truncation=True, max_length=base.longest)["input_ids"]
         cut += len(source) > base.longest
-        rows.append(Encoded(source[: base.longest - 1] + source[-1:] if len(source) > base.longest else source, labels, e))
+        rows.append(
+            Encoded(
+                source[: base.longest - 1] + source[-1:] if len(source) > base.longest else source, labels, e
+            )
+        )
     return rows, cut
 
 
@@ -451,7 +498,9 @@ def epoch_batches(stage: Stage, size: int, seed: int, epoch: int) -> np.ndarray:
     twice where the last batch would not be full."""
     rng, count = np.random.default_rng([seed, epoch]), len(stage.rows)
     order = np.resize(rng.permutation(count), -(-count // size) * size)
-    pools = [order[i : i + 50 * size] for i in range(0, len(order), 50 * size)]  # sorted within: the epoch stays random
+    pools = [
+        order[i : i + 50 * size] for i in range(0, len(order), 50 * size)
+    ]  # sorted within: the epoch stays random
     order = np.concatenate([pool[np.argsort(stage.lengths[pool], kind="stable")] for pool in pools])
     return order.reshape(-1, size)[rng.permutation(len(order) // size)]
 
@@ -480,7 +529,9 @@ def get_batch(stages: list[Stage], collate: Callable, cfg: Config, micro_step: i
 class Batches:
     """The data loader: from micro-step `start` to the last, each prepared in a thread while the GPU works on the one before."""
 
-    def __init__(self, stages: list, collate: Callable[[list], dict[str, Tensor]], cfg: Config, start: int) -> None:
+    def __init__(
+        self, stages: list, collate: Callable[[list], dict[str, Tensor]], cfg: Config, start: int
+    ) -> None:
         self.stages, self.collate, self.cfg, self.start = stages, collate, cfg, start
 
     def __len__(self) -> int:
@@ -489,7 +540,11 @@ class Batches:
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         last = self.cfg.steps * self.cfg.accum
         with ThreadPoolExecutor(1) as pool:
-            ahead = pool.submit(get_batch, self.stages, self.collate, self.cfg, self.start) if self.start < last else None
+            ahead = (
+                pool.submit(get_batch, self.stages, self.collate, self.cfg, self.start)
+                if self.start < last
+                else None
+            )
             for micro_step in range(self.start, last):
                 batch = ahead.result()
                 if micro_step + 1 < last:
@@ -524,7 +579,9 @@ def open_base(source: str) -> Base:
         config = AutoConfig.from_pretrained(folder)
         if config.model_type != "m2m_100":
             kind = "an encoder-decoder" if config.is_encoder_decoder else "a decoder-only model"
-            refuse(f"--model {source} is {kind} of the class {config.model_type}; an NLLB (m2m_100) is wanted")
+            refuse(
+                f"--model {source} is {kind} of the class {config.model_type}; an NLLB (m2m_100) is wanted"
+            )
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         refuse(f"--model {source}: {brief(error)}")
@@ -534,15 +591,23 @@ def open_base(source: str) -> Base:
 
 def languages(base: Base) -> list[str]:
     """The language codes of the tokenizer, eng_Latn and the like."""
-    return sorted(token for token in base.tokenizer.get_added_vocab() if re.fullmatch(r"[a-z]{3}_[A-Z][a-z]{3}", token))
+    return sorted(
+        token for token in base.tokenizer.get_added_vocab() if re.fullmatch(r"[a-z]{3}_[A-Z][a-z]{3}", token)
+    )
 
 
 def check_language(code: str, base: Base) -> None:
     """Exit 2 for a code that the tokenizer does not know: it would become <unk> without a word."""
     known = languages(base)
     if base.tokenizer.convert_tokens_to_ids(code) in (base.tokenizer.unk_token_id, None) or "_" not in code:
-        near = difflib.get_close_matches(code, known, 5, 0.5) or [k for k in known if k.startswith(code[:2].lower())] or known
-        refuse(f"language {code}: {base.source} does not know it; near ones are {', '.join(near[:8])} (of {len(known)})")
+        near = (
+            difflib.get_close_matches(code, known, 5, 0.5)
+            or [k for k in known if k.startswith(code[:2].lower())]
+            or known
+        )
+        refuse(
+            f"language {code}: {base.source} does not know it; near ones are {', '.join(near[:8])} (of {len(known)})"
+        )
 
 
 def load_weights(folder: Path, base: Base, cfg: Config):
@@ -571,7 +636,11 @@ def lora_config(cfg: Config):
 
     targets = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
     return LoraConfig(
-        r=cfg.lora_r, lora_alpha=cfg.lora_alpha, lora_dropout=cfg.lora_dropout, target_modules=targets, task_type="SEQ_2_SEQ_LM"
+        r=cfg.lora_r,
+        lora_alpha=cfg.lora_alpha,
+        lora_dropout=cfg.lora_dropout,
+        target_modules=targets,
+        task_type="SEQ_2_SEQ_LM",
     )
 
 
@@ -604,9 +673,12 @@ def scores(answers: list[str], references: list[str]) -> dict[str, float]:
 
     rouge = RougeScorer(["rougeL"], tokenizer=Words)
     return {
-        "bleu": BLEU(effective_order=True).corpus_score(answers, [references]).score / 100,  # one word has no 4-grams
+        "bleu": BLEU(effective_order=True).corpus_score(answers, [references]).score
+        / 100,  # one word has no 4-grams
         "chrf": CHRF().corpus_score(answers, [references]).score / 100,
-        "rouge_l": float(np.mean([rouge.score(r, a)["rougeL"].fmeasure for a, r in zip(answers, references)])),
+        "rouge_l": float(
+            np.mean([rouge.score(r, a)["rougeL"].fmeasure for a, r in zip(answers, references)])
+        ),
         "exact": float(np.mean([plain(a) == plain(r) for a, r in zip(answers, references)])),
     }
 
@@ -636,7 +708,9 @@ def evaluate(model: nn.Module, base: Base, data: Data, cfg: Config) -> dict:
         "model": scores(given, references),
         "majority": scores([majority] * count, references),
         "source_copied": scores([row.example.source for row in asked], references),
-        "answers": [{"source": r.example.source, "answer": r.example.target, "given": g} for r, g in zip(asked, given)],
+        "answers": [
+            {"source": r.example.source, "answer": r.example.target, "given": g} for r, g in zip(asked, given)
+        ],
     }
 
 
@@ -678,15 +752,25 @@ def measure(base: Base, cfg: Config, source: int, target: int) -> tuple[int, int
 
     kind, text = TORCH_DTYPES[cfg.dtype], base.config
     with torch.device("meta"):
-        model = M2M100ForConditionalGeneration._from_config(text, attn_implementation="eager").to(kind)  # sdpa looks at its mask
+        model = M2M100ForConditionalGeneration._from_config(text, attn_implementation="eager").to(
+            kind
+        )  # sdpa looks at its mask
     parameters = sum(p.numel() for p in model.parameters())
     if cfg.lora_r:
         model = get_peft_model(model, lora_config(cfg), autocast_adapter_dtype=False)
     model.train()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    inner, batch, width = (model.get_base_model() if cfg.lora_r else model).model, cfg.batch_size, text.d_model
-    encoder, decoder = (torch.empty(batch, n, width, dtype=kind, device="meta", requires_grad=True) for n in (source, target))
-    plain = saved_bytes(lambda: inner(inputs_embeds=encoder, decoder_inputs_embeds=decoder, use_cache=False), model)
+    inner, batch, width = (
+        (model.get_base_model() if cfg.lora_r else model).model,
+        cfg.batch_size,
+        text.d_model,
+    )
+    encoder, decoder = (
+        torch.empty(batch, n, width, dtype=kind, device="meta", requires_grad=True) for n in (source, target)
+    )
+    plain = saved_bytes(
+        lambda: inner(inputs_embeds=encoder, decoder_inputs_embeds=decoder, use_cache=False), model
+    )
     logits = batch * target * text.vocab_size * (2 * kind.itemsize + 8)  # chosen, in fp32, and their gradient
     if not cfg.lora_r:  # embeddings and head are one: backward has two gradients of it before it adds them
         logits += text.vocab_size * width * kind.itemsize
@@ -703,7 +787,9 @@ def plan(cfg: Config, base: Base, data: Data, device: torch.device) -> dict:
     parameters, trained, frozen, without, checkpointed = measure(base, cfg, source, target)
     kept = {on: checkpointed if on else without for on in CHECKPOINTING[cfg.gradient_checkpointing]}
     rows = memory_rows(trained, frozen, kept, cfg.dtype, world)
-    memory, row = choose_layout(rows, cfg.deepspeed, f"lower --batch_size {cfg.batch_size}, or take --lora_r 16")
+    memory, row = choose_layout(
+        rows, cfg.deepspeed, f"lower --batch_size {cfg.batch_size}, or take --lora_r 16"
+    )
     size = TORCH_DTYPES[cfg.dtype].itemsize
     free = disk_free(cfg.output_dir) / GB
     need = ((cfg.keep + 1) * trained * (12 + size) + (trained if cfg.lora_r else parameters) * size) / GB
@@ -717,7 +803,10 @@ def plan(cfg: Config, base: Base, data: Data, device: torch.device) -> dict:
         f"{data.cut} sources cut to {base.longest} tokens{f', {len(stages)} stages by answer length' if cfg.curriculum else ''}",
         f"langs    {', '.join(f'{a} -> {b} ({count})' for (a, b), count in pairs)}",
         f"tokens   source {tokens[:, 0].mean():.0f} on average, {source} at most; answer {tokens[:, 1].mean():.0f}, {target}",
-        *(f"  {e.example.source[:110]}  ->  {e.example.target[:60]}" for e in data.train[:: max(1, len(data.train) // 3)][:3]),
+        *(
+            f"  {e.example.source[:110]}  ->  {e.example.target[:60]}"
+            for e in data.train[:: max(1, len(data.train) // 3)][:3]
+        ),
         f"model    {base.source}, {parameters / 1e6:.2f} M parameters; {method}: {trained / 1e6:.2f} M",
         f"steps    {cfg.steps} of {world} {'GPU' if device.type == 'cuda' else 'CPU process'} x {cfg.batch_size} questions x "
         f"{cfg.accum} accum = {world * cfg.batch_size * cfg.accum} questions per step",
@@ -726,7 +815,9 @@ def plan(cfg: Config, base: Base, data: Data, device: torch.device) -> dict:
     ]
     log.info("\n".join(lines))
     if need > free:
-        refuse(f"--output_dir {cfg.output_dir}: {free:.2f} GB free, the run writes {need:.2f} GB; make room or lower --keep")
+        refuse(
+            f"--output_dir {cfg.output_dir}: {free:.2f} GB free, the run writes {need:.2f} GB; make room or lower --keep"
+        )
     return row
 
 
@@ -753,7 +844,9 @@ class TextTrainer(Seq2SeqTrainer):
 
                 self.optimizer = AdamW8bit(trained, cfg.lr, (0.9, cfg.beta2), weight_decay=cfg.weight_decay)
             else:
-                self.optimizer = torch.optim.AdamW(trained, cfg.lr, (0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
+                self.optimizer = torch.optim.AdamW(
+                    trained, cfg.lr, (0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True
+                )
         return self.optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Tensor:
@@ -777,10 +870,19 @@ def save(cfg: Config, engine: Any, facts: dict, step: int) -> None:
 class Watch(TrainerCallback):
     """Around the steps of the trainer: learning rate, seeds, log, checkpoints, evaluation, signals."""
 
-    def __init__(self, cfg: Config, trainer: Any, resume: tuple, facts: dict, caught: list[int], bar: tqdm, on: dict) -> None:
+    def __init__(
+        self, cfg: Config, trainer: Any, resume: tuple, facts: dict, caught: list[int], bar: tqdm, on: dict
+    ) -> None:
         """resume: as resume_checkpoint returns it; facts: what goes into each checkpoint; caught: signals; on: what to call after
         the "first" step, and to "evaluate" at a step."""
-        self.cfg, self.trainer, self.facts, self.caught, self.bar, self.on = cfg, trainer, facts, caught, bar, on
+        self.cfg, self.trainer, self.facts, self.caught, self.bar, self.on = (
+            cfg,
+            trainer,
+            facts,
+            caught,
+            bar,
+            on,
+        )
         self.found, self.step, self.other_ranks = resume
         self.first, self.skipped = self.step + 1, 0
         self.track = tracker(cfg.report_to, cfg.output_dir, Path(__file__).stem) if rank() == 0 else None
@@ -791,7 +893,9 @@ class Watch(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         if self.found:
             load_engine(self.trainer.deepspeed, self.found, self.other_ranks, frozen_left_out=True)
-            log.info(f"resumed {self.found}{', saved by another number of ranks' if self.other_ranks else ''}")
+            log.info(
+                f"resumed {self.found}{', saved by another number of ranks' if self.other_ranks else ''}"
+            )
         state.global_step = self.step
         self.start_clock()
 
@@ -816,7 +920,9 @@ class Watch(TrainerCallback):
         if saved:
             save(cfg, engine, self.facts, step)
         if stop:
-            log.info(f"stopped by {signal.Signals(stop).name} after step {step}; the same command goes on from there")
+            log.info(
+                f"stopped by {signal.Signals(stop).name} after step {step}; the same command goes on from there"
+            )
             raise SystemExit(128 + stop)
         if step % cfg.eval_every == 0 and step < cfg.steps:
             row = self.on["evaluate"](step)
@@ -837,7 +943,10 @@ class Watch(TrainerCallback):
         self.bar.set_postfix(loss=f"{loss:.4f}")
         norm = engine.get_global_grad_norm()  # None until a first update was made
         row = {"step": step, "loss": loss, "lr": learning_rate(cfg, step - 1)}
-        row |= {"grad_norm": math.nan if norm is None else float(norm), "samples_per_s": speed * engine.train_batch_size()}
+        row |= {
+            "grad_norm": math.nan if norm is None else float(norm),
+            "samples_per_s": speed * engine.train_batch_size(),
+        }
         record(cfg.output_dir, row | {"peak_memory_gb": peak_memory_gb()}, self.track)
         self.start_clock()
 
@@ -845,7 +954,9 @@ class Watch(TrainerCallback):
 def evaluate_at(step: int, model: nn.Module, base: Base, data: Data, cfg: Config) -> dict[str, float]:
     """Every rank: evaluate in the middle of the run. -> what goes into metrics.jsonl"""
     result = evaluate(model, base, data, cfg)
-    bleu = " | ".join(f"{who} {100 * result[who]['bleu']:.1f}" for who in ("model", "majority", "source_copied"))
+    bleu = " | ".join(
+        f"{who} {100 * result[who]['bleu']:.1f}" for who in ("model", "majority", "source_copied")
+    )
     log.info(f"eval step {step:06d} | held-out loss {result['held_out_loss']:.4f} | BLEU {bleu}")
     if rank() == 0:
         write_lines(cfg.output_dir / "samples" / f"answers_step{step:06d}.jsonl", result["answers"])
@@ -876,8 +987,12 @@ def train(cfg: Config) -> None:
     on_rank0(lambda: take_run_folder(given))
     stage = config["zero_optimization"]["stage"]
     facts = {"zero_stage": stage, "dtype": cfg.dtype, "base_model": cfg.model}
-    found, step, other_ranks = resume_checkpoint(cfg.output_dir / "checkpoints", cfg.resume, world_size(), **facts)
-    cfg = dataclasses.replace(cfg, steps=max(cfg.steps, step))  # more GPUs make fewer steps of the same --epochs
+    found, step, other_ranks = resume_checkpoint(
+        cfg.output_dir / "checkpoints", cfg.resume, world_size(), **facts
+    )
+    cfg = dataclasses.replace(
+        cfg, steps=max(cfg.steps, step)
+    )  # more GPUs make fewer steps of the same --epochs
     folder = on_rank0(lambda: fetch_model(cfg.model, "*"))
     repo = ""
     if cfg.push_to_hub:
@@ -897,7 +1012,9 @@ def train(cfg: Config) -> None:
         disable_tqdm=True,
     )  # fmt: skip
     torch.manual_seed(cfg.seed)
-    model = load_weights(folder, base, cfg)  # after the arguments: under ZeRO-3 each rank takes its part of the weights
+    model = load_weights(
+        folder, base, cfg
+    )  # after the arguments: under ZeRO-3 each rank takes its part of the weights
     if cfg.lora_r:
         from peft import get_peft_model
 
@@ -915,7 +1032,9 @@ def train(cfg: Config) -> None:
             trainer.train()
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-                raise SystemExit(f"error: out of memory: lower --batch_size {cfg.batch_size}, or take --lora_r 16") from error
+                raise SystemExit(
+                    f"error: out of memory: lower --batch_size {cfg.batch_size}, or take --lora_r 16"
+                ) from error
             raise
     publish(cfg, trainer.model, base, data, repo)
 
@@ -932,7 +1051,9 @@ def export(cfg: Config, model: nn.Module, base: Base) -> None:
     weights = full_weights(model, TORCH_DTYPES[cfg.dtype], lambda p: p.requires_grad or not cfg.lora_r)
     if rank() == 0:
         target.mkdir(exist_ok=True)
-        vars(model).pop("_weight_conversions", None)  # loaded under ZeRO-3 it would save other names (transformers 5.23)
+        vars(model).pop(
+            "_weight_conversions", None
+        )  # loaded under ZeRO-3 it would save other names (transformers 5.23)
         model.save_pretrained(target, state_dict=weights)
         base.tokenizer.src_lang, base.tokenizer.tgt_lang = cfg.src_lang, cfg.tgt_lang
         base.tokenizer.save_pretrained(target)
@@ -950,7 +1071,9 @@ def export(cfg: Config, model: nn.Module, base: Base) -> None:
 def publish(cfg: Config, model: nn.Module, base: Base, data: Data, repo: str) -> None:
     """Every rank: model/, its evaluation, its card; the Hub last. Exit code 3 when only the push failed."""
     folder, target = cfg.output_dir, cfg.output_dir / "model"
-    results = on_rank0(lambda: json.loads(path.read_text()) if (path := folder / "results.json").exists() else {})
+    results = on_rank0(
+        lambda: json.loads(path.read_text()) if (path := folder / "results.json").exists() else {}
+    )
     if results.get("steps") != cfg.steps:
         export(cfg, model, base)  # before the evaluation: a run that dies there keeps its model
         result = evaluate(model, base, data, cfg)
@@ -984,7 +1107,10 @@ def show(results: dict, folder: Path) -> None:
     who = ("model", "majority", "source_copied")
     lines = [f"\nscore                 {results['score']:.3f}   {results['score_is']}"]
     lines.append(f"{'':<20}" + "".join(f"{name.replace('_', ' '):>15}" for name in who))
-    lines += [f"{m.replace('_', '-'):<20}" + "".join(f"{results['metrics'][w][m]:15.3f}" for w in who) for m in METRICS]
+    lines += [
+        f"{m.replace('_', '-'):<20}" + "".join(f"{results['metrics'][w][m]:15.3f}" for w in who)
+        for m in METRICS
+    ]
     lines += [
         f"held-out loss         {results['held_out_loss']:.4f}",
         f"speed                 {results['samples_per_s']:.1f} questions/s, peak memory {results['peak_memory_gb']:.2f} GB",
@@ -999,18 +1125,24 @@ def push_data(cfg: Config, data: Data) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # made by us, and made anew
     folder.mkdir()
     held_out = [] if data.held_out is data.train else data.held_out
-    parts = {name: [r.example.row for r in rows] for name, rows in (("train", data.train), ("validation", held_out))}
+    parts = {
+        name: [r.example.row for r in rows]
+        for name, rows in (("train", data.train), ("validation", held_out))
+    }
     about = "`video` is a URL or the name of a file that is not part of it; the model sees the other columns alone."
     push_rows(folder, cfg.hub_dataset_id, cfg.public, parts, about, Path(__file__).name)
 
 
 def write_card(cfg: Config, results: dict, base: Base, repo: str) -> None:
     numbers = {
-        name: results[name] for name in ("score", "held_out_loss", "steps", "final_loss", "samples_per_s", "peak_memory_gb")
+        name: results[name]
+        for name in ("score", "held_out_loss", "steps", "final_loss", "samples_per_s", "peak_memory_gb")
     }
     rows, snippet, made = card_parts(cfg.output_dir, numbers, repo)
     who = results["metrics"]
-    table = "\n".join(f"| {m} | " + " | ".join(f"{values[m]:.3f}" for values in who.values()) + " |" for m in METRICS)
+    table = "\n".join(
+        f"| {m} | " + " | ".join(f"{values[m]:.3f}" for values in who.values()) + " |" for m in METRICS
+    )
     local = Path(base.source).exists()
     first = [row for _, row in read_json_lines(cfg.output_dir / "samples" / "answers.jsonl")][0]["source"]
     of = Path(base.source).name if local else base.source
@@ -1064,7 +1196,9 @@ def answer(rows: list[dict], model: str | Path, **asking: Any) -> list[str]:
     adapter = folder / "adapter_config.json"
     below = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else str(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    made["dtype"] = pick_dtype(made.get("dtype") if device.type == "cuda" or made.get("dtype") != "fp16" else "fp32")
+    made["dtype"] = pick_dtype(
+        made.get("dtype") if device.type == "cuda" or made.get("dtype") != "fp16" else "fp32"
+    )
     cfg = Config(report_to="none", **(made | asking))
     base = open_base(below)
     net = load_weights(fetch_model(below, "*"), base, cfg)
@@ -1103,7 +1237,10 @@ def predict(cfg: Config) -> None:
     print("\n".join(answer(rows, cfg.model or cfg.output_dir / "model", **asked)))
 
 
-ASKING = {name: getattr(Config(report_to="none"), name) for name in ("num_beams", "max_new_tokens", "src_lang", "tgt_lang")}
+ASKING = {
+    name: getattr(Config(report_to="none"), name)
+    for name in ("num_beams", "max_new_tokens", "src_lang", "tgt_lang")
+}
 
 
 def main() -> None:

@@ -152,7 +152,9 @@ class Config:
     # diffusion
 
     prediction: Literal["noise", "v"] = "noise"  # what the model predicts
-    shift: float = 1.0  # divides alpha_bar / (1 - alpha_bar) by its square: above 1, more steps see mostly noise
+    shift: float = (
+        1.0  # divides alpha_bar / (1 - alpha_bar) by its square: above 1, more steps see mostly noise
+    )
     timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"  # of the training loss
 
     # optimisation
@@ -167,8 +169,12 @@ class Config:
     beta2: float = 0.999  # of AdamW
     clip: float = 1.0  # gradient norm limit
     ema: float = 0.999  # decay of the averaged weights, which are sampled and pushed
-    dtype: Literal["bf16", "fp16", "fp32"] | None = None  # default: bf16, fp16 on GPUs without it, fp32 on a CPU
-    deepspeed: Annotated[str, tyro.conf.arg(aliases=["--deepspeed_config"])] = "auto"  # JSON file, or auto: what fits
+    dtype: Literal["bf16", "fp16", "fp32"] | None = (
+        None  # default: bf16, fp16 on GPUs without it, fp32 on a CPU
+    )
+    deepspeed: Annotated[str, tyro.conf.arg(aliases=["--deepspeed_config"])] = (
+        "auto"  # JSON file, or auto: what fits
+    )
 
     # sampling
 
@@ -185,7 +191,9 @@ class Config:
     save_every: int = 200
     keep: int = 3  # newest checkpoints (and ckpt_*.pt) kept
     resume: bool = True  # --no_resume: refuse a folder that has checkpoints
-    report_to: Literal["none", "tensorboard", "wandb"] = "wandb" if os.environ.get("WANDB_API_KEY") else "none"
+    report_to: Literal["none", "tensorboard", "wandb"] = (
+        "wandb" if os.environ.get("WANDB_API_KEY") else "none"
+    )
 
     # Hub
 
@@ -211,7 +219,9 @@ class Config:
         if self.sample_steps > TIMESTEPS:
             raise ValueError(f"--sample_steps {self.sample_steps}: at most {TIMESTEPS}")
         if self.demo and self.manifest:
-            raise ValueError(f"--demo makes its own clips: leave out --manifest {self.manifest} (or unset MANIFEST)")
+            raise ValueError(
+                f"--demo makes its own clips: leave out --manifest {self.manifest} (or unset MANIFEST)"
+            )
 
     @property
     def multiple(self) -> int:
@@ -256,9 +266,14 @@ def msr_vtt_rows(manifest: Path) -> list[tuple[str, dict]]:
     sentences: dict[str, list[str]] = {}
     for row in annotation["sentences"]:
         sentences.setdefault(row["video_id"], []).append(row["caption"])
-    files = {path.stem: str(path.relative_to(manifest.parent)) for path in sorted(manifest.parent.rglob("*.mp4"))}
+    files = {
+        path.stem: str(path.relative_to(manifest.parent)) for path in sorted(manifest.parent.rglob("*.mp4"))
+    }
     names = [video["video_id"] for video in annotation["videos"] if video.get("split", "train") == "train"]
-    return [(f"{manifest}, {name}", {"video": files.get(name, f"{name}.mp4"), "captions": sentences.get(name)}) for name in names]
+    return [
+        (f"{manifest}, {name}", {"video": files.get(name, f"{name}.mp4"), "captions": sentences.get(name)})
+        for name in names
+    ]
 
 
 def read_manifest(manifest: Path) -> tuple[list[Row], list[dict]]:
@@ -274,11 +289,15 @@ def read_manifest(manifest: Path) -> tuple[list[Row], list[dict]]:
         if not isinstance(video, str):
             bad.append({"where": where, "reason": 'no video path ("video", "video_path", "path" or "file")'})
         elif not (isinstance(captions, list) and all(isinstance(c, str) and c.strip() for c in captions)):
-            bad.append({"where": where, "video": video, "reason": 'no caption ("caption", "captions" or "text")'})
+            bad.append(
+                {"where": where, "video": video, "reason": 'no caption ("caption", "captions" or "text")'}
+            )
         else:
             source = video if is_url(video) else str(folder / video)
             earlier = rows.get(source, Row(source, (), where))  # several lines of one video are one row
-            rows[source] = dataclasses.replace(earlier, captions=earlier.captions + tuple(c.strip() for c in captions))
+            rows[source] = dataclasses.replace(
+                earlier, captions=earlier.captions + tuple(c.strip() for c in captions)
+            )
     return list(rows.values()), bad
 
 
@@ -321,11 +340,17 @@ def clip_text(captions: list[str], source: str, device: torch.device) -> Tensor:
     length, pooled = encoder.config.max_position_embeddings, []
     cut = sum(len(ids) > length for ids in tokenizer(captions).input_ids)
     if cut:
-        log.warning(f"warning: {cut} of {len(captions)} captions are longer than {length} tokens; their ends are not read")
+        log.warning(
+            f"warning: {cut} of {len(captions)} captions are longer than {length} tokens; their ends are not read"
+        )
     with torch.no_grad():
         for start in tqdm(range(0, len(captions), 256), "encode captions", disable=None):
             tokens = tokenizer(
-                captions[start : start + 256], padding=True, truncation=True, max_length=length, return_tensors="pt"
+                captions[start : start + 256],
+                padding=True,
+                truncation=True,
+                max_length=length,
+                return_tensors="pt",
             )
             states = encoder(**tokens.to(device)).last_hidden_state.float()  # (N, T, D)
             mask = tokens.attention_mask[..., None]  # (N, T, 1)
@@ -347,7 +372,9 @@ def encode_text(captions: list[str], cfg: Config, device: torch.device) -> tuple
         except OSError as error:
             reason = str(error).splitlines()[0]
             if cfg.manifest:
-                refuse(f"--text_encoder {cfg.text_encoder}: {reason}\ndownload it where there is network, and give its folder")
+                refuse(
+                    f"--text_encoder {cfg.text_encoder}: {reason}\ndownload it where there is network, and give its folder"
+                )
             log.warning(
                 f"warning: {cfg.text_encoder} is out of reach ({reason}); a stand-in encodes the captions: "
                 "it knows words, not meaning"
@@ -373,7 +400,9 @@ class Clips:
         return torch.from_numpy(np.stack(frames)), self.text[text]
 
     def part(self, keep: list[int]) -> Clips:
-        frames, captions, rows = ([values[i] for i in keep] for values in (self.frames, self.captions, self.rows))
+        frames, captions, rows = (
+            [values[i] for i in keep] for values in (self.frames, self.captions, self.rows)
+        )
         return Clips(frames, captions, rows, self.text)
 
     def some_captions(self, count: int) -> tuple[list[str], Tensor]:
@@ -395,14 +424,18 @@ def load_data(cfg: Config, device: torch.device) -> Data:
     """Every rank. Exit 2 when there is nothing to train on."""
     if cfg.manifest:
         frames, captions, bad = on_rank0(lambda: load_videos(cfg))
-        held_out = set(range(0, len(frames), 20)) if len(frames) >= 20 else set()  # every 20th video, none of a handful
+        held_out = (
+            set(range(0, len(frames), 20)) if len(frames) >= 20 else set()
+        )  # every 20th video, none of a handful
     else:
         rng, attributes, bad = np.random.default_rng(cfg.seed), all_captions(SHAPES), []
         drawn = [attributes[i] for i in rng.integers(len(attributes), size=NUM_GENERATED)]
         frames = [draw_clip(a, cfg.frames, cfg.size, rng) for a in drawn]
         captions = [(caption_of(a),) for a in drawn]
         held_out = {i for i, a in enumerate(drawn) if is_held_out(a, SHAPES)}
-    unique = {caption: row for row, caption in enumerate(dict.fromkeys(c for several in captions for c in several))}
+    unique = {
+        caption: row for row, caption in enumerate(dict.fromkeys(c for several in captions for c in several))
+    }
     text, encoder = on_rank0(lambda: encode_text(list(unique), cfg, device))
     clips = Clips(frames, captions, [[unique[c] for c in several] for several in captions], text)
     train = clips.part([i for i in range(len(frames)) if i not in held_out])
@@ -413,7 +446,9 @@ def get_batch(clips: Clips, cfg: Config, micro_step: int) -> tuple[Tensor, Tenso
     """This rank's clips at a micro-step: a pure function of (seed, micro-step, rank), so that a resumed run repeats the order."""
     first = (micro_step * world_size() + rank()) * cfg.batch_size
     places = [divmod(place, len(clips.frames)) for place in range(first, first + cfg.batch_size)]
-    return clips.batch([int(epoch_order(len(clips.frames), cfg.seed, e)[i]) for e, i in places], [e for e, _ in places])
+    return clips.batch(
+        [int(epoch_order(len(clips.frames), cfg.seed, e)[i]) for e, i in places], [e for e, _ in places]
+    )
 
 
 # ---------------------------------------------------------------------------
@@ -423,14 +458,19 @@ def get_batch(clips: Clips, cfg: Config, micro_step: int) -> tuple[Tensor, Tenso
 
 def sinusoids(x: Tensor, width: int) -> Tensor:
     """Positions or timesteps (N,) -> (N, width), as in Attention Is All You Need, section 3.5."""
-    angles = x.float()[:, None] * torch.exp(torch.arange(width // 2, device=x.device) * (-math.log(10_000) / (width // 2)))
+    angles = x.float()[:, None] * torch.exp(
+        torch.arange(width // 2, device=x.device) * (-math.log(10_000) / (width // 2))
+    )
     return torch.cat([angles.cos(), angles.sin()], -1)
 
 
 def places(clips: int, sizes: tuple[int, int, int], device: torch.device) -> Tensor:
     """Frame, row and column of each pixel, evenly from -sqrt(3) to sqrt(3) (unit variance), as in CoordConv (Liu et al. 2018):
     without them the model learns late that things move. sizes = (F, H, W) -> (B*F, 3, H, W)"""
-    axes = [torch.linspace(-1, 1, n, device=device) * math.sqrt(3) if n > 1 else torch.zeros(n, device=device) for n in sizes]
+    axes = [
+        torch.linspace(-1, 1, n, device=device) * math.sqrt(3) if n > 1 else torch.zeros(n, device=device)
+        for n in sizes
+    ]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), 1).repeat(clips, 1, 1, 1)
 
 
@@ -469,7 +509,9 @@ class Attention(nn.Module):
             u = u + sinusoids(torch.arange(frames, device=x.device), u.shape[-1]).to(u.dtype)
         else:
             u = rearrange(self.norm(x), "n c h w -> n (h w) c")
-        q, k, v = rearrange(self.qkv(u), "n t (three heads d) -> three n heads t d", three=3, heads=self.heads)
+        q, k, v = rearrange(
+            self.qkv(u), "n t (three heads d) -> three n heads t d", three=3, heads=self.heads
+        )
         u = self.out(rearrange(F.scaled_dot_product_attention(q, k, v), "n heads t d -> n t (heads d)"))
         if self.axis == "time":
             return x + rearrange(u, "(b h w) f c -> (b f) c h w", h=h, w=w)
@@ -491,7 +533,9 @@ class UNet3DCond(nn.Module):
     """3-D U-Net on pixels: frames folded into the batch for 2-D convolutions in channels_last, attention along time between
     them; cheaper per step than 3-D or (2+1)-D convolutions (benchmarks/RESULTS.md)."""
 
-    def __init__(self, base: int = 64, levels: int = 3, blocks: int = 2, patch: int = 1, text_dim: int = 512) -> None:
+    def __init__(
+        self, base: int = 64, levels: int = 3, blocks: int = 2, patch: int = 1, text_dim: int = 512
+    ) -> None:
         super().__init__()
         self.config = {"base": base, "levels": levels, "blocks": blocks, "patch": patch, "text_dim": text_dim}
         self.patch, self.base, width = patch, base, 4 * base
@@ -502,7 +546,9 @@ class UNet3DCond(nn.Module):
         self.no_text = nn.Parameter(torch.zeros(width))  # stands for a caption that was left out
 
         def stage(c_in: int, c_out: int, level: int) -> nn.ModuleList:
-            return nn.ModuleList([ResBlock(c_in, c_out, width), *([Attention(c_out, "time")] if level else [])])
+            return nn.ModuleList(
+                [ResBlock(c_in, c_out, width), *([Attention(c_out, "time")] if level else [])]
+            )
 
         channels = [base * 2**level for level in range(levels)]
         self.enter = nn.Conv2d(3 * patch**2 + 3, base, 3, padding=1)  # the pixels and where they are
@@ -620,7 +666,12 @@ def to_unit(frames: Tensor) -> Tensor:
 
 def to_pixels(clips: Tensor) -> np.ndarray:
     """float (B, F, 3, H, W) in [-1, 1] -> uint8 (B, F, H, W, 3)"""
-    return rearrange(((clips.clamp(-1, 1) + 1) * 127.5).round(), "b f c h w -> b f h w c").to(torch.uint8).cpu().numpy()
+    return (
+        rearrange(((clips.clamp(-1, 1) + 1) * 127.5).round(), "b f c h w -> b f h w c")
+        .to(torch.uint8)
+        .cpu()
+        .numpy()
+    )
 
 
 # ---------------------------------------------------------------------------
@@ -646,7 +697,9 @@ def sample(model: UNet3DCond, text: Tensor, shape: tuple[int, ...], cfg: Config,
         if cfg.guidance == 1:
             output = model(x, torch.full((len(x),), t, device=device), text)
         else:
-            output = model(x.repeat(2, 1, 1, 1, 1), torch.full((2 * len(x),), t, device=device), text.repeat(2, 1), both)
+            output = model(
+                x.repeat(2, 1, 1, 1, 1), torch.full((2 * len(x),), t, device=device), text.repeat(2, 1), both
+            )
             with_text, without = output.chunk(2)
             output = without + cfg.guidance * (with_text - without)
         a = alpha_bar[t]
@@ -689,7 +742,9 @@ def held_out_loss(model: UNet3DCond, clips: Clips, cfg: Config) -> dict[str, flo
 def sample_pixels(model: UNet3DCond, text: Tensor, cfg: Config, seed: int) -> np.ndarray:
     """-> uint8 (N, F, H, W, 3), in batches that need no more memory than training"""
     shape, size = (cfg.frames, 3, cfg.size, cfg.size), max(8, cfg.batch_size)
-    return np.concatenate([to_pixels(sample(model, text[p], shape, cfg, seed + p.start)) for p in slices(len(text), size)])
+    return np.concatenate(
+        [to_pixels(sample(model, text[p], shape, cfg, seed + p.start)) for p in slices(len(text), size)]
+    )
 
 
 def evaluate(model: UNet3DCond, data: Data, cfg: Config) -> dict:
@@ -697,9 +752,16 @@ def evaluate(model: UNet3DCond, data: Data, cfg: Config) -> dict:
     the same clips held against each other's captions. Videos: 1 - loss / power of the target, on held-out videos."""
     held_out, loss = data.held_out, held_out_loss(model, data.held_out, cfg)
     if cfg.manifest:
-        which = "the training videos (there are fewer than 20)" if held_out is data.train else "held-out videos"
+        which = (
+            "the training videos (there are fewer than 20)" if held_out is data.train else "held-out videos"
+        )
         score = 1 - loss["loss"] / loss["power"]
-        return {"score": score, "score_is": f"share of the target explained, {which}", "controls": {}, "held_out": loss}
+        return {
+            "score": score,
+            "score_is": f"share of the target explained, {which}",
+            "controls": {},
+            "held_out": loss,
+        }
     asked = [a for a in all_captions(SHAPES) if is_held_out(a, SHAPES)]
     asked = asked * max(1, 96 // len(asked))
     table = {caption: held_out.text[rows[0]] for (caption,), rows in zip(held_out.captions, held_out.rows)}
@@ -726,7 +788,8 @@ def activation_bytes(model: UNet3DCond, cfg: Config, dtype: str) -> int:
         twin = UNet3DCond(**model.config).to(TORCH_DTYPES[dtype])
         batch, width = (cfg.batch_size, cfg.frames, 3, cfg.size, cfg.size), model.config["text_dim"]
         return saved_bytes(
-            lambda: twin(torch.empty(batch), torch.empty(cfg.batch_size), torch.empty(cfg.batch_size, width)), twin
+            lambda: twin(torch.empty(batch), torch.empty(cfg.batch_size), torch.empty(cfg.batch_size, width)),
+            twin,
         )
 
 
@@ -737,7 +800,9 @@ def memory_advice(model: UNet3DCond, cfg: Config, dtype: str) -> str:
         ("FRAMES", "frames", cfg.frames // 2),
         ("SIZE", "size", cfg.size // 2 // cfg.multiple * cfg.multiple),
     ]
-    lines = [f"activations of a micro-batch: {now / GB:.2f} GB at BS={cfg.batch_size} FRAMES={cfg.frames} SIZE={cfg.size}"]
+    lines = [
+        f"activations of a micro-batch: {now / GB:.2f} GB at BS={cfg.batch_size} FRAMES={cfg.frames} SIZE={cfg.size}"
+    ]
     for name, field, value in less:
         if value >= 1:
             saved = now - activation_bytes(model, dataclasses.replace(cfg, **{field: value}), dtype)
@@ -764,7 +829,9 @@ def plan(cfg: Config, model: UNet3DCond, data: Data, dtype: str, device: torch.d
         f"disk     {need:.2f} GB for checkpoints and model, {free:.1f} GB free\n{memory}"
     )
     if need > free:
-        refuse(f"--output_dir {cfg.output_dir}: {free:.2f} GB free, the run writes {need:.2f} GB; make room or lower --keep")
+        refuse(
+            f"--output_dir {cfg.output_dir}: {free:.2f} GB free, the run writes {need:.2f} GB; make room or lower --keep"
+        )
     return row["config"]
 
 
@@ -796,7 +863,9 @@ def train(cfg: Config) -> None:
         config["checkpoint"] = {"load_universal": True}
     import deepspeed  # after init_distributed has told it the device
 
-    optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, (0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), cfg.lr, (0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True
+    )
     engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     ema = {name: weight.to(device) for name, weight in full_weights(engine.module, torch.float32).items()}
     if found:
@@ -812,7 +881,9 @@ def train(cfg: Config) -> None:
     on_rank0(lambda: publish(cfg, averaged(model, ema), ema, data, repo))
 
 
-def train_steps(cfg: Config, engine, optimizer, ema: dict[str, Tensor], data: Data, facts: dict, step: int) -> None:
+def train_steps(
+    cfg: Config, engine, optimizer, ema: dict[str, Tensor], data: Data, facts: dict, step: int
+) -> None:
     """From `step` to cfg.steps. Ends the process with 143 or 130 after a checkpoint when a signal comes, with 4 on divergence."""
     device, alpha_bar = engine.device, cosine_alpha_bar(cfg.shift).to(engine.device)
     track = tracker(cfg.report_to, cfg.output_dir, "t2v_ddpm") if rank() == 0 else None
@@ -840,31 +911,52 @@ def train_steps(cfg: Config, engine, optimizer, ema: dict[str, Tensor], data: Da
                 update_ema(ema, engine.module, min(cfg.ema, (1 + step) / (10 + step)))
             skipped = count_skipped(engine, mean, step, cfg.lr, skipped)
             if step % cfg.log_every == 0 or step == cfg.steps:
-                loss, speed = over_ranks(mean.item(), "mean"), (step - since_step) / (time.monotonic() - since)
+                loss, speed = (
+                    over_ranks(mean.item(), "mean"),
+                    (step - since_step) / (time.monotonic() - since),
+                )
                 left = timedelta(seconds=round((cfg.steps - step) / speed))
                 log.info(f"step {step:06d} | loss {loss:.4f} | {speed:.2f} steps/s | {left} left")
                 bar.set_postfix(loss=f"{loss:.4f}")
                 norm = engine.get_global_grad_norm()  # None until a first update was made
-                row = {"step": step, "loss": loss, "lr": group["lr"], "grad_norm": math.nan if norm is None else float(norm)}
-                row |= {"samples_per_s": speed * engine.train_batch_size(), "peak_memory_gb": peak_memory_gb()}
+                row = {
+                    "step": step,
+                    "loss": loss,
+                    "lr": group["lr"],
+                    "grad_norm": math.nan if norm is None else float(norm),
+                }
+                row |= {
+                    "samples_per_s": speed * engine.train_batch_size(),
+                    "peak_memory_gb": peak_memory_gb(),
+                }
                 record(cfg.output_dir, row, track)
                 since, since_step = time.monotonic(), step
             stop = int(over_ranks(max(caught, default=0), "max"))
             if step % cfg.save_every == 0 or step == cfg.steps or stop:
                 save(cfg, engine, ema, data, facts, step, in_a_hurry=bool(stop))
             if stop:
-                log.info(f"stopped by {signal.Signals(stop).name} after step {step}; the same command goes on from there")
+                log.info(
+                    f"stopped by {signal.Signals(stop).name} after step {step}; the same command goes on from there"
+                )
                 raise SystemExit(128 + stop)
             if step % cfg.eval_every == 0 and step < cfg.steps and rank() == 0:
                 losses = held_out_loss(averaged(engine.module, ema), data.held_out, cfg)
-                log.info(f"eval step {step:06d} | held-out loss {losses['loss']:.4f} | swapped {losses['captions_swapped']:.4f}")
-                record(cfg.output_dir, {"step": step} | {f"held_out_{name}": v for name, v in losses.items()}, track)
+                log.info(
+                    f"eval step {step:06d} | held-out loss {losses['loss']:.4f} | swapped {losses['captions_swapped']:.4f}"
+                )
+                record(
+                    cfg.output_dir,
+                    {"step": step} | {f"held_out_{name}": v for name, v in losses.items()},
+                    track,
+                )
                 write_loss_curve(cfg.output_dir, CURVES, "mean squared error")
             if step % cfg.save_every == 0 or step % cfg.eval_every == 0:  # the clock is for training alone
                 since, since_step = time.monotonic(), step
 
 
-def save(cfg: Config, engine, ema: dict[str, Tensor], data: Data, facts: dict, step: int, in_a_hurry: bool) -> None:
+def save(
+    cfg: Config, engine, ema: dict[str, Tensor], data: Data, facts: dict, step: int, in_a_hurry: bool
+) -> None:
     """Every rank: checkpoints/step_000200 to resume from, then ckpt_000200.pt and, without hurry, a preview.
 
     In fp32 28 bytes a parameter: weights, master weights, two moments, EMA; and weights and EMA once more.
@@ -933,7 +1025,10 @@ def export(cfg: Config, model: UNet3DCond, ema: dict[str, Tensor], encoder: str)
     weights = {name: weight.cpu().contiguous() for name, weight in ema.items()}
     write_whole(target / "model.safetensors", lambda aside: save_file(weights, aside))
     kept = ("frames", "size", "prediction", "shift", "sampler", "sample_steps", "guidance")
-    write_json(target / "config.json", {"model": model.config, "text_encoder": encoder} | {k: getattr(cfg, k) for k in kept})
+    write_json(
+        target / "config.json",
+        {"model": model.config, "text_encoder": encoder} | {k: getattr(cfg, k) for k in kept},
+    )
     for source in (Path(__file__), Path(__file__).with_name("common.py")):
         shutil.copyfile(source, target / source.name)
 
@@ -947,8 +1042,12 @@ def show(results: dict, folder: Path) -> None:
         log.info(f"  {name:<20}{value:.3f}   captions shuffled {results['captions_shuffled'][name]:.3f}")
     losses = results["held_out"]
     log.info(f"held-out loss         {losses['loss']:.4f}  captions swapped {losses['captions_swapped']:.4f}")
-    log.info(f"speed                 {results['samples_per_s']:.1f} clips/s, peak memory {results['peak_memory_gb']:.2f} GB")
-    log.info(f"model                 {folder / 'model'}\nsamples               {folder / 'model' / 'samples.png'}")
+    log.info(
+        f"speed                 {results['samples_per_s']:.1f} clips/s, peak memory {results['peak_memory_gb']:.2f} GB"
+    )
+    log.info(
+        f"model                 {folder / 'model'}\nsamples               {folder / 'model' / 'samples.png'}"
+    )
 
 
 def write_card(cfg: Config, results: dict, encoder: str, repo: str, caption: str) -> None:
@@ -1006,7 +1105,11 @@ def generate(prompt: str, model: str | Path, seed: int = 0, **sampling) -> np.nd
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     net = UNet3DCond(**config["model"])
     net.load_state_dict(load_file(folder / "model.safetensors"))
-    text = stand_in_text([prompt]) if cfg.text_encoder == STAND_IN else clip_text([prompt], cfg.text_encoder, device)
+    text = (
+        stand_in_text([prompt])
+        if cfg.text_encoder == STAND_IN
+        else clip_text([prompt], cfg.text_encoder, device)
+    )
     return sample_pixels(net.to(device).eval(), text, cfg, seed)[0]
 
 
@@ -1014,7 +1117,14 @@ def sample_prompt(cfg: Config) -> None:
     """--prompt: <output_dir>/samples/<prompt>.mp4, .gif and .png"""
     model = cfg.model or cfg.output_dir / "model"
     try:
-        clip = generate(cfg.prompt, model, cfg.seed, sampler=cfg.sampler, sample_steps=cfg.sample_steps, guidance=cfg.guidance)
+        clip = generate(
+            cfg.prompt,
+            model,
+            cfg.seed,
+            sampler=cfg.sampler,
+            sample_steps=cfg.sample_steps,
+            guidance=cfg.guidance,
+        )
     except (OSError, ValueError) as error:
         refuse(f"--model {model}: {error}; give a folder with model.safetensors, or a Hub id")
     path = cfg.output_dir / "samples" / re.sub(r"\W+", "_", cfg.prompt.lower()).strip("_")[:60]

@@ -138,7 +138,9 @@ TIMESTEPS = 1000  # the model is told t * 1000; 1 is noise
 IMAGE_FPS = 120.0  # what upstream tells the model of an image (IMG_FPS)
 PIECE = 17  # frames that Open-Sora's VAE encodes together; trained with this alone
 MICRO = 4  # pictures through a 2-D encoder or decoder at a time
-SPATIAL_FACTOR = 0.18215  # between the two halves of Open-Sora's VAE: Stable Diffusion's factor, not SDXL's 0.13025
+SPATIAL_FACTOR = (
+    0.18215  # between the two halves of Open-Sora's VAE: Stable Diffusion's factor, not SDXL's 0.13025
+)
 CURVES = ("loss", "held_out_loss")  # in loss.png
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -156,9 +158,13 @@ class Config:
 
     # data
 
-    manifest: Path | None = None  # CSV, parquet or JSON lines: path, text, and if there num_frames, height, width, fps
+    manifest: Path | None = (
+        None  # CSV, parquet or JSON lines: path, text, and if there num_frames, height, width, fps
+    )
     videos: Path | None = None  # folder that relative paths start from; default: the manifest's
-    recipe: Literal["none", "speed", "full"] = "none"  # settings of a published run, at --stage; other flags win
+    recipe: Literal["none", "speed", "full"] = (
+        "none"  # settings of a published run, at --stage; other flags win
+    )
     stage: Literal["1", "2", "3", "demo"] = "2"  # of Open-Sora's table of buckets
     buckets: Path | None = None  # JSON of another table, {"240p": {"51": [probability, clips in a batch]}}
     tokens_per_gpu: int = 110_000  # of one micro-batch, on 80 GB; lower this first when memory runs out
@@ -170,7 +176,9 @@ class Config:
 
     # model
 
-    model: str = ""  # STDiT3: Hub id, folder or scratch; default: the published one, for --prompt <output_dir>/model
+    model: str = (
+        ""  # STDiT3: Hub id, folder or scratch; default: the published one, for --prompt <output_dir>/model
+    )
     vae: Literal["opensora", "wan", "pixels"] = "opensora"
     vae_model: str = ""  # Hub id or folder; default: hpcai-tech/OpenSora-VAE-v1.2, for wan Wan-AI/Wan2.1-T2V-1.3B-Diffusers
     text: Literal["t5", "words"] = "t5"  # words: fixed random directions, for the demo
@@ -200,9 +208,15 @@ class Config:
     eps: float = 1e-15  # of AdamW
     clip: float = 1.0  # gradient norm limit
     ema: float = 0.99  # decay of the averaged weights, which are sampled and pushed
-    average: int = 0  # after the run, also try the mean of the last N checkpoints; the best by held-out loss is kept
-    dtype: Literal["bf16", "fp16", "fp32"] | None = None  # default: bf16, fp16 on GPUs without it, fp32 on a CPU
-    deepspeed: Annotated[str, tyro.conf.arg(aliases=["--deepspeed_config"])] = "auto"  # JSON file, or auto: what fits
+    average: int = (
+        0  # after the run, also try the mean of the last N checkpoints; the best by held-out loss is kept
+    )
+    dtype: Literal["bf16", "fp16", "fp32"] | None = (
+        None  # default: bf16, fp16 on GPUs without it, fp32 on a CPU
+    )
+    deepspeed: Annotated[str, tyro.conf.arg(aliases=["--deepspeed_config"])] = (
+        "auto"  # JSON file, or auto: what fits
+    )
 
     # sampling
 
@@ -225,7 +239,9 @@ class Config:
     save_every: int = 200
     keep: int = 3  # newest checkpoints kept
     resume: bool = True  # --no_resume: refuse a folder that has checkpoints
-    report_to: Literal["none", "tensorboard", "wandb"] = "wandb" if os.environ.get("WANDB_API_KEY") else "none"
+    report_to: Literal["none", "tensorboard", "wandb"] = (
+        "wandb" if os.environ.get("WANDB_API_KEY") else "none"
+    )
 
     # Hub
 
@@ -294,7 +310,9 @@ MADE = ((12, 4), (12, 6), (16, 4), (16, 6))  # height and width in pixels, frame
 
 def attributes_in(caption: str) -> dict[str, str]:
     """The inverse of caption_of"""
-    found = re.match(r"a (?P<size>\w+) (?P<colour>\w+) (?P<shape>\w+) moving (?P<move>\w+) (?P<speed>\w+)", caption)
+    found = re.match(
+        r"a (?P<size>\w+) (?P<colour>\w+) (?P<shape>\w+) moving (?P<move>\w+) (?P<speed>\w+)", caption
+    )
     return found.groupdict() if found else {}
 
 
@@ -303,7 +321,11 @@ def make_data(cfg: Config) -> Path:
     count = NUM_GENERATED if cfg.steps >= 100 else 192
 
     def make(folder: Path) -> None:
-        rng, captions, lines = np.random.default_rng(cfg.seed), all_captions(SHAPES), ["path,text,num_frames,height,width,fps"]
+        rng, captions, lines = (
+            np.random.default_rng(cfg.seed),
+            all_captions(SHAPES),
+            ["path,text,num_frames,height,width,fps"],
+        )
         for number in range(count):
             size, frames = MADE[number % len(MADE)]
             a = captions[rng.integers(len(captions))]
@@ -353,17 +375,53 @@ SIZES = {
 BUCKETS = {
     "demo": {"12p": {4: (1.0, 12), 6: (1.0, 8)}, "16p": {4: (1.0, 7), 6: (1.0, 5)}},
     "1": {
-        "144p": {1: (1.0, 475), 51: (1.0, 51), 102: ((1.0, 0.33), 27), 204: ((1.0, 0.1), 13), 408: ((1.0, 0.1), 6)},
-        "240p": {1: (0.3, 297), 51: (0.4, 20), 102: ((0.4, 0.33), 10), 204: ((0.4, 0.1), 5), 408: ((0.4, 0.1), 2)},
-        "360p": {1: (0.2, 141), 51: (0.15, 8), 102: ((0.15, 0.33), 4), 204: ((0.15, 0.1), 2), 408: ((0.15, 0.1), 1)},
+        "144p": {
+            1: (1.0, 475),
+            51: (1.0, 51),
+            102: ((1.0, 0.33), 27),
+            204: ((1.0, 0.1), 13),
+            408: ((1.0, 0.1), 6),
+        },
+        "240p": {
+            1: (0.3, 297),
+            51: (0.4, 20),
+            102: ((0.4, 0.33), 10),
+            204: ((0.4, 0.1), 5),
+            408: ((0.4, 0.1), 2),
+        },
+        "360p": {
+            1: (0.2, 141),
+            51: (0.15, 8),
+            102: ((0.15, 0.33), 4),
+            204: ((0.15, 0.1), 2),
+            408: ((0.15, 0.1), 1),
+        },
         "480p": {1: (0.1, 89)},
         "720p": {1: (0.05, 36)},
         "1080p": {1: (0.1, 5)},
     },
     "2": {
-        "144p": {1: (1.0, 475), 51: (1.0, 51), 102: ((1.0, 0.33), 27), 204: ((1.0, 0.1), 13), 408: ((1.0, 0.1), 6)},
-        "240p": {1: (0.3, 297), 51: (0.4, 20), 102: ((0.4, 0.33), 10), 204: ((0.4, 1.0), 5), 408: ((0.4, 1.0), 2)},
-        "360p": {1: (0.5, 141), 51: (0.15, 8), 102: ((0.3, 0.5), 4), 204: ((0.3, 1.0), 2), 408: ((0.5, 0.5), 1)},
+        "144p": {
+            1: (1.0, 475),
+            51: (1.0, 51),
+            102: ((1.0, 0.33), 27),
+            204: ((1.0, 0.1), 13),
+            408: ((1.0, 0.1), 6),
+        },
+        "240p": {
+            1: (0.3, 297),
+            51: (0.4, 20),
+            102: ((0.4, 0.33), 10),
+            204: ((0.4, 1.0), 5),
+            408: ((0.4, 1.0), 2),
+        },
+        "360p": {
+            1: (0.5, 141),
+            51: (0.15, 8),
+            102: ((0.3, 0.5), 4),
+            204: ((0.3, 1.0), 2),
+            408: ((0.5, 0.5), 1),
+        },
         "480p": {1: (0.5, 89), 51: (0.2, 5), 102: (0.2, 2), 204: (0.1, 1)},
         "720p": {1: (0.1, 36), 51: (0.03, 1)},
         "1080p": {1: (0.01, 5)},
@@ -378,7 +436,9 @@ BUCKETS = {
     },
 }
 PUBLISHED_TOKENS = 110_000  # of a batch on 80 GB: video rows of the tables hold 95,000 to 143,000
-WINDOW = 32  # steps sorted by cost together: stage 2 waits 10 % for its costliest of 192 ranks with 8, 2 % with 32
+WINDOW = (
+    32  # steps sorted by cost together: stage 2 waits 10 % for its costliest of 192 ranks with 8, 2 % with 32
+)
 ENOUGH = 0.8  # of a resolution's area: bucket.py's `approx`
 
 
@@ -390,7 +450,9 @@ def ratios_of(resolution: str) -> list[str]:
 def area_of(resolution: str) -> int:
     """Pixels: H * W of 9:16 where published (240p: 102,240), else N * N of "Np". ValueError for another name."""
     if not (resolution.endswith("p") and resolution[:-1].isdecimal() and int(resolution[:-1])):
-        raise ValueError(f"resolution {resolution}: one of {', '.join(SIZES)}, or a side in pixels and p, as 16p")
+        raise ValueError(
+            f"resolution {resolution}: one of {', '.join(SIZES)}, or a side in pixels and p, as 16p"
+        )
     return math.prod(SIZES[resolution]["9:16"]) if resolution in SIZES else int(resolution[:-1]) ** 2
 
 
@@ -398,7 +460,9 @@ def size_of(resolution: str, ratio: str) -> tuple[int, int]:
     """-> (height, width) in pixels; `ratio` is height:width, so 9:16 of 240p is (240, 426). ValueError for one not there."""
     area = area_of(resolution)
     if ratio not in ratios_of(resolution):
-        raise ValueError(f"aspect ratio {ratio} (height:width) of {resolution}: one of {', '.join(ratios_of(resolution))}")
+        raise ValueError(
+            f"aspect ratio {ratio} (height:width) of {resolution}: one of {', '.join(ratios_of(resolution))}"
+        )
     return SIZES[resolution][ratio] if resolution in SIZES else (math.isqrt(area), math.isqrt(area))
 
 
@@ -412,16 +476,24 @@ def scaled(buckets: dict, tokens_per_gpu: int, codec: Any) -> dict:
         tokens = tokens_of(codec)(codec.whole_length(frames), *clip[1:])
         if not batch or tokens > tokens_per_gpu * 4 / 3:
             return keep if not batch else (0.0, 0.0), None
-        return keep, max(1, int(batch * tokens_per_gpu / PUBLISHED_TOKENS * published_tokens(*clip) / tokens + 1e-6))
+        return keep, max(
+            1, int(batch * tokens_per_gpu / PUBLISHED_TOKENS * published_tokens(*clip) / tokens + 1e-6)
+        )
 
-    return {r: {codec.whole_length(f): cell(r, f, *row) for f, row in of.items()} for r, of in buckets.items()}
+    return {
+        r: {codec.whole_length(f): cell(r, f, *row) for f, row in of.items()} for r, of in buckets.items()
+    }
 
 
 def tokens_of(codec: Any) -> Callable[[int, int, int], int]:
     """Tokens of a clip (frames, height, width): 2 x 2 latents each"""
 
     def count(frames: int, height: int, width: int) -> int:
-        return codec.latent_frames(frames) * math.ceil(height // codec.space / 2) * math.ceil(width // codec.space / 2)
+        return (
+            codec.latent_frames(frames)
+            * math.ceil(height // codec.space / 2)
+            * math.ceil(width // codec.space / 2)
+        )
 
     return count
 
@@ -434,11 +506,15 @@ def published_tokens(frames: int, height: int, width: int) -> int:
 def read_buckets(path: Path) -> dict:
     """A table like BUCKETS[stage] from JSON, {"240p": {"51": [0.4, 20]}}. Exit 2 for one that is not like that."""
     try:
-        table = {r: {int(f): (keep, batch) for f, (keep, batch) in of.items()} for r, of in read_json(path).items()}
+        table = {
+            r: {int(f): (keep, batch) for f, (keep, batch) in of.items()} for r, of in read_json(path).items()
+        }
         for resolution in table:
             area_of(resolution)
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        refuse(f'--buckets {path}: {error}; a table has the form {{"240p": {{"51": [0.4, 20]}}}}: probability, clips in a batch')
+        refuse(
+            f'--buckets {path}: {error}; a table has the form {{"240p": {{"51": [0.4, 20]}}}}: probability, clips in a batch'
+        )
     return table
 
 
@@ -507,8 +583,12 @@ def read_manifest(manifest: Path, videos: Path | None = None) -> tuple[list[Row]
     columns = {what: [name for name in names if name in there] for what, names in COLUMNS.items()}
     for what in ("path", "text"):
         if not columns[what]:
-            refuse(f"{manifest} has no column {' or '.join(COLUMNS[what])}; it has {', '.join(map(str, there))}")
-    folder = str(videos or (manifest if manifest.is_dir() else manifest.parent))  # Path / str takes 3 us, of each of millions
+            refuse(
+                f"{manifest} has no column {' or '.join(COLUMNS[what])}; it has {', '.join(map(str, there))}"
+            )
+    folder = str(
+        videos or (manifest if manifest.is_dir() else manifest.parent)
+    )  # Path / str takes 3 us, of each of millions
     rows, bad = [], []
     for where, row in found:
         path, text = first_of(row, *columns["path"]), first_of(row, *columns["text"])
@@ -522,7 +602,11 @@ def read_manifest(manifest: Path, videos: Path | None = None) -> tuple[list[Row]
             continue
         aes, flow = (number(first_of(row, *columns[name])) for name in SCORES[:2])
         camera = str(first_of(row, *columns[SCORES[2]]) or "").replace("_", " ").strip().lower()
-        scores = (f"{aes:.1f}" if aes else "", f"{flow:.1f}" if flow else "", "" if camera == "undetermined" else camera)
+        scores = (
+            f"{aes:.1f}" if aes else "",
+            f"{flow:.1f}" if flow else "",
+            "" if camera == "undetermined" else camera,
+        )
         cells = first_of(row, *columns["num_frames"]), row.get("height"), row.get("width")
         sizes = [int(number(cell)) for cell in cells]
         fps = IMAGE_FPS if sizes[0] == 1 else number(row.get("fps"))
@@ -563,7 +647,10 @@ def measure(rows: list[Row], cache: Path, workers: int) -> tuple[list[Row], Tabl
             seen = probe(local_file(row.path, cache))
         except BadSample as error:
             return {"where": row.where, "video": row.path, "reason": str(error)}
-        return tuple(said or saw for said, saw in zip((row.num_frames, row.height, row.width, row.fps), seen, strict=True))
+        return tuple(
+            said or saw
+            for said, saw in zip((row.num_frames, row.height, row.width, row.fps), seen, strict=True)
+        )
 
     known = [(row.num_frames, row.height, row.width, row.fps) for row in rows]
     lacking = [i for i, numbers in enumerate(known) if not all(numbers)]
@@ -590,7 +677,11 @@ def scored_caption(row: Row, rng: np.random.Generator | None) -> str:
     aesthetic score: 5.5. motion score: 10. camera motion: pan left." Each is left out one time in five
     (tools/datasets/datautil.py), so that the model is at home without. `rng`: Source.rng; None leaves none out."""
     draws = rng.random(3) if rng else np.ones(3)
-    told = [f"{name}: {value}." for name, value, u in zip(SCORES, row.scores, draws, strict=True) if value and u >= 0.2]
+    told = [
+        f"{name}: {value}."
+        for name, value, u in zip(SCORES, row.scores, draws, strict=True)
+        if value and u >= 0.2
+    ]
     if not told or SCORES[0] in row.text:  # written there by who made the manifest
         return row.text
     return " ".join([row.text if row.text.endswith((".", "!", "?")) else f"{row.text}.", *told])
@@ -644,14 +735,19 @@ class Plan:
     def one_batch(self, b: int) -> tuple[Bucket, np.ndarray, np.ndarray]:
         """-> (its shape, the rows of its clips, those of the next batches of the shape, to take the place of bad clips)"""
         end = np.searchsorted(self.bucket_of, self.bucket_of[b], "right")
-        rows, after = self.rows[self.starts[b] : self.starts[b + 1]], self.rows[self.starts[b + 1] : self.starts[end]]
+        rows, after = (
+            self.rows[self.starts[b] : self.starts[b + 1]],
+            self.rows[self.starts[b + 1] : self.starts[end]],
+        )
         return self.buckets[self.bucket_of[b]], rows, after
 
     def first_of_each(self, most: int) -> list[int]:
         """The first `most` batches of each resolution and length"""
         names, taken = [(b.resolution, b.frames) for b in self.buckets], []
         for name in dict.fromkeys(names):
-            taken += np.flatnonzero(np.isin(self.bucket_of, [i for i, n in enumerate(names) if n == name]))[:most].tolist()
+            taken += np.flatnonzero(np.isin(self.bucket_of, [i for i, n in enumerate(names) if n == name]))[
+                :most
+            ].tolist()
         return taken
 
     def wanted(self, batches: Iterable[int] | None = None) -> list[tuple[Bucket, int]]:
@@ -665,7 +761,11 @@ class Plan:
         lines = {}
         for index, b in enumerate(self.buckets):
             mine, was = used[self.bucket_of[used] == index], lines.get((b.resolution, b.frames), (0, 0, 0))
-            lines[b.resolution, b.frames] = (was[0] + clips[mine].sum(), was[1] + len(mine), max(was[2], b.batch_size))
+            lines[b.resolution, b.frames] = (
+                was[0] + clips[mine].sum(),
+                was[1] + len(mine),
+                max(was[2], b.batch_size),
+            )
         text = [f"{'resolution':10} {'frames':>6} {'clips':>10} {'batches':>9} {'of':>5}"]
         text += [f"{r:10} {f:6} {n:10,} {b:9,} {size:5}" for (r, f), (n, b, size) in lines.items()]
         text += ["left out:", dropped_text(self.dropped)]
@@ -676,7 +776,9 @@ def dropped_text(dropped: dict[str, int]) -> str:
     return "\n".join(f"  {reason:27} {count:12,}" for reason, count in dropped.items())
 
 
-def assign(table: Table, buckets: dict, seed: int, epoch: int) -> tuple[np.ndarray, list[tuple[str, int, str]], dict[str, int]]:
+def assign(
+    table: Table, buckets: dict, seed: int, epoch: int
+) -> tuple[np.ndarray, list[tuple[str, int, str]], dict[str, int]]:
     """-> (int64 (N,), which of the cells each clip goes to, -1 for none; the cells, (resolution, frames, ratio); clips that go to
     none, by reason).
 
@@ -689,7 +791,9 @@ def assign(table: Table, buckets: dict, seed: int, epoch: int) -> tuple[np.ndarr
     cell, cells = np.full(len(pixels), -1), []
     large, long = np.zeros(len(pixels), bool), np.zeros(len(pixels), bool)
     for resolution in sorted(buckets, key=area_of, reverse=True):
-        values = [round(int(h) / int(w), 2) for h, w in (ratio.split(":") for ratio in ratios_of(resolution))]  # its keys
+        values = [
+            round(int(h) / int(w), 2) for h, w in (ratio.split(":") for ratio in ratios_of(resolution))
+        ]  # its keys
         nearest = np.abs(np.array(values) - aspects[:, None]).argmin(1)[which]
         fits = pixels >= ENOUGH * area_of(resolution)
         large |= fits
@@ -697,8 +801,14 @@ def assign(table: Table, buckets: dict, seed: int, epoch: int) -> tuple[np.ndarr
         for frames in sorted(buckets[resolution], reverse=True):
             keep, batch = buckets[resolution][frames]
             of_resolution, of_length = keep if isinstance(keep, tuple | list) else (keep, 1.0)
-            if not (0 <= of_resolution <= 1 and 0 <= of_length <= 1 and ((batch or 0) >= 1 or not of_resolution * of_length)):
-                raise ValueError(f"bucket {resolution}, {frames} frames, {keep}, {batch}: (probability, 1 clip or more)")
+            if not (
+                0 <= of_resolution <= 1
+                and 0 <= of_length <= 1
+                and ((batch or 0) >= 1 or not of_resolution * of_length)
+            ):
+                raise ValueError(
+                    f"bucket {resolution}, {frames} frames, {keep}, {batch}: (probability, 1 clip or more)"
+                )
             enough = fits & (table.num_frames == 1 if frames == 1 else table.num_frames > frames)
             long |= enough
             # One line a clip: its draw depends neither on the clips that follow nor on the rest of the buckets.
@@ -726,7 +836,12 @@ def imbalance(costs: np.ndarray, order: np.ndarray) -> float:
 
 
 def plan(
-    table: Table, buckets: dict, seed: int, epoch: int, world: int, cost: Callable[[int, int, int], float] = published_tokens
+    table: Table,
+    buckets: dict,
+    seed: int,
+    epoch: int,
+    world: int,
+    cost: Callable[[int, int, int], float] = published_tokens,
 ) -> Plan:
     """The epoch's batches in the order of training, a function of its arguments alone: (epoch, step) is all that a resume needs.
     No clip comes twice. `cost` of one clip of (frames, height, width), in any unit.
@@ -738,7 +853,9 @@ def plan(
     rng = rng_of(SHUFFLE, seed, epoch)
     rows = rng.permutation(len(cell))
     rows = rows[cell[rows] >= 0]
-    rows = rows[np.argsort(cell[rows].astype(np.int16), kind="stable")]  # a radix sort: shuffled inside each cell
+    rows = rows[
+        np.argsort(cell[rows].astype(np.int16), kind="stable")
+    ]  # a radix sort: shuffled inside each cell
     counts = np.bincount(cell[rows], minlength=len(cells))
     sizes = np.array([buckets[resolution][frames][1] or 0 for resolution, frames, _ in cells])
     sizes = np.where(counts < sizes, counts, sizes)
@@ -752,7 +869,9 @@ def plan(
     steps = len(bucket_of) // world
     told = f"of {len(cell):,} clips\n{dropped_text(dropped)}\n  {'trained on':27} {len(rows):12,}"
     if not len(rows):
-        refuse(f"no batch to train on: {told}\ntake buckets with smaller resolutions, shorter lengths or higher probabilities")
+        refuse(
+            f"no batch to train on: {told}\ntake buckets with smaller resolutions, shorter lengths or higher probabilities"
+        )
     if not steps:
         refuse(
             f"{len(bucket_of)} batches for {world} ranks, each needs one in a step: {told}\n"
@@ -788,18 +907,26 @@ def weights_key(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.suffix in {".safetensors", ".bin"}):
         file, stat = path.resolve(), path.stat()
-        digest.update(f"{path.name}|{file.name if file.parent.name == 'blobs' else stat.st_mtime_ns}|{stat.st_size}".encode())
+        digest.update(
+            f"{path.name}|{file.name if file.parent.name == 'blobs' else stat.st_mtime_ns}|{stat.st_size}".encode()
+        )
     return digest.hexdigest()[:16]
 
 
-def config_and_weights(source: str, check: bool, flag: str, hint: str) -> tuple[Path, dict, dict[str, Tensor]]:
+def config_and_weights(
+    source: str, check: bool, flag: str, hint: str
+) -> tuple[Path, dict, dict[str, Tensor]]:
     """-> (folder, config.json, model.safetensors or, for `check`, {}) of a folder or Hub id. Exit 2 when they cannot be read."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = fetch_model(source, "config.json", *([] if check else ["model.safetensors"]), flag=flag)
     try:
-        return folder, read_json(folder / "config.json"), {} if check else load_file(folder / "model.safetensors")
+        return (
+            folder,
+            read_json(folder / "config.json"),
+            {} if check else load_file(folder / "model.safetensors"),
+        )
     except (OSError, SafetensorError) as error:
         refuse(f"{flag} {source}: {brief(error)}; {hint}")
 
@@ -809,7 +936,13 @@ def fill(model: nn.Module, weights: dict[str, Tensor], where: str) -> None:
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     if wrong := sorted(set(wanted.items()) ^ {(name, tuple(value.shape)) for name, value in weights.items()}):
         names = sorted({name for name, _ in wrong})
-        what = "is missing" if names[0] not in weights else "has no place" if names[0] not in wanted else "has another shape"
+        what = (
+            "is missing"
+            if names[0] not in weights
+            else "has no place"
+            if names[0] not in wanted
+            else "has another shape"
+        )
         refuse(f"{where}: {len(names)} weights are missing or do not fit; {names[0]} {what}")
     model.load_state_dict(weights, assign=True)
 
@@ -835,7 +968,9 @@ def draw(moments: Tensor, generator: torch.Generator | None) -> Tensor:
 
 def check_length(codec: nn.Module, latents: Tensor, frames: int) -> None:
     if latents.shape[2] != codec.latent_frames(frames):
-        raise ValueError(f"{frames} frames are {codec.latent_frames(frames)} latent frames, not {latents.shape[2]}")
+        raise ValueError(
+            f"{frames} frames are {codec.latent_frames(frames)} latent frames, not {latents.shape[2]}"
+        )
 
 
 class CausalConv(nn.Module):
@@ -875,9 +1010,17 @@ class TemporalEncoder(nn.Module):
         super().__init__()
         a, b, c, d = (filters * m for m in (1, 2, 2, 4))
         self.conv_in = CausalConv(4, a, bias=False)
-        self.block_res_blocks = nn.ModuleList(res_blocks(*widths, blocks) for widths in ((a, a), (a, b), (b, c), (c, d)))
-        self.conv_blocks = nn.ModuleList([nn.Identity(), CausalConv(b, b, stride=2), CausalConv(c, c, stride=2)])
-        self.res_blocks, self.norm1, self.conv2 = res_blocks(d, d, blocks), nn.GroupNorm(32, d), CausalConv(d, 8, kernel=1)
+        self.block_res_blocks = nn.ModuleList(
+            res_blocks(*widths, blocks) for widths in ((a, a), (a, b), (b, c), (c, d))
+        )
+        self.conv_blocks = nn.ModuleList(
+            [nn.Identity(), CausalConv(b, b, stride=2), CausalConv(c, c, stride=2)]
+        )
+        self.res_blocks, self.norm1, self.conv2 = (
+            res_blocks(d, d, blocks),
+            nn.GroupNorm(32, d),
+            CausalConv(d, 8, kernel=1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 4, T, h, w), T a multiple of 4 -> (B, 8, T/4, h, w)"""
@@ -897,7 +1040,9 @@ class TemporalDecoder(nn.Module):
         super().__init__()
         a, b, c, d = (filters * m for m in (1, 2, 2, 4))
         self.conv1, self.res_blocks = CausalConv(4, d), res_blocks(d, d, blocks)
-        self.block_res_blocks = nn.ModuleList(res_blocks(*widths, blocks) for widths in ((b, a), (c, b), (d, c), (d, d)))
+        self.block_res_blocks = nn.ModuleList(
+            res_blocks(*widths, blocks) for widths in ((b, a), (c, b), (d, c), (d, d))
+        )
         self.conv_blocks = nn.ModuleList([nn.Identity(), CausalConv(c, 2 * c), CausalConv(d, 2 * d)])
         self.norm1, self.conv_out = nn.GroupNorm(32, a), CausalConv(a, 4)
 
@@ -907,7 +1052,9 @@ class TemporalDecoder(nn.Module):
         for i in (3, 2, 1, 0):
             x = self.block_res_blocks[i](x)
             if i in (3, 2):
-                x = self.conv_blocks[i - 1](x).unflatten(1, (-1, 2)).movedim(2, 3).flatten(2, 3)  # b (c two) t -> b c (t two)
+                x = (
+                    self.conv_blocks[i - 1](x).unflatten(1, (-1, 2)).movedim(2, 3).flatten(2, 3)
+                )  # b (c two) t -> b c (t two)
         return self.conv_out(F.silu(self.norm1(x)))
 
 
@@ -943,16 +1090,24 @@ class OpenSoraVAE(nn.Module):
     name, key, channels, space = "opensora", "", 4, 8
 
     def __init__(
-        self, filters: int = 128, blocks: int = 4, image_filters: tuple[int, ...] = (128, 256, 512, 512), image_blocks: int = 2
+        self,
+        filters: int = 128,
+        blocks: int = 4,
+        image_filters: tuple[int, ...] = (128, 256, 512, 512),
+        image_blocks: int = 2,
     ) -> None:
         super().__init__()
-        self.sizes = dict(filters=filters, blocks=blocks, image_filters=image_filters, image_blocks=image_blocks)
+        self.sizes = dict(
+            filters=filters, blocks=blocks, image_filters=image_filters, image_blocks=image_blocks
+        )
         levels = len(image_filters)
         image = AutoencoderKL(
             block_out_channels=tuple(image_filters), layers_per_block=image_blocks, latent_channels=4,
             down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
         )  # fmt: skip
-        self.spatial_vae = nn.ModuleDict({"module": image})  # upstream's wrapper, whose name stands in the keys
+        self.spatial_vae = nn.ModuleDict(
+            {"module": image}
+        )  # upstream's wrapper, whose name stands in the keys
         self.temporal_vae = TemporalVAE(filters, blocks)
         self.register_buffer("shift", torch.tensor([-0.10, 0.34, 0.27, 0.98]).view(1, 4, 1, 1, 1))
         self.register_buffer("scale", torch.tensor([3.85, 2.32, 2.33, 3.06]).view(1, 4, 1, 1, 1))
@@ -970,10 +1125,17 @@ class OpenSoraVAE(nn.Module):
         """See above. With a generator both posteriors are sampled, as upstream does in training and in sampling."""
         image, like, pieces = self.spatial_vae["module"], self.temporal_vae.quant_conv.conv.weight, []
         for piece in clips.split(PIECE, dim=1):
-            parts = [image.encode(signed(part.to(like.device)).to(like)) for part in piece.flatten(0, 1).split(MICRO)]
+            parts = [
+                image.encode(signed(part.to(like.device)).to(like))
+                for part in piece.flatten(0, 1).split(MICRO)
+            ]
             x = torch.cat([draw(part.latent_dist.parameters, generator) for part in parts]) * SPATIAL_FACTOR
             x = x.unflatten(0, piece.shape[:2]).transpose(1, 2)  # (B, 4, F, h, w)
-            pieces.append(torch.cat([draw(self.temporal_vae.encode(rows), generator) for rows in x.split(some(x.shape[2]))]))
+            pieces.append(
+                torch.cat(
+                    [draw(self.temporal_vae.encode(rows), generator) for rows in x.split(some(x.shape[2]))]
+                )
+            )
         return (torch.cat(pieces, dim=2).float() - self.shift.float()) / self.scale.float()
 
     @torch.no_grad()
@@ -996,7 +1158,9 @@ class OpenSoraVAE(nn.Module):
         hint = f"{VAES['opensora']} is the published VAE"
         folder, config, weights = config_and_weights(source, check, "--vae_model", hint)
         if (config.get("micro_frame_size") or PIECE) != PIECE:
-            refuse(f"{source}: micro_frame_size is {config['micro_frame_size']}; this script knows pieces of {PIECE} frames")
+            refuse(
+                f"{source}: micro_frame_size is {config['micro_frame_size']}; this script knows pieces of {PIECE} frames"
+            )
         with torch.device("meta"):  # weights are not drawn that the file replaces
             codec = cls(**config.get("sizes", {}))
         if check:
@@ -1013,7 +1177,10 @@ class OpenSoraVAE(nn.Module):
         weights = {name: value.cpu().contiguous() for name, value in self.state_dict().items()}
         write_whole(folder / "model.safetensors", lambda aside: save_file(weights, aside, {"format": "pt"}))
         config = {"model_type": "VideoAutoencoderPipeline", "micro_frame_size": PIECE, "sizes": self.sizes}
-        write_json(folder / "config.json", config | {key: getattr(self, key).flatten().tolist() for key in ("shift", "scale")})
+        write_json(
+            folder / "config.json",
+            config | {key: getattr(self, key).flatten().tolist() for key in ("shift", "scale")},
+        )
 
 
 class WanVAE(nn.Module):
@@ -1053,7 +1220,12 @@ class WanVAE(nn.Module):
         check_length(self, latents, frames)
         like = next(self.vae.parameters())
         z = (latents.to(like.device).float() * self.std.float() + self.mean.float()).to(like)
-        return torch.cat([unsigned(self.vae.decode(row).sample.transpose(1, 2)) for row in z.split(max(1, MICRO // frames))])
+        return torch.cat(
+            [
+                unsigned(self.vae.decode(row).sample.transpose(1, 2))
+                for row in z.split(max(1, MICRO // frames))
+            ]
+        )
 
     @classmethod
     def load(cls, source: str, check: bool = False) -> WanVAE:
@@ -1065,10 +1237,14 @@ class WanVAE(nn.Module):
             with torch.device("meta"):
                 return cls(AutoencoderKLWan.from_config(read_json(folder / "config.json")))
         try:
-            vae, report = AutoencoderKLWan.from_pretrained(folder, output_loading_info=True, local_files_only=True)
+            vae, report = AutoencoderKLWan.from_pretrained(
+                folder, output_loading_info=True, local_files_only=True
+            )
         except (OSError, ValueError, RuntimeError) as error:
             refuse(f"{source}: {brief(error)}; Wan-AI/Wan2.1-T2V-1.3B-Diffusers has a VAE that fits")
-        if wrong := sorted(map(str, (*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]))):
+        if wrong := sorted(
+            map(str, (*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]))
+        ):
             refuse(f"{folder}: {len(wrong)} weights are missing or do not fit, {wrong[0]} among them")
         codec = cls(vae).float().eval().requires_grad_(False)
         codec.key = weights_key(folder)
@@ -1148,13 +1324,19 @@ class CrossAttention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.q_linear, self.kv_linear, self.proj = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+        self.q_linear, self.kv_linear, self.proj = (
+            nn.Linear(width, width),
+            nn.Linear(width, 2 * width),
+            nn.Linear(width, width),
+        )
 
     def forward(self, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
         """x (B, N, C), y (B, L, C), mask (B, 1, 1, L) bool"""
         q = rearrange(self.q_linear(x), "b n (h d) -> b h n d", h=self.heads)
         k, v = rearrange(self.kv_linear(y), "b l (two h d) -> two b h l d", two=2, h=self.heads)
-        return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v, attn_mask=mask), "b h n d -> b n (h d)"))
+        return self.proj(
+            rearrange(F.scaled_dot_product_attention(q, k, v, attn_mask=mask), "b h n d -> b n (h d)")
+        )
 
 
 class MLP(nn.Module):
@@ -1180,12 +1362,18 @@ class Block(nn.Module):
     def forward(self, x: Tensor, y: Tensor, mask: Tensor, t: Tensor, rope: Tensor) -> Tensor:
         """x (B, T, S, C), y (B, L, C), t (B, T, 6, C) of each frame -> x's shape"""
         frames, width = x.shape[1], x.shape[-1:]
-        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (self.scale_shift_table + t).to(x.dtype).unsqueeze(2).unbind(3)
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (
+            (self.scale_shift_table + t).to(x.dtype).unsqueeze(2).unbind(3)
+        )
         h = F.layer_norm(x, width, eps=1e-6) * (1 + scale) + shift  # (B, T, 1, C) each
         if self.temporal:
-            h = rearrange(self.attn(rearrange(h, "b t s c -> (b s) t c"), rope), "(b s) t c -> b t s c", s=x.shape[2])
+            h = rearrange(
+                self.attn(rearrange(h, "b t s c -> (b s) t c"), rope), "(b s) t c -> b t s c", s=x.shape[2]
+            )
         else:
-            h = rearrange(self.attn(rearrange(h, "b t s c -> (b t) s c"), None), "(b t) s c -> b t s c", t=frames)
+            h = rearrange(
+                self.attn(rearrange(h, "b t s c -> (b t) s c"), None), "(b t) s c -> b t s c", t=frames
+            )
         x = x + gate * h
         x = x + self.cross_attn(x.flatten(1, 2), y, mask).unflatten(1, (frames, -1))
         h = F.layer_norm(x, width, eps=1e-6) * (1 + scale_mlp) + shift_mlp
@@ -1228,9 +1416,15 @@ class STDiT3(nn.Module):
         self.y_embedder.register_buffer("y_embedding", no_caption)
         self.rope = nn.Module()
         head = width // heads
-        self.rope.freqs = nn.Parameter(10_000 ** -(torch.arange(0, head, 2).float() / head), requires_grad=False)
-        self.spatial_blocks = nn.ModuleList(Block(width, heads, c["mlp_ratio"], temporal=False) for _ in range(depth))
-        self.temporal_blocks = nn.ModuleList(Block(width, heads, c["mlp_ratio"], temporal=True) for _ in range(depth))
+        self.rope.freqs = nn.Parameter(
+            10_000 ** -(torch.arange(0, head, 2).float() / head), requires_grad=False
+        )
+        self.spatial_blocks = nn.ModuleList(
+            Block(width, heads, c["mlp_ratio"], temporal=False) for _ in range(depth)
+        )
+        self.temporal_blocks = nn.ModuleList(
+            Block(width, heads, c["mlp_ratio"], temporal=True) for _ in range(depth)
+        )
         self.final_layer = nn.Module()
         self.final_layer.linear = nn.Linear(width, 4 * self.out_channels)
         self.final_layer.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
@@ -1254,7 +1448,11 @@ class STDiT3(nn.Module):
 
     def places(self, h: int, w: int, pixels: float, device: Any) -> Tensor:
         """Sines and cosines of column and row (h * w, C), as if the picture had input_sq_size pixels a side."""
-        width, scale, base = self.config["hidden_size"], pixels / self.config["input_sq_size"], round(math.sqrt(h * w))
+        width, scale, base = (
+            self.config["hidden_size"],
+            pixels / self.config["input_sq_size"],
+            round(math.sqrt(h * w)),
+        )
         rates = 10_000 ** -(torch.arange(0, width // 2, 2, device=device).float() / (width // 2))
         rows, columns = (torch.arange(n, device=device) / scale * base / n for n in (h, w))
         angles = [u.flatten()[:, None] * rates for u in torch.meshgrid(rows, columns, indexing="ij")]
@@ -1263,7 +1461,9 @@ class STDiT3(nn.Module):
     def frame_places(self, frames: int, device: Any) -> Tensor:
         """(T, 1, C)"""
         half = self.config["hidden_size"] // 2
-        angles = torch.arange(frames, device=device)[:, None] * 10_000 ** -(torch.arange(half, device=device) / half)
+        angles = torch.arange(frames, device=device)[:, None] * 10_000 ** -(
+            torch.arange(half, device=device) / half
+        )
         return torch.cat([angles.sin(), angles.cos()], 1)[:, None]
 
     def forward(
@@ -1277,13 +1477,21 @@ class STDiT3(nn.Module):
         dtype = self.x_embedder.proj.weight.dtype
         x = F.pad(x.to(dtype), (0, width % 2, 0, height % 2))
         h, w = x.shape[3] // 2, x.shape[4] // 2
-        x = rearrange(self.x_embedder.proj(x), "b c t h w -> b t (h w) c") + self.places(h, w, pixels, x.device).to(dtype)
+        x = rearrange(self.x_embedder.proj(x), "b c t h w -> b t (h w) c") + self.places(
+            h, w, pixels, x.device
+        ).to(dtype)
         if self.config["frame_places"]:
             x = x + self.frame_places(frames, x.device).to(dtype)
-        times = torch.stack([timesteps, torch.zeros_like(timesteps)])  # of frames that are made, of those that are given
+        times = torch.stack(
+            [timesteps, torch.zeros_like(timesteps)]
+        )  # of frames that are made, of those that are given
         t = self.t_embedder(times.flatten()).unflatten(0, (2, -1)) + self.fps_embedder(fps)  # (2, B, C)
         t6 = self.t_block(t).unflatten(-1, (6, -1))  # (2, B, 6, C)
-        made = torch.ones(len(timesteps), frames, dtype=torch.bool, device=x.device) if x_mask is None else x_mask
+        made = (
+            torch.ones(len(timesteps), frames, dtype=torch.bool, device=x.device)
+            if x_mask is None
+            else x_mask
+        )
         t = torch.where(made[..., None], t[0][:, None], t[1][:, None])  # (B, T, C)
         t6 = torch.where(made[..., None, None], t6[0][:, None], t6[1][:, None])
         if drop is not None:
@@ -1338,7 +1546,9 @@ class Words:
         """-> float16 (L, 64) of each caption, L words, at most 16"""
 
         words = [caption.lower().split()[: self.length] for caption in captions]
-        return [np.stack([word_direction(word, self.width) for word in some]).astype(np.float16) for some in words]
+        return [
+            np.stack([word_direction(word, self.width) for word in some]).astype(np.float16) for some in words
+        ]
 
 
 class T5:
@@ -1360,10 +1570,16 @@ class T5:
             with torch.device("meta"):
                 self.encoder = T5EncoderModel(AutoConfig.from_pretrained(folder)).to(kind)
         else:
-            self.encoder = T5EncoderModel.from_pretrained(folder, dtype=kind, local_files_only=True).to(device).eval()
+            self.encoder = (
+                T5EncoderModel.from_pretrained(folder, dtype=kind, local_files_only=True).to(device).eval()
+            )
         self.width = self.encoder.config.d_model
-        if len(self.tokenizer) < self.encoder.config.vocab_size - 256:  # without its files there is one of special tokens alone
-            raise ValueError(f"its tokenizer knows {len(self.tokenizer)} pieces, its weights {self.encoder.config.vocab_size}")
+        if (
+            len(self.tokenizer) < self.encoder.config.vocab_size - 256
+        ):  # without its files there is one of special tokens alone
+            raise ValueError(
+                f"its tokenizer knows {len(self.tokenizer)} pieces, its weights {self.encoder.config.vocab_size}"
+            )
 
     @torch.no_grad()
     def encode(self, captions: list[str]) -> list[np.ndarray]:
@@ -1371,7 +1587,9 @@ class T5:
         made = []
         for start in range(0, len(captions), 16):
             part = [clean(caption) for caption in captions[start : start + 16]]
-            tokens = self.tokenizer(part, padding=True, truncation=True, max_length=self.length, return_tensors="pt")
+            tokens = self.tokenizer(
+                part, padding=True, truncation=True, max_length=self.length, return_tensors="pt"
+            )
             states = self.encoder(**tokens.to(self.encoder.device)).last_hidden_state.half().cpu().numpy()
             made += [row[:count] for row, count in zip(states, tokens.attention_mask.sum(1).tolist())]
         return made
@@ -1389,7 +1607,9 @@ def open_text(cfg: Config, device: torch.device) -> Words | T5:
     try:
         return T5(cfg.text_model, device, cfg.check)
     except (OSError, ValueError) as error:
-        refuse(f"--text_model {cfg.text_model}: {brief(error)}; give a folder, or a Hub id that HF_TOKEN may read")
+        refuse(
+            f"--text_model {cfg.text_model}: {brief(error)}; give a folder, or a Hub id that HF_TOKEN may read"
+        )
 
 
 def open_codec(cfg: Config, device: torch.device) -> OpenSoraVAE | WanVAE | Pixels:
@@ -1451,7 +1671,9 @@ def load_data(cfg: Config) -> Data:
         train, held = np.flatnonzero(~np.array(held)), np.flatnonzero(held)
     else:
         fraction = cfg.val_fraction if len(rows) >= 20 else 0
-        train, held = map(np.array, split_clips([row.path for row in rows], [""] * len(rows), fraction, cfg.seed))
+        train, held = map(
+            np.array, split_clips([row.path for row in rows], [""] * len(rows), fraction, cfg.seed)
+        )
     parts = rows_of(rows, table, train)
     return Data(*parts, *(rows_of(rows, table, held) if len(held) else parts), manifest, digest_of(rows), bad)
 
@@ -1469,7 +1691,9 @@ class Source:
         path = local_file(self.rows[row].path, self.cfg.cache_dir)
         stat, frames, names = path.stat(), self.frames(row, bucket, 0), []
         file = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
-        clip = f"{file}|{bucket.size}|{frames}|{self.codec.name}|{self.codec.key}|2"  # 2: version of the reader
+        clip = (
+            f"{file}|{bucket.size}|{frames}|{self.codec.name}|{self.codec.key}|2"  # 2: version of the reader
+        )
         for kind, what in (("latents", clip), ("text", f"{self.caption(row, 0)}|{self.text.name}|1")):
             digest = hashlib.sha256(what.encode()).hexdigest()[:32]
             names.append(self.cfg.cache / kind / digest[:2] / f"{digest}.npy")
@@ -1506,12 +1730,16 @@ class Source:
         known, found = set(self.bad), []
         for part in ([(bucket, row) for row in rows], *([(bucket, row)] for row in spare)):
             if len(found) < len(rows):
-                found += [(row, clip) for (_, row), clip in zip(part, self.decode(part, epoch)) if clip is not None]
+                found += [
+                    (row, clip) for (_, row), clip in zip(part, self.decode(part, epoch)) if clip is not None
+                ]
         for row in self.bad.keys() - known:
             append_json(self.cfg.output_dir / "bad_samples.jsonl", self.bad[row])
             log.warning(f"warning: {' | '.join(self.bad[row].values())}: another clip takes its place")
         if len(found) < len(rows):
-            raise SystemExit(f"error: too few clips of the bucket {bucket} can be read; {self.rows[rows[0]].path} is one")
+            raise SystemExit(
+                f"error: too few clips of the bucket {bucket} can be read; {self.rows[rows[0]].path} is one"
+            )
         used = np.array([row for row, _ in found])
         return [clip for _, clip in found], self.text.encode([self.caption(row, epoch) for row in used]), used
 
@@ -1584,7 +1812,9 @@ class Batches:
 
     def __init__(self, cfg: Config, source: Source, buckets: dict, cost: Callable) -> None:
         self.cfg, self.source = cfg, source
-        self.plan = functools.lru_cache(maxsize=2)(lambda e: plan(source.table, buckets, cfg.seed, e, world_size(), cost))
+        self.plan = functools.lru_cache(maxsize=2)(
+            lambda e: plan(source.table, buckets, cfg.seed, e, world_size(), cost)
+        )
         self.length = functools.cache(lambda epoch: len(self.plan(0 if cfg.cache else epoch).order))
 
     def forget(self) -> None:
@@ -1606,16 +1836,26 @@ class Batches:
         clips, text, rows = self.source.batch(bucket, rows, spare, epoch)
         rng = rng_of(MASKS, self.cfg.seed, micro_step, rank())
         frames = self.source.codec.latent_frames(bucket.frames)
-        made = [given_frames(frames, rng) if rng.random() < self.cfg.mask_share else np.ones(frames, bool) for _ in rows]
+        made = [
+            given_frames(frames, rng) if rng.random() < self.cfg.mask_share else np.ones(frames, bool)
+            for _ in rows
+        ]
         return batch_of(bucket, clips, text, self.source.table.fps[rows], np.stack(made))
 
 
-def batch_of(bucket: Bucket, clips: Any, text: list[np.ndarray], fps: Any, made: np.ndarray) -> dict[str, Any]:
+def batch_of(
+    bucket: Bucket, clips: Any, text: list[np.ndarray], fps: Any, made: np.ndarray
+) -> dict[str, Any]:
     """clips: latents (B, C, T, h, w) or a list of uint8 (F, h, w, 3); text: caption states; fps (B,); made: bool (B, T), of the
     latent frames, False where they are given"""
     y, mask = padded(text)
     fps = np.full(len(text), IMAGE_FPS) if bucket.frames == 1 else fps
-    there = {"y": y, "mask": mask, "fps": torch.as_tensor(fps, dtype=torch.float32), "made": torch.from_numpy(made)}
+    there = {
+        "y": y,
+        "mask": mask,
+        "fps": torch.as_tensor(fps, dtype=torch.float32),
+        "made": torch.from_numpy(made),
+    }
     return {"bucket": bucket, "clips": clips} | there
 
 
@@ -1659,14 +1899,18 @@ def shift_of(cfg: Config, bucket: Bucket, codec: Any) -> float:
     return flow_shift(*bucket.size, codec.latent_frames(bucket.frames), cfg.base_size, cfg.shift)
 
 
-def velocity(model: nn.Module, x: Tensor, t: Tensor, batch: dict, made: Tensor | None, drop: Tensor | None = None) -> Tensor:
+def velocity(
+    model: nn.Module, x: Tensor, t: Tensor, batch: dict, made: Tensor | None, drop: Tensor | None = None
+) -> Tensor:
     """The model's v = x_0 - noise for noisy latents x and t (B,) in [0, 1]; without the half that upstream predicts and drops"""
     y, mask, fps = (batch[name].to(x.device) for name in ("y", "mask", "fps"))
     pixels = math.sqrt(math.prod(batch["bucket"].size))
     return model(x, t * TIMESTEPS, y, mask, fps, pixels, made, drop)[:, : x.shape[1]]
 
 
-def flow_loss(model: nn.Module, x: Tensor, batch: dict, t: Tensor, noise: Tensor, drop: Tensor | None = None) -> Tensor:
+def flow_loss(
+    model: nn.Module, x: Tensor, batch: dict, t: Tensor, noise: Tensor, drop: Tensor | None = None
+) -> Tensor:
     """Mean squared error of v over the frames that are made, mean over clips; given frames stay clean."""
     made = batch["made"].to(x.device)
     part = made[:, None, :, None, None].to(x.dtype)  # (B, 1, T, 1, 1)
@@ -1675,7 +1919,9 @@ def flow_loss(model: nn.Module, x: Tensor, batch: dict, t: Tensor, noise: Tensor
     return (error / (part.sum((1, 2, 3, 4)) * x[0, :, 0].numel())).mean()
 
 
-def training_loss(model: nn.Module, x: Tensor, batch: dict, cfg: Config, shift: float, generator: torch.Generator) -> Tensor:
+def training_loss(
+    model: nn.Module, x: Tensor, batch: dict, cfg: Config, shift: float, generator: torch.Generator
+) -> Tensor:
     """t logit-normal (Esser et al. 2024, section 3.1), shifted; x (B, C, T, H, W)"""
     t = shifted(torch.randn(len(x), generator=generator, device=x.device).sigmoid(), shift)
     noise = torch.randn(x.shape, generator=generator, device=x.device)
@@ -1694,19 +1940,34 @@ def sample(
     generator = torch.Generator(device).manual_seed(seed)
     height, width = (side // codec.space for side in bucket.size)
     x = torch.randn(
-        len(text), codec.channels, codec.latent_frames(bucket.frames), height, width, generator=generator, device=device
+        len(text),
+        codec.channels,
+        codec.latent_frames(bucket.frames),
+        height,
+        width,
+        generator=generator,
+        device=device,
     )
     y, mask = padded(text)
     fps = torch.full((2 * len(text),), IMAGE_FPS if bucket.frames == 1 else float(cfg.fps))
-    both = {"y": y.repeat(2, 1, 1).to(device), "mask": mask.repeat(2, 1).to(device), "fps": fps.to(device), "bucket": bucket}
+    both = {
+        "y": y.repeat(2, 1, 1).to(device),
+        "mask": mask.repeat(2, 1).to(device),
+        "fps": fps.to(device),
+        "bucket": bucket,
+    }
     drop = torch.arange(2 * len(text), device=device) >= len(text)  # second half without captions
     keep = None if made is None else made.to(device)[None, None, :, None, None]
     half = None if made is None else made.to(device).expand(2 * len(text), -1)
-    times = shifted(1 - torch.arange(cfg.sample_steps + 1) / cfg.sample_steps, shift_of(cfg, bucket, codec)).tolist()
+    times = shifted(
+        1 - torch.arange(cfg.sample_steps + 1) / cfg.sample_steps, shift_of(cfg, bucket, codec)
+    ).tolist()
     for t, after in zip(times, times[1:]):
         if keep is not None:
             x = torch.where(keep, x, given.to(x))
-        v = velocity(model, x.repeat(2, 1, 1, 1, 1), torch.full((2 * len(text),), t, device=device), both, half, drop)
+        v = velocity(
+            model, x.repeat(2, 1, 1, 1, 1), torch.full((2 * len(text),), t, device=device), both, half, drop
+        )
         with_text, without = v.chunk(2)
         x = x + (without + cfg.guidance * (with_text - without)) * (t - after)
     return x if keep is None else torch.where(keep, x, given.to(x))
@@ -1727,10 +1988,15 @@ def held_out_loss(model: nn.Module, held: Source, one: Plan, cfg: Config) -> dic
         x = latents_of(clips, held, b).to(device)
         batch = batch_of(bucket, clips, text, held.table.fps[rows], np.ones((len(x), x.shape[2]), bool))
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(cfg.seed)).to(device)
-        losses = [flow_loss(model, x, batch, torch.full((len(x),), float(t), device=device), noise).item() for t in FIXED_TIMES]
+        losses = [
+            flow_loss(model, x, batch, torch.full((len(x),), float(t), device=device), noise).item()
+            for t in FIXED_TIMES
+        ]
         mine.append((b, f"{bucket.resolution}_{bucket.frames}", float(np.mean(losses))))
     sums: dict[str, list[float]] = {}
-    for _, name, loss in sorted(itertools.chain.from_iterable(from_all_ranks(mine))):  # the same sum on any number of ranks
+    for _, name, loss in sorted(
+        itertools.chain.from_iterable(from_all_ranks(mine))
+    ):  # the same sum on any number of ranks
         sums.setdefault(name, []).append(loss)
     means = {name: float(np.mean(losses)) for name, losses in sums.items()}
     return {"loss": float(np.mean(list(means.values())))} | means
@@ -1782,7 +2048,9 @@ def whole_weights(engine: Any) -> dict[str, Tensor]:
             if rank() == 0:
                 made[name] = (value if full is None else full).detach().to("cpu", torch.float32, copy=True)
     state = set(engine.module.state_dict())
-    return made | {name: b.detach().float().cpu() for name, b in engine.module.named_buffers() if name in state}
+    return made | {
+        name: b.detach().float().cpu() for name, b in engine.module.named_buffers() if name in state
+    }
 
 
 def averaged_weights(engine: Any, ema: list[Tensor]) -> dict[str, Tensor]:
@@ -1849,7 +2117,9 @@ def plain_model(config: dict, weights: dict[str, Tensor], device: torch.device, 
 # ---------------------------------------------------------------------------
 
 
-def sample_pixels(model: nn.Module, captions: list[str], bucket: Bucket, source: Source, cfg: Config, seed: int) -> np.ndarray:
+def sample_pixels(
+    model: nn.Module, captions: list[str], bucket: Bucket, source: Source, cfg: Config, seed: int
+) -> np.ndarray:
     """-> uint8 (N, F, H, W, 3), in batches of the bucket's size"""
     made, text = [], source.text.encode(captions)
     for start in range(0, len(captions), bucket.batch_size):
@@ -1872,8 +2142,12 @@ def evaluate(model: nn.Module, losses: dict[str, float], held: Source, held_out:
     for bucket in held_out.buckets:
         clips = sample_pixels(model, [caption_of(a) for a in asked], bucket, held, cfg, bucket.frames)
         name = f"{bucket.resolution}_{bucket.frames}"
-        table[name], other[name] = (asked_is_made(clips, said, SHAPES) for said in (asked, asked[7:] + asked[:7]))
-    mean = {name: float(np.mean([row[name] for row in table.values()])) for name in next(iter(table.values()))}
+        table[name], other[name] = (
+            asked_is_made(clips, said, SHAPES) for said in (asked, asked[7:] + asked[:7])
+        )
+    mean = {
+        name: float(np.mean([row[name] for row in table.values()])) for name in next(iter(table.values()))
+    }
     return {
         "score": mean["all_five"],
         "score_is": f"asked = made for all five attributes, {len(asked) * len(table)} clips of {len(asked)} held-out captions",
@@ -1887,7 +2161,9 @@ def evaluate(model: nn.Module, losses: dict[str, float], held: Source, held_out:
 # ---------------------------------------------------------------------------
 
 
-def activation_bytes(config: dict, batch: Bucket, codec: Any, caption: int, dtype: str, checkpointing: bool) -> int:
+def activation_bytes(
+    config: dict, batch: Bucket, codec: Any, caption: int, dtype: str, checkpointing: bool
+) -> int:
     """What one micro-batch keeps for the backward pass, counted on the meta device with one and with two pairs of blocks.
     caption: longest in tokens. With checkpointing each block keeps its input; of the one at work all is there, and the gradient
     of its MLP's inside."""
@@ -1896,8 +2172,13 @@ def activation_bytes(config: dict, batch: Bucket, codec: Any, caption: int, dtyp
         with torch.device("meta"):
             twin = STDiT3(**config | {"depth": depth}).to(TORCH_DTYPES[dtype])
             height, width = (side // codec.space for side in batch.size)
-            x = torch.empty(batch.batch_size, codec.channels, codec.latent_frames(batch.frames), height, width)
-            y, mask = torch.empty(len(x), caption, config["caption_channels"]), torch.empty(len(x), caption, dtype=torch.bool)
+            x = torch.empty(
+                batch.batch_size, codec.channels, codec.latent_frames(batch.frames), height, width
+            )
+            y, mask = (
+                torch.empty(len(x), caption, config["caption_channels"]),
+                torch.empty(len(x), caption, dtype=torch.bool),
+            )
             times = torch.empty(len(x))
             return saved_bytes(lambda: twin(x, times, y, mask, times, 1.0), twin)
 
@@ -1905,12 +2186,23 @@ def activation_bytes(config: dict, batch: Bucket, codec: Any, caption: int, dtyp
     if not checkpointing:
         return one + (config["depth"] - 1) * (two - one)
     tokens = batch.batch_size * tokens_of(codec)(batch.frames, *batch.size)
-    per_token = (2 * (config["depth"] - 1) + config["mlp_ratio"]) * config["hidden_size"] * TORCH_DTYPES[dtype].itemsize
+    per_token = (
+        (2 * (config["depth"] - 1) + config["mlp_ratio"])
+        * config["hidden_size"]
+        * TORCH_DTYPES[dtype].itemsize
+    )
     return int(one - (two - one) / 2 + tokens * per_token)
 
 
 def print_plan(
-    cfg: Config, model: nn.Module, config: dict, data: Data, codec: Any, text: Any, first: Plan, device: torch.device
+    cfg: Config,
+    model: nn.Module,
+    config: dict,
+    data: Data,
+    codec: Any,
+    text: Any,
+    first: Plan,
+    device: torch.device,
 ) -> dict:
     """Print what this run is going to do, and check that it fits. -> the row of the memory plan that is taken"""
     world, count = world_size(), tokens_of(codec)
@@ -1920,17 +2212,25 @@ def print_plan(
     tokens = largest.batch_size * count(largest.frames, *largest.size)
     on = cfg.gradient_checkpointing
     kept = {on: activation_bytes(config, largest, codec, text.length, cfg.dtype, on)}
-    rows = memory_rows(trained, (parameters - trained) * TORCH_DTYPES[cfg.dtype].itemsize, kept, cfg.dtype, world)
+    rows = memory_rows(
+        trained, (parameters - trained) * TORCH_DTYPES[cfg.dtype].itemsize, kept, cfg.dtype, world
+    )
     for row in rows:
         row["gpu_gb"] += 4 * trained / world / GB  # the averaged weights
         row["gpu_gb"] += 0 if cfg.cache else weights_gb(codec) + weights_gb(text.encoder)
-    memory, row = choose_layout(rows, cfg.deepspeed, "lower --tokens_per_gpu, give --cache, or take more GPUs")
+    memory, row = choose_layout(
+        rows, cfg.deepspeed, "lower --tokens_per_gpu, give --cache, or take more GPUs"
+    )
     wanted = first.wanted() if cfg.cache else []
     encoded = sum(encoded_bytes(bucket, data.rows[row].text, codec, text) for bucket, row in wanted) / GB
     free, need = disk_free(cfg.output_dir) / GB, (16 * (cfg.keep + 1) * trained + 4 * parameters) / GB
     clips = int(np.diff(first.starts)[first.order.ravel()].sum())
     waits = [f"{100 * (value - 1):.1f} %" for value in (first.imbalance, first.imbalance_shuffled)]
-    where = f"encoded once, with the clips, into {cfg.cache} ({encoded:.2f} GB)" if cfg.cache else "encoded in each step"
+    where = (
+        f"encoded once, with the clips, into {cfg.cache} ({encoded:.2f} GB)"
+        if cfg.cache
+        else "encoded in each step"
+    )
     many = "GPU" if device.type == "cuda" else "CPU process"
     log.info(
         f"Out: {cfg.output_dir} | Device: {device_name(device)}, {cfg.dtype}\n"
@@ -1944,7 +2244,9 @@ def print_plan(
         f"disk     {need:.2f} GB for checkpoints and model, {free:.1f} GB free\n{memory}"
     )
     if need > free:
-        refuse(f"--output_dir {cfg.output_dir}: {free:.2f} GB free, the run writes {need:.2f} GB; make room or lower --keep")
+        refuse(
+            f"--output_dir {cfg.output_dir}: {free:.2f} GB free, the run writes {need:.2f} GB; make room or lower --keep"
+        )
     if cfg.cache and encoded > (free := disk_free(cfg.cache) / GB):
         there = sum(path.stat().st_size for path in cfg.cache.rglob("*.npy")) / GB
         if encoded > free + there:
@@ -1957,7 +2259,11 @@ def print_plan(
 
 def encoded_bytes(bucket: Bucket, caption: str, codec: Any, text: Any) -> float:
     """Of a clip in the cache, in 16 bits; of a caption three tokens for two words are assumed"""
-    numbers = codec.channels * codec.latent_frames(bucket.frames) * math.prod(side // codec.space for side in bucket.size)
+    numbers = (
+        codec.channels
+        * codec.latent_frames(bucket.frames)
+        * math.prod(side // codec.space for side in bucket.size)
+    )
     return 2 * (numbers + text.width * min(text.length, 1.5 * len(caption.split()) + 1))
 
 
@@ -1984,7 +2290,9 @@ def open_model(source: str, cfg: Config, codec: Any, text: Any) -> STDiT3:
     hint = f"give {PUBLISHED}, a folder that a run wrote, or scratch"
     _, config, weights = config_and_weights(source, cfg.check, "--model", hint)
     if config.get("qk_norm_legacy") or not config.get("qk_norm", True):
-        refuse(f"--model {source}: turns queries before their norm, or has no such norm; this script knows Open-Sora 1.2's order")
+        refuse(
+            f"--model {source}: turns queries before their norm, or has no such norm; this script knows Open-Sora 1.2's order"
+        )
     with torch.device("meta"):
         model = STDiT3(**{name: config[name] for name in XL if name in config})
     if (model.config["in_channels"], model.config["caption_channels"]) != (codec.channels, text.width):
@@ -2011,10 +2319,17 @@ def train(cfg: Config) -> None:
     buckets = read_buckets(cfg.buckets) if cfg.buckets else BUCKETS[cfg.stage]
     buckets = buckets if cfg.stage == "demo" else scaled(buckets, cfg.tokens_per_gpu, codec)
     batches = Batches(cfg, source, buckets, tokens_of(codec))
-    every = {r: {f: (1.0 if batch else keep, batch) for f, (keep, batch) in of.items()} for r, of in buckets.items()}
+    every = {
+        r: {f: (1.0 if batch else keep, batch) for f, (keep, batch) in of.items()}
+        for r, of in buckets.items()
+    }
     fits = (assign(data.held_table, every, cfg.seed, 0)[0] >= 0).any()
     held = Source(cfg, *((data.held_rows, data.held_table) if fits else (data.rows, data.table)), codec, text)
-    held.called = "the training clips (few, or no held-out one fits a bucket)" if held.rows is data.rows else held.called
+    held.called = (
+        "the training clips (few, or no held-out one fits a bucket)"
+        if held.rows is data.rows
+        else held.called
+    )
     held_plan = functools.partial(plan, held.table, every, cfg.seed, 0, 1, tokens_of(codec))
     if not cfg.steps:
         cfg = dataclasses.replace(cfg, steps=max(1, math.ceil(cfg.epochs * batches.length(0) / cfg.accum)))
@@ -2033,11 +2348,15 @@ def train(cfg: Config) -> None:
     for one in (source, held):
         one.codec, one.text = codec, text
     if cfg.cache:
-        data = dataclasses.replace(data, bad=data.bad + encode_all(source, held, batches, held_plan, cfg, data))
+        data = dataclasses.replace(
+            data, bad=data.bad + encode_all(source, held, batches, held_plan, cfg, data)
+        )
         move_encoders(source, torch.device("cpu"))
     on_rank0(lambda: prepare_run_folder(given, __file__, step, data.bad, config))
     captions = list(dict.fromkeys(row.text for row in data.held_rows))[:4]
-    on_rank0(lambda: write_json(folder / "samples" / "captions.json", {"captions": captions}))  # what --watch samples
+    on_rank0(
+        lambda: write_json(folder / "samples" / "captions.json", {"captions": captions})
+    )  # what --watch samples
     held_out = held_plan()
 
     if other_ranks:
@@ -2045,7 +2364,9 @@ def train(cfg: Config) -> None:
     import deepspeed  # after init_distributed has told it the device
 
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, cfg.lr, (0.9, cfg.beta2), eps=cfg.eps, weight_decay=cfg.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        trained, cfg.lr, (0.9, cfg.beta2), eps=cfg.eps, weight_decay=cfg.weight_decay, fused=True
+    )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     ema = [part.detach().clone() for part in parts_of(engine)]
     if found:
@@ -2055,8 +2376,12 @@ def train(cfg: Config) -> None:
     try:
         train_steps(cfg, engine, ema, batches, held, held_out, plain.config, facts, step)
     except torch.OutOfMemoryError as error:
-        raise SystemExit(f"error: out of memory with --tokens_per_gpu {cfg.tokens_per_gpu}: lower it\n{error}") from error
-    final = {"average": averaged_weights(engine, ema)} | ({"weights": whole_weights(engine)} if cfg.average else {})
+        raise SystemExit(
+            f"error: out of memory with --tokens_per_gpu {cfg.tokens_per_gpu}: lower it\n{error}"
+        ) from error
+    final = {"average": averaged_weights(engine, ema)} | (
+        {"weights": whole_weights(engine)} if cfg.average else {}
+    )
     move_encoders(source, device)
     publish(cfg, plain.config, final, data, held, held_out, repo, device)
 
@@ -2156,7 +2481,9 @@ def train_steps(
                 window.waited += time.monotonic() - begun
                 start = clock(device)
                 x = latents_of(batch["clips"], source, seed_of(cfg.seed, micro, rank())).to(device)
-                loss = training_loss(engine, x, batch, cfg, shift_of(cfg, batch["bucket"], source.codec), noise)
+                loss = training_loss(
+                    engine, x, batch, cfg, shift_of(cfg, batch["bucket"], source.codec), noise
+                )
                 window.forward.append((start, clock(device)))
                 engine.backward(loss)
                 engine.step()  # skips the update, on all ranks, when a gradient is not finite
@@ -2176,22 +2503,44 @@ def train_steps(
                 log.info(f"step {step:06d} | loss {loss:.4f} | {speed:.2f} steps/s | {left} left")
                 bar.set_postfix(loss=f"{loss:.4f}")
                 norm = engine.get_global_grad_norm()  # None until a first update was made
-                row = {"step": step, "loss": loss, "lr": group["lr"], "grad_norm": math.nan if norm is None else float(norm)}
-                squares = sum(float(some.square().sum()) for part in parts_of(engine) for some in part.detach().split(1 << 22))
-                row["weight_norm"] = math.sqrt(over_ranks(squares, "mean") * world_size())  # data that repeat show here first
+                row = {
+                    "step": step,
+                    "loss": loss,
+                    "lr": group["lr"],
+                    "grad_norm": math.nan if norm is None else float(norm),
+                }
+                squares = sum(
+                    float(some.square().sum())
+                    for part in parts_of(engine)
+                    for some in part.detach().split(1 << 22)
+                )
+                row["weight_norm"] = math.sqrt(
+                    over_ranks(squares, "mean") * world_size()
+                )  # data that repeat show here first
                 record(cfg.output_dir, row | window.numbers() | {"peak_memory_gb": peak_memory_gb()}, track)
                 window = Window(step)
             stop = int(over_ranks(max(caught, default=0), "max"))
             if step % cfg.save_every == 0 or step == cfg.steps or stop:
                 save(cfg, engine, ema, facts, step)
             if stop:
-                log.info(f"stopped by {signal.Signals(stop).name} after step {step}; the same command goes on from there")
+                log.info(
+                    f"stopped by {signal.Signals(stop).name} after step {step}; the same command goes on from there"
+                )
                 raise SystemExit(128 + stop)
             if step % cfg.eval_every == 0 and step < cfg.steps:
-                mean_model = plain_model(config, merged(averaged_weights(engine, ema), cfg), device, cfg.dtype)
+                mean_model = plain_model(
+                    config, merged(averaged_weights(engine, ema), cfg), device, cfg.dtype
+                )
                 losses = held_out_loss(mean_model, held, held_out, cfg)
-                log.info(f"eval step {step:06d} | " + " | ".join(f"{name} {value:.4f}" for name, value in losses.items()))
-                record(cfg.output_dir, {"step": step} | {f"held_out_{name}": v for name, v in losses.items()}, track)
+                log.info(
+                    f"eval step {step:06d} | "
+                    + " | ".join(f"{name} {value:.4f}" for name, value in losses.items())
+                )
+                record(
+                    cfg.output_dir,
+                    {"step": step} | {f"held_out_{name}": v for name, v in losses.items()},
+                    track,
+                )
                 on_rank0(lambda: write_loss_curve(cfg.output_dir, CURVES, "mean squared error"))
                 del mean_model
             if step % cfg.save_every == 0 or step % cfg.eval_every == 0:  # the clock is for training alone
@@ -2207,7 +2556,9 @@ def save(cfg: Config, engine: Any, ema: list[Tensor], facts: dict, step: int) ->
     kept = {name: value for name, value in weights.items() if not cfg.lora_r or ".lora_" in name}
 
     def write(aside: Path) -> None:
-        engine.save_checkpoint(str(aside), tag="deepspeed", save_latest=False, exclude_frozen_parameters=bool(cfg.lora_r))
+        engine.save_checkpoint(
+            str(aside), tag="deepspeed", save_latest=False, exclude_frozen_parameters=bool(cfg.lora_r)
+        )
         if rank() == 0:
             save_file(kept, aside / "ema.safetensors")
 
@@ -2239,7 +2590,11 @@ def best_of(
         del model
     best = min(names, key=lambda name: losses[name]["loss"])
     if cfg.average:
-        log.info("averaging | " + " | ".join(f"{n} {loss['loss']:.5f}" for n, loss in losses.items()) + f" | taken: {best}")
+        log.info(
+            "averaging | "
+            + " | ".join(f"{n} {loss['loss']:.5f}" for n, loss in losses.items())
+            + f" | taken: {best}"
+        )
     return tried.get(best, {}), {"taken": losses[best]} | losses
 
 
@@ -2256,19 +2611,30 @@ def candidates(cfg: Config, final: dict[str, dict]) -> dict[str, dict[str, Tenso
         tried[f"average, mean of {len(saved)} checkpoints"] = mean_of(means)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints each rank
             lone = [get_fp32_state_dict_from_zero_checkpoint(str(path), tag="deepspeed") for path in saved]
-        tried[f"weights, mean of {len(saved)} checkpoints"] = mean_of([final["weights"] | state for state in lone])
+        tried[f"weights, mean of {len(saved)} checkpoints"] = mean_of(
+            [final["weights"] | state for state in lone]
+        )
     return {name: merged(weights, cfg) for name, weights in tried.items()}
 
 
 def publish(
-    cfg: Config, config: dict, final: dict[str, dict], data: Data, held: Source, held_out: Plan, repo: str, device: torch.device
+    cfg: Config,
+    config: dict,
+    final: dict[str, dict],
+    data: Data,
+    held: Source,
+    held_out: Plan,
+    repo: str,
+    device: torch.device,
 ) -> None:
     """Every rank: model/, its evaluation, its card; the Hub last. Exit code 3 when only the push failed."""
     folder, target = cfg.output_dir, cfg.output_dir / "model"
     path = folder / "results.json"
     results = on_rank0(lambda: json.loads(path.read_text()) if path.exists() else {})
     if results.get("steps") != cfg.steps:
-        on_rank0(lambda: export(cfg, config, merged(final["average"], cfg)))  # before the evaluation: it may die there
+        on_rank0(
+            lambda: export(cfg, config, merged(final["average"], cfg))
+        )  # before the evaluation: it may die there
         weights, losses = best_of(cfg, config, final, held, held_out, device)
         if cfg.average:
             on_rank0(lambda: export(cfg, config, weights))
@@ -2286,7 +2652,9 @@ def publish(
     on_rank0(finished)
 
 
-def measure_model(cfg: Config, model: nn.Module, losses: dict[str, dict], held: Source, held_out: Plan) -> None:
+def measure_model(
+    cfg: Config, model: nn.Module, losses: dict[str, dict], held: Source, held_out: Plan
+) -> None:
     """Rank 0: results.json, and the pictures beside the model"""
     folder, target = cfg.output_dir, cfg.output_dir / "model"
     results = evaluate(model, losses["taken"], held, held_out, cfg) | summary(folder, cfg.steps)
@@ -2307,7 +2675,10 @@ def export(cfg: Config, config: dict, weights: dict[str, Tensor]) -> None:
 
     target = cfg.output_dir / "model"
     target.mkdir(exist_ok=True)
-    write_whole(target / "model.safetensors", lambda aside: save_file({n: w.contiguous() for n, w in weights.items()}, aside))
+    write_whole(
+        target / "model.safetensors",
+        lambda aside: save_file({n: w.contiguous() for n, w in weights.items()}, aside),
+    )
     kept = "vae vae_model text text_model base_size shift sample_steps guidance resolution ratio frames fps aes".split()
     write_json(target / "config.json", {"model_type": "STDiT3"} | config)
     write_json(target / "t2v_rflow.json", {name: getattr(cfg, name) for name in kept})
@@ -2326,12 +2697,18 @@ def show(results: dict, folder: Path) -> None:
             log.info(f"  {bucket:<12}" + "".join(f"{value:10.3f}" for value in row.values()))
     for name, value in results["held_out"].items():
         log.info(f"held-out loss         {value:.4f}   {'mean of the buckets' if name == 'loss' else name}")
-    log.info(f"speed                 {results['samples_per_s']:.1f} clips/s, peak memory {results['peak_memory_gb']:.2f} GB")
-    log.info(f"model                 {folder / 'model'}\nsamples               {folder / 'model' / 'samples.png'}")
+    log.info(
+        f"speed                 {results['samples_per_s']:.1f} clips/s, peak memory {results['peak_memory_gb']:.2f} GB"
+    )
+    log.info(
+        f"model                 {folder / 'model'}\nsamples               {folder / 'model' / 'samples.png'}"
+    )
 
 
 def write_card(cfg: Config, results: dict, data: Data, repo: str) -> None:
-    numbers = {"score": results["score"]} | results["controls"] | {"held_out_loss": results["held_out"]["loss"]}
+    numbers = (
+        {"score": results["score"]} | results["controls"] | {"held_out_loss": results["held_out"]["loss"]}
+    )
     numbers |= {name: results[name] for name in ("steps", "final_loss", "samples_per_s", "peak_memory_gb")}
     rows, snippet, made = card_parts(cfg.output_dir, numbers, repo)
     base = f"base_model: {cfg.model}\n" if cfg.model != "scratch" and not Path(cfg.model).exists() else ""
@@ -2384,7 +2761,12 @@ def settings_of(model: str | Path, flags: dict) -> Config:
 
 
 def generate(
-    prompt: str, model: str | Path, seed: int = 0, image: Path | None = None, extend: Path | None = None, **flags: Any
+    prompt: str,
+    model: str | Path,
+    seed: int = 0,
+    image: Path | None = None,
+    extend: Path | None = None,
+    **flags: Any,
 ) -> np.ndarray:
     """One clip for a caption from a finished model, a folder or a Hub id: uint8 (F, H, W, 3). Its first frame is that of `image`,
     or it begins with the last frames of the clip `extend` and goes on; the model sees these as latents, which it does not change.
@@ -2398,7 +2780,9 @@ def generate(
     given = keep = None
     if file := image or extend:
         given, keep = condition(file, extend is not None, bucket, codec, seed)
-    caption = scored_caption(Row("", prompt, (f"{cfg.aes:.1f}" if cfg.aes else "", "", ""), 0, 0, 0, 0.0, ""), None)
+    caption = scored_caption(
+        Row("", prompt, (f"{cfg.aes:.1f}" if cfg.aes else "", "", ""), 0, 0, 0, 0.0, ""), None
+    )
     x = sample(net, text.encode([caption]), bucket, codec, cfg, seed, given, keep)
     return codec.decode(x, bucket.frames)[0].cpu().numpy()
 
@@ -2415,9 +2799,14 @@ def condition(file: Path, extend: bool, bucket: Bucket, codec: Any, seed: int) -
     head = 1
     if extend:
         most = min(PIECE if bucket.frames > PIECE else bucket.frames // 2, count)
-        head = {"opensora": most - (most - min(bucket.frames, PIECE)) % 4, "wan": (most - 1) // 4 * 4 + 1}.get(codec.name, most)
+        head = {
+            "opensora": most - (most - min(bucket.frames, PIECE)) % 4,
+            "wan": (most - 1) // 4 * 4 + 1,
+        }.get(codec.name, most)
         if not 0 < head < bucket.frames:
-            raise BadSample(f"has {count} frames, which {bucket.frames} cannot begin with: give more --frames, or a longer clip")
+            raise BadSample(
+                f"has {count} frames, which {bucket.frames} cannot begin with: give more --frames, or a longer clip"
+            )
     try:
         clip = read_run(file, range(count - head, count), bucket.size)
     except BadSample:  # headers often count one too many
@@ -2434,7 +2823,10 @@ def sample_prompt(cfg: Config) -> None:
     names = "resolution ratio frames fps sample_steps guidance aes vae vae_model text text_model".split()
     flags = {name: getattr(cfg, name) for name in names if getattr(cfg, name) != getattr(default, name)}
     try:
-        clip, fps = generate(cfg.prompt, model, cfg.seed, cfg.image, cfg.extend, **flags), settings_of(model, flags).fps
+        clip, fps = (
+            generate(cfg.prompt, model, cfg.seed, cfg.image, cfg.extend, **flags),
+            settings_of(model, flags).fps,
+        )
     except BadSample as error:
         refuse(f"{cfg.image or cfg.extend} {error}")
     path = cfg.output_dir / "samples" / re.sub(r"\W+", "_", cfg.prompt.lower()).strip("_")[:60]
@@ -2451,7 +2843,9 @@ def watch(cfg: Config) -> None:
 
     try:
         was = read_json(cfg.watch / "config.json")
-        captions = [cfg.prompt] if cfg.prompt else read_json(cfg.watch / "samples" / "captions.json")["captions"]
+        captions = (
+            [cfg.prompt] if cfg.prompt else read_json(cfg.watch / "samples" / "captions.json")["captions"]
+        )
     except OSError as error:
         refuse(f"--watch {cfg.watch}: {error.strerror}; give the --output_dir of a run that has begun")
     names = "vae vae_model text text_model depth width heads frame_places lora_r lora_alpha base_size shift resolution ratio "
@@ -2459,7 +2853,9 @@ def watch(cfg: Config) -> None:
     run_cfg = dataclasses.replace(cfg, prompt="", **{name: was[name] for name in names})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     codec, text = open_codec(run_cfg, device), open_text(run_cfg, device)
-    base = with_adapter(plain := open_model(was["model"] or PUBLISHED, run_cfg, codec, text), run_cfg).state_dict()
+    base = with_adapter(
+        plain := open_model(was["model"] or PUBLISHED, run_cfg, codec, text), run_cfg
+    ).state_dict()
     track = tracker(cfg.report_to, cfg.watch, "t2v_rflow", shared=True, primary=False)
     source = Source(run_cfg, [], Table(*[np.zeros(0)] * 4), codec, text)
     frames, seen = codec.whole_length(run_cfg.frames), set()

@@ -41,7 +41,11 @@ class Diffusers(nn.Module):
 class Lucidrains(nn.Module):
     def __init__(self, size: int) -> None:
         super().__init__()
-        for name in ("torchvision", "torchvision.transforms", "torchvision.utils"):  # imported for its Trainer, not used here
+        for name in (
+            "torchvision",
+            "torchvision.transforms",
+            "torchvision.utils",
+        ):  # imported for its Trainer, not used here
             sys.modules.setdefault(name, MagicMock())
         from video_diffusion_pytorch import Unet3D
 
@@ -74,7 +78,9 @@ def stepper(model: nn.Module, batch: tuple, device: torch.device):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, value in {"batch": 2, "frames": 8, "size": 32, "rounds": 5}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
@@ -89,8 +95,12 @@ def main() -> None:
     )
     ours = UNet3DCond()
     our_step = stepper(ours, batch, device)
-    print(f"batch {args.batch}, {args.frames} frames of {args.size}x{args.size}, {device}, torch {torch.__version__}\n")
-    print("| model | M parameters | ms per step | UNet3DCond ms | UNet3DCond is faster by |\n|---|---|---|---|---|")
+    print(
+        f"batch {args.batch}, {args.frames} frames of {args.size}x{args.size}, {device}, torch {torch.__version__}\n"
+    )
+    print(
+        "| model | M parameters | ms per step | UNet3DCond ms | UNet3DCond is faster by |\n|---|---|---|---|---|"
+    )
     for name, peer in (("diffusers UNet3DConditionModel", Diffusers), ("lucidrains Unet3D", Lucidrains)):
         try:
             model = peer(args.size)

@@ -55,7 +55,9 @@ def main() -> None:
     root = Path(__file__).resolve().parents[2] / "shared/clips"
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else root
     rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 7
-    clips = sorted(path for path in folder.iterdir() if path.suffix in (".mp4", ".mkv", ".avi", ".webm", ".mov", ".ts"))
+    clips = sorted(
+        path for path in folder.iterdir() if path.suffix in (".mp4", ".mkv", ".avi", ".webm", ".mov", ".ts")
+    )
     if not clips:
         sys.exit(f"{folder}: no clips (.mp4, .mkv, .avi, .webm, .mov, .ts)")
     print("| clip | K | usual loop, CPU ms | extract_frames, CPU ms | ratio | usual right | ours right |")
@@ -63,18 +65,30 @@ def main() -> None:
     sums = {k: np.zeros(5) for k in NUM_FRAMES}
     for path in clips:
         with av.open(str(path)) as container:
-            every = [np.rot90(f.to_ndarray(format="rgb24"), f.rotation // 90) for f in container.decode(video=0)]
+            every = [
+                np.rot90(f.to_ndarray(format="rgb24"), f.rotation // 90) for f in container.decode(video=0)
+            ]
         for k in (k for k in NUM_FRAMES if k <= len(every)):
-            score = right(usual_loop(path, k), every), right(extract_frames(path, k), every)  # also warms up both
-            pairs = [(cpu_seconds(usual_loop, path, k), cpu_seconds(extract_frames, path, k)) for _ in range(rounds)]
+            score = (
+                right(usual_loop(path, k), every),
+                right(extract_frames(path, k), every),
+            )  # also warms up both
+            pairs = [
+                (cpu_seconds(usual_loop, path, k), cpu_seconds(extract_frames, path, k))
+                for _ in range(rounds)
+            ]
             usual, ours = (1e3 * statistics.median(column) for column in zip(*pairs, strict=True))
-            print(f"| {path.name} | {k} | {usual:.1f} | {ours:.1f} | {usual / ours:.2f}x | {score[0]} | {score[1]} |")
+            print(
+                f"| {path.name} | {k} | {usual:.1f} | {ours:.1f} | {usual / ours:.2f}x | {score[0]} | {score[1]} |"
+            )
             sums[k] += usual, ours, *score, k
     for k, (usual, ours, *score, frames) in sums.items():
         counts = " | ".join(f"{n:.0f} of {frames:.0f}" for n in score)
         print(f"| **all** | {k} | {usual:.1f} | {ours:.1f} | **{usual / ours:.2f}x** | {counts} |")
     usual, ours = sum(sums.values())[:2]
-    print(f"\nOverall {usual / ours:.2f}x. OpenCV {cv2.__version__}, {rounds} interleaved rounds, one thread.")
+    print(
+        f"\nOverall {usual / ours:.2f}x. OpenCV {cv2.__version__}, {rounds} interleaved rounds, one thread."
+    )
 
 
 if __name__ == "__main__":

@@ -38,12 +38,29 @@ import trl
 from clock import CUDA, DEVICE, now
 from datasets import Dataset
 from PIL import Image
-from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration, PrinterCallback, Qwen2Config, TrainerCallback
+from transformers import (
+    AutoProcessor,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PrinterCallback,
+    Qwen2Config,
+    TrainerCallback,
+)
 from trl import SFTConfig, SFTTrainer
 
 import llava_vtt
 from common import device_name
-from llava_vtt import Base, Batches, Collator, Config, Sample, VideoTrainer, choose_trained, load_weights, open_base
+from llava_vtt import (
+    Base,
+    Batches,
+    Collator,
+    Config,
+    Sample,
+    VideoTrainer,
+    choose_trained,
+    load_weights,
+    open_base,
+)
 
 QUESTIONS = 4  # a clip
 
@@ -55,7 +72,12 @@ def build(folder: Path, args: argparse.Namespace) -> None:
     processor.image_processor.size, processor.patch_size = {"height": args.image, "width": args.image}, 14
     config.image_seq_length = (args.image // 14) ** 2
     vision, width = config.vision_config, args.vision_width
-    vision.image_size, vision.patch_size, vision.hidden_size, vision.intermediate_size = args.image, 14, width, 4 * width
+    vision.image_size, vision.patch_size, vision.hidden_size, vision.intermediate_size = (
+        args.image,
+        14,
+        width,
+        4 * width,
+    )
     vision.num_hidden_layers, vision.num_attention_heads = args.vision_layers, width // 40
     sizes = dict(
         vocab_size=args.vocab, hidden_size=args.width, intermediate_size=args.width // 12 * 32, num_hidden_layers=args.layers,
@@ -102,7 +124,9 @@ def model_of(base: Base, cfg: Config, ours: bool) -> LlavaForConditionalGenerati
     return model
 
 
-def ours(args: argparse.Namespace, folder: Path, base: Base, samples: list[Sample], turns: int) -> VideoTrainer:
+def ours(
+    args: argparse.Namespace, folder: Path, base: Base, samples: list[Sample], turns: int
+) -> VideoTrainer:
     """llava_vtt.py's trainer as its train() makes it, with `turns` questions of a clip in a sequence."""
     cfg = Config(
         lora_r=0, dtype="fp32", frames=args.frames, max_turns=turns, steps=args.steps + 1, accum=1,
@@ -148,8 +172,18 @@ def check_same(theirs: SFTTrainer, rows: Dataset, mine: VideoTrainer, sample: Sa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sizes = {"image": 112, "frames": 5, "width": 256, "layers": 6, "vision_width": 160, "vision_layers": 4, "vocab": 1800}
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    sizes = {
+        "image": 112,
+        "frames": 5,
+        "width": 256,
+        "layers": 6,
+        "vision_width": 160,
+        "vision_layers": 4,
+        "vocab": 1800,
+    }
     for name, value in (sizes | {"clips": 1, "steps": 4, "rounds": 5}).items():  # clips per update
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
@@ -167,12 +201,16 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
 
     def peer(**how) -> SFTTrainer:
         model = model_of(base, cfg, False)
-        return SFTTrainer(model, settings(args, folder, **how), train_dataset=rows, processing_class=base.processor)
+        return SFTTrainer(
+            model, settings(args, folder, **how), train_dataset=rows, processing_class=base.processor
+        )
 
     makers = {
         "TRL SFTTrainer, defaults": peer,
         "TRL, assistant_only_loss": lambda: peer(assistant_only_loss=True),
-        "TRL, that without checkpointing": lambda: peer(assistant_only_loss=True, gradient_checkpointing=False),
+        "TRL, that without checkpointing": lambda: peer(
+            assistant_only_loss=True, gradient_checkpointing=False
+        ),
         "llava_vtt.py, one question a sequence": lambda: ours(args, folder, base, samples, 1),
         "llava_vtt.py, four questions a sequence": lambda: ours(args, folder, base, samples, QUESTIONS),
     }
@@ -196,7 +234,9 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
     print(f"{args.frames} frames of {args.image}x{args.image}, {base.tokens_per_frame} tokens each, "
           f"{QUESTIONS * args.clips} questions per update; {every:.1f} M parameters, {trained:.1f} M trained; "
           f"{device_name(DEVICE)}, {versions}\n")  # fmt: skip
-    print(f"| | tokens per sequence | supervised | data, ms per question | questions per {'s' if CUDA else 'CPU s'} | ratio |")
+    print(
+        f"| | tokens per sequence | supervised | data, ms per question | questions per {'s' if CUDA else 'CPU s'} | ratio |"
+    )
     print("|---|---|---|---|---|---|")
     for (name, seconds), (data, tokens, supervised) in zip(medians.items(), looks):
         ratio = medians["TRL SFTTrainer, defaults"] / seconds

@@ -77,7 +77,9 @@ def batch_of(base: Base, length: int, replied: int = 40, seed: int = 0) -> dict[
     ids = torch.randint(20, base.config.vocab_size, (1, length), generator=rng)
     streams = torch.full((1, length, CODEBOOKS), longcat_vss.CODEC_PAD)
     ids[0, :16], ids[0, 16:41] = base.ids["image_pad"], base.ids["audio_pad"]
-    streams[0, -replied:] = torch.randint(longcat_vss.CODEC_OFFSET, base.audio_vocabulary, (replied, CODEBOOKS), generator=rng)
+    streams[0, -replied:] = torch.randint(
+        longcat_vss.CODEC_OFFSET, base.audio_vocabulary, (replied, CODEBOOKS), generator=rng
+    )
     text_labels, code_labels = torch.full_like(ids, -100), torch.full_like(streams, -100)
     text_labels[0, -replied:], code_labels[0, -replied:] = ids[0, -replied:], streams[0, -replied:]
     kind = torch.bfloat16 if CUDA else torch.float32
@@ -96,7 +98,9 @@ def ours(net: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 def full_logits(net: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """The same loss with every head on every position, as a forward(labels=...) does it."""
     omni, inputs = longcat_vss.core(net), {k: v for k, v in batch.items() if "label" not in k and k != "mask"}
-    hidden = omni.llm.model(inputs_embeds=omni.embed(**inputs), attention_mask=batch["mask"], use_cache=False).last_hidden_state
+    hidden = omni.llm.model(
+        inputs_embeds=omni.embed(**inputs), attention_mask=batch["mask"], use_cache=False
+    ).last_hidden_state
     codes, labels = batch["streams"][0, 1:], batch["code_labels"][0, 1:]
     logits = [omni.llm.lm_head(hidden[0, :-1]), *omni.audio_heads(hidden[0, :-1], lambda i, _: codes[:, i])]
     wanted = [batch["text_labels"][0, 1:], *labels.unbind(-1)]
@@ -135,7 +139,9 @@ def zero3(base: Base, batch: dict[str, Tensor], rounds: int) -> dict[str, float]
     import deepspeed
 
     init_distributed()
-    config = ds_config(Path(longcat_vss.__file__).with_name("ds_zero3_offload.json"), 1, 1, 1.0, "bf16" if CUDA else "fp32")
+    config = ds_config(
+        Path(longcat_vss.__file__).with_name("ds_zero3_offload.json"), 1, 1, 1.0, "bf16" if CUDA else "fp32"
+    )
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     steps = {}
     for name in ("leaf module, gathered whole", "expert tensors by themselves"):
@@ -154,8 +160,17 @@ def zero3(base: Base, batch: dict[str, Tensor], rounds: int) -> dict[str, float]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in {"width": 128, "layers": 2, "vocab": 352, "experts": 8, "length": 256, "rounds": 5}.items():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, value in {
+        "width": 128,
+        "layers": 2,
+        "vocab": 352,
+        "experts": 8,
+        "length": 256,
+        "rounds": 5,
+    }.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     args, clock = parser.parse_args(), "ms" if CUDA else "CPU ms"
     torch.set_num_threads(1)
@@ -166,7 +181,9 @@ def main() -> None:
     base = sized(tiny, args, args.experts)
     net, theirs, batch = model(base), model(base, stock=True), batch_of(base, args.length)
     losses = [ours(net, batch), ours(theirs, batch), full_logits(net, batch)]
-    assert np.allclose([loss.item() for loss in losses], losses[0].item(), rtol=2e-2 if CUDA else 1e-5), losses
+    assert np.allclose([loss.item() for loss in losses], losses[0].item(), rtol=2e-2 if CUDA else 1e-5), (
+        losses
+    )
     count = [sum(p.numel() for p in one.parameters()) / 1e6 for one in (net, theirs)]
     print(f"{count[0]:.2f} M parameters, {count[1]:.2f} M with transformers' experts; {args.length} positions, 40 of them the "
           f"reply; {args.rounds} rounds; {device_name(DEVICE)}, torch {torch.__version__}, "
@@ -179,7 +196,10 @@ def main() -> None:
     }, args.rounds), clock)  # fmt: skip
     lengths = {f"{n} positions": stepper(net, batch_of(base, n), ours) for n in (128, 256, 512, 1024)}
     table("length", interleaved(lengths, args.rounds), clock)
-    sizes = {f"{n} experts": sized(tiny, args, n) for n in (args.experts, 2 * args.experts, 4 * args.experts, 8 * args.experts)}
+    sizes = {
+        f"{n} experts": sized(tiny, args, n)
+        for n in (args.experts, 2 * args.experts, 4 * args.experts, 8 * args.experts)
+    }
     experts = {name: stepper(model(one), batch_of(one, args.length), ours) for name, one in sizes.items()}
     table("experts, 3 taken", interleaved(experts, args.rounds), clock)
     table("ZeRO-3, CPU offload, one process", zero3(base, batch, args.rounds), clock)

@@ -41,11 +41,27 @@ import transformers
 from clock import CUDA, DEVICE, now
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import DataCollatorForSeq2Seq, M2M100Config, M2M100ForConditionalGeneration, default_data_collator
+from transformers import (
+    DataCollatorForSeq2Seq,
+    M2M100Config,
+    M2M100ForConditionalGeneration,
+    default_data_collator,
+)
 
 import nllb_vtt
 from common import GB, device_name, memory_plan, peak_memory_gb
-from nllb_vtt import Base, Batches, Config, Example, answer_loss, collate_rows, curriculum, encode, load_weights, open_base
+from nllb_vtt import (
+    Base,
+    Batches,
+    Config,
+    Example,
+    answer_loss,
+    collate_rows,
+    curriculum,
+    encode,
+    load_weights,
+    open_base,
+)
 
 MAX_SOURCE, MAX_TARGET = 1024, 128  # run_translation.py's defaults
 
@@ -54,7 +70,12 @@ def build(folder: Path, args: argparse.Namespace) -> None:
     """nllb_vtt.py's tiny NLLB with other sizes."""
     nllb_vtt.build_tiny(folder, seed=0)
     config, width = M2M100Config.from_pretrained(folder), args.width
-    config.vocab_size, config.d_model, config.encoder_layers, config.decoder_layers = args.vocab, width, args.layers, args.layers
+    config.vocab_size, config.d_model, config.encoder_layers, config.decoder_layers = (
+        args.vocab,
+        width,
+        args.layers,
+        args.layers,
+    )
     config.encoder_ffn_dim = config.decoder_ffn_dim = 4 * width
     config.encoder_attention_heads = config.decoder_attention_heads = max(4, width // 64)
     M2M100ForConditionalGeneration(config).save_pretrained(folder)
@@ -63,20 +84,29 @@ def build(folder: Path, args: argparse.Namespace) -> None:
 def make_examples(base: Base, count: int) -> list[Example]:
     """Questions of words that are one token each, of the lengths in the docstring."""
     rng = np.random.default_rng(0)
-    words = sorted(t[1:] for t in base.tokenizer.get_vocab() if t[0] == "▁" and len(t) > 3 and t[1:].isalpha())
+    words = sorted(
+        t[1:] for t in base.tokenizer.get_vocab() if t[0] == "▁" and len(t) > 3 and t[1:].isalpha()
+    )
 
     def text(median: float, sigma: float, most: int) -> str:
         return " ".join(rng.choice(words, int(np.clip(round(rng.lognormal(np.log(median), sigma)), 3, most))))
 
-    return [Example(text(30, 0.52, 150), text(10, 0.45, 40), "eng_Latn", "eng_Latn", "", "", {}) for _ in range(count)]
+    return [
+        Example(text(30, 0.52, 150), text(10, 0.45, 40), "eng_Latn", "eng_Latn", "", "", {})
+        for _ in range(count)
+    ]
 
 
 def preprocessed(examples: list[Example], base: Base, padding: str | bool) -> list[dict]:
     """The rows that run_translation.py's preprocess_function makes."""
     tokenizer, longest = base.tokenizer, min(MAX_SOURCE, base.longest)
     inputs = tokenizer([e.source for e in examples], max_length=longest, padding=padding, truncation=True)
-    labels = tokenizer(text_target=[e.target for e in examples], max_length=MAX_TARGET, padding=padding, truncation=True)
-    ignored = [[token if token != tokenizer.pad_token_id else -100 for token in row] for row in labels["input_ids"]]
+    labels = tokenizer(
+        text_target=[e.target for e in examples], max_length=MAX_TARGET, padding=padding, truncation=True
+    )
+    ignored = [
+        [token if token != tokenizer.pad_token_id else -100 for token in row] for row in labels["input_ids"]
+    ]
     columns = zip(inputs["input_ids"], inputs["attention_mask"], ignored)
     return [dict(zip(("input_ids", "attention_mask", "labels"), row)) for row in columns]
 
@@ -90,7 +120,9 @@ def our_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return loss / tokens
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable, loss_of: Callable) -> tuple[float, int]:
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable, loss_of: Callable
+) -> tuple[float, int]:
     """(seconds of these batches, positions in them, padding and all)"""
     positions, start = 0, now()
     for batch in batches:
@@ -136,7 +168,11 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
         "run_translation.py, its default: dynamic padding": (theirs(dynamic, by_batch), their_loss),
         "nllb_vtt.py: that, batches by source length": (ours, our_loss),
     }
-    same = [(default_data_collator(full[:4]), their_loss), (by_batch(dynamic[:4]), their_loss), (collate(rows[:4]), our_loss)]
+    same = [
+        (default_data_collator(full[:4]), their_loss),
+        (by_batch(dynamic[:4]), their_loss),
+        (collate(rows[:4]), our_loss),
+    ]
     losses = [loss_of(model(), {n: v.to(DEVICE) for n, v in batch.items()}) for batch, loss_of in same]
     torch.testing.assert_close(losses[0], losses[2])  # the same questions have the same loss in all three
     torch.testing.assert_close(losses[1], losses[2])
@@ -154,8 +190,14 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
             padding[name].append(1 - tokens / positions)
 
     medians = {name: statistics.median(column) for name, column in times.items()}
-    first, clock, count = next(iter(medians.values())), "s" if CUDA else "CPU s", sum(p.numel() for p in model().parameters())
-    sources, answers = (statistics.mean(len(getattr(row, name)) for row in rows) for name in ("source", "labels"))
+    first, clock, count = (
+        next(iter(medians.values())),
+        "s" if CUDA else "CPU s",
+        sum(p.numel() for p in model().parameters()),
+    )
+    sources, answers = (
+        statistics.mean(len(getattr(row, name)) for row in rows) for name in ("source", "labels")
+    )
     print(f"{count / 1e6:.2f} M parameters, {len(rows)} questions a round, {args.batch} per step, {sources:.0f} source and "
           f"{answers:.0f} answer tokens on average, {args.rounds} rounds; {device_name(DEVICE)}, torch {torch.__version__}, "
           f"transformers {transformers.__version__}\n")  # fmt: skip
@@ -163,7 +205,9 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
     print("|---|---|---|---|---|")
     for name, seconds in medians.items():
         share = statistics.median(padding[name])
-        print(f"| {name} | {share:.2f} | {tokens / seconds:.0f} | {len(rows) / seconds:.1f} | {first / seconds:.2f} |")
+        print(
+            f"| {name} | {share:.2f} | {tokens / seconds:.0f} | {len(rows) / seconds:.1f} | {first / seconds:.2f} |"
+        )
 
 
 def real() -> None:
@@ -178,20 +222,37 @@ def real() -> None:
     forecast = memory_plan(trained, frozen, kept, "fp32", 1)[0]["gpu_gb"]
     model = M2M100ForConditionalGeneration(config).to(DEVICE).train()
     tokens = torch.randint(4, config.vocab_size, (4, 96))
-    batch = {"input_ids": tokens[:, :64], "labels": tokens[:, 64:], "attention_mask": torch.ones(4, 64, dtype=torch.long)}
+    batch = {
+        "input_ids": tokens[:, :64],
+        "labels": tokens[:, 64:],
+        "attention_mask": torch.ones(4, 64, dtype=torch.long),
+    }
     batch["decoder_input_ids"] = batch["labels"].roll(1, 1)
-    seconds, _ = train(model, torch.optim.AdamW(model.parameters(), 1e-5, fused=True), [batch, batch], our_loss)
+    seconds, _ = train(
+        model, torch.optim.AdamW(model.parameters(), 1e-5, fused=True), [batch, batch], our_loss
+    )
     print(f"{parameters / 1e6:.1f} M parameters, fp32, {device_name(DEVICE)}: 2 steps in {seconds:.0f} s\n")
     print("| | GB |\n|---|---|")
     print(f"| measured, plain AdamW (the process had {before:.2f} before) | {peak_memory_gb():.2f} |")
     print(f"| forecast, ZeRO-2, 1 device ({kept / GB:.2f} of it kept for backward) | {forecast:.2f} |")
-    print(f"| forecast less the master weights and bucket, which plain AdamW lacks | {(16 * trained + kept) / GB:.2f} |")
+    print(
+        f"| forecast less the master weights and bucket, which plain AdamW lacks | {(16 * trained + kept) / GB:.2f} |"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--real", action="store_true")
-    for name, value in {"width": 128, "layers": 2, "vocab": 5376, "questions": 400, "batch": 8, "rounds": 3}.items():
+    for name, value in {
+        "width": 128,
+        "layers": 2,
+        "vocab": 5376,
+        "questions": 400,
+        "batch": 8,
+        "rounds": 3,
+    }.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()

@@ -89,7 +89,9 @@ def flops_of(call: Callable[[], object]) -> int:
 
 def peak_flops() -> float:
     name = torch.cuda.get_device_name() if CUDA else ""
-    return next((peak for card, peak in PEAKS.items() if all(word in name for word in card.split())), math.nan)
+    return next(
+        (peak for card, peak in PEAKS.items() if all(word in name for word in card.split())), math.nan
+    )
 
 
 def rms(x: Tensor, weight: Tensor) -> Tensor:
@@ -132,13 +134,17 @@ class PeerCrossAttention(rflow.CrossAttention):
             parts = zip(q.split(tokens, 2), k.split(lengths, 2), v.split(lengths, 2))
             h = torch.cat([F.scaled_dot_product_attention(*part) for part in parts], 2)
         else:
-            mask = torch.block_diag(*(torch.ones(tokens, n, dtype=torch.bool, device=x.device) for n in lengths))
+            mask = torch.block_diag(
+                *(torch.ones(tokens, n, dtype=torch.bool, device=x.device) for n in lengths)
+            )
             h = by_hand(q, k, v, mask)
         return self.proj(h.transpose(1, 2).reshape(clips, tokens, width))
 
 
 class PeerBlock(rflow.Block):
-    def forward(self, x: Tensor, y: Tensor, lengths: list[int], t: Tensor, t0: Tensor, made: Tensor, rope: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, y: Tensor, lengths: list[int], t: Tensor, t0: Tensor, made: Tensor, rope: Tensor
+    ) -> Tensor:
         """x (B, T, S, C), t and t0 (B, 6, C), made (B, T)"""
         clips, frames, places, width = x.shape
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = zip(
@@ -156,7 +162,9 @@ class PeerBlock(rflow.Block):
             h = self.attn(h.flatten(0, 1), None).unflatten(0, (clips, frames))
         x = x + either([one * h for one in gate])
         x = x + self.cross_attn(x.flatten(1, 2), y, lengths).view_as(x)
-        h = self.mlp(either([F.layer_norm(x, (width,), eps=1e-6) * (1 + a) + b for a, b in zip(scale_mlp, shift_mlp)]))
+        h = self.mlp(
+            either([F.layer_norm(x, (width,), eps=1e-6) * (1 + a) + b for a, b in zip(scale_mlp, shift_mlp)])
+        )
         return x + either([one * h for one in gate_mlp])
 
 
@@ -169,7 +177,10 @@ class Peer(rflow.STDiT3):
         x = self.x_embedder.proj(F.pad(x.to(dtype), (0, width % 2, 0, height % 2)))
         h, w = x.shape[3:]
         x = x.flatten(3).permute(0, 2, 3, 1) + self.places(h, w, pixels, x.device).to(dtype)
-        t, t0 = (self.t_embedder(time) + self.fps_embedder(fps) for time in (timesteps, torch.zeros_like(timesteps)))
+        t, t0 = (
+            self.t_embedder(time) + self.fps_embedder(fps)
+            for time in (timesteps, torch.zeros_like(timesteps))
+        )
         t6, t60 = (self.t_block(time).unflatten(-1, (6, -1)) for time in (t, t0))
         lengths = mask.sum(1).tolist()
         y = self.y_embedder.y_proj(y.to(dtype))[mask][None]
@@ -177,8 +188,14 @@ class Peer(rflow.STDiT3):
         for block in (block for pair in zip(self.spatial_blocks, self.temporal_blocks) for block in pair):
             given = (x, y, lengths, t6, t60, x_mask, rope)
             x = checkpoint(block, *given, use_reentrant=False) if self.checkpointing else block(*given)
-        both = ((self.final_layer.scale_shift_table + time[:, None]).to(dtype)[:, None, None].unbind(3) for time in (t, t0))
-        x = torch.where(x_mask[:, :, None, None], *(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + b) + a for a, b in both))
+        both = (
+            (self.final_layer.scale_shift_table + time[:, None]).to(dtype)[:, None, None].unbind(3)
+            for time in (t, t0)
+        )
+        x = torch.where(
+            x_mask[:, :, None, None],
+            *(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + b) + a for a, b in both),
+        )
         x = self.final_layer.linear(x).view(len(x), frames, h, w, 2, 2, -1).permute(0, 6, 1, 2, 4, 3, 5)
         return x.reshape(len(x), -1, frames, 2 * h, 2 * w)[..., :height, :width].float()
 
@@ -187,7 +204,11 @@ def peer_of(net: rflow.STDiT3, fused: bool) -> Peer:
     """The same weights, not shared"""
     twin = copy.deepcopy(net)
     twin.__class__ = Peer
-    classes = {rflow.Block: PeerBlock, rflow.SelfAttention: PeerAttention, rflow.CrossAttention: PeerCrossAttention}
+    classes = {
+        rflow.Block: PeerBlock,
+        rflow.SelfAttention: PeerAttention,
+        rflow.CrossAttention: PeerCrossAttention,
+    }
     for module in twin.modules():
         module.__class__, module.fused = classes.get(type(module), type(module)), fused
     return twin
@@ -196,9 +217,14 @@ def peer_of(net: rflow.STDiT3, fused: bool) -> Peer:
 def model_flops(config: dict, clips: int, frames: int, height: int, width: int, words: int) -> int:
     """Of a forward pass on latents of this size; words: real ones, in all captions"""
     c, places = config["hidden_size"], math.ceil(height / 2) * math.ceil(width / 2)
-    inner, ends = int(c * config["mlp_ratio"]), 4 * config["in_channels"] * (2 + config["pred_sigma"])  # in and out, 4 latents
+    inner, ends = (
+        int(c * config["mlp_ratio"]),
+        4 * config["in_channels"] * (2 + config["pred_sigma"]),
+    )  # in and out, 4 latents
     tokens = clips * frames * places
-    linear = tokens * (6 * c * c + 2 * c * inner) + words * 2 * c * c  # qkv, proj, q_linear, proj, mlp; kv_linear
+    linear = (
+        tokens * (6 * c * c + 2 * c * inner) + words * 2 * c * c
+    )  # qkv, proj, q_linear, proj, mlp; kv_linear
     cross = 2 * frames * places * words * c
     pair = 2 * (linear + cross) + 2 * tokens * (places + frames) * c
     rest = tokens * c * ends + words * c * (config["caption_channels"] + c) + clips * c * (3 * 256 + 15 * c)
@@ -220,7 +246,9 @@ def model_of(config: dict) -> rflow.STDiT3:
     return net.to(rflow.TORCH_DTYPES[DTYPE]).train()
 
 
-def inputs_of(config: dict, clips: int, shape: tuple[int, int, int], longest: int, device: Any = DEVICE) -> dict:
+def inputs_of(
+    config: dict, clips: int, shape: tuple[int, int, int], longest: int, device: Any = DEVICE
+) -> dict:
     """Latents, captions of 0.2 to 1 of `longest` tokens, first frames given in half of the clips"""
     rng = torch.Generator().manual_seed(0)
     lengths = torch.linspace(longest, max(1, longest // 5), clips).long()
@@ -232,7 +260,9 @@ def inputs_of(config: dict, clips: int, shape: tuple[int, int, int], longest: in
         "y": torch.randn(clips, longest, config["caption_channels"], generator=rng),
         "mask": torch.arange(longest) < lengths[:, None], "fps": torch.full((clips,), 24.0), "x_mask": made,
     }  # fmt: skip
-    return {name: value.to(device) for name, value in made.items()} | {"pixels": 8.0 * math.sqrt(shape[1] * shape[2])}
+    return {name: value.to(device) for name, value in made.items()} | {
+        "pixels": 8.0 * math.sqrt(shape[1] * shape[2])
+    }
 
 
 def latent_shape(bucket: rflow.Bucket) -> tuple[int, int, int]:
@@ -264,10 +294,14 @@ def check_same(nets: dict[str, nn.Module], inputs: dict) -> None:
     for name, net in nets.items():
         out = net(**inputs)
         out.square().mean().backward()
-        found = {"output": out.detach()} | {n: p.grad for n, p in net.named_parameters() if p.grad is not None}
+        found = {"output": out.detach()} | {
+            n: p.grad for n, p in net.named_parameters() if p.grad is not None
+        }
         for key, value in found.items():
             size = (wanted or found)[key].abs().max()
-            assert (value - (wanted or found)[key]).abs().max() <= 1e-3 * size + 1e-7, f"{name}: another {key}"
+            assert (value - (wanted or found)[key]).abs().max() <= 1e-3 * size + 1e-7, (
+                f"{name}: another {key}"
+            )
         wanted = wanted or found
         net.zero_grad()
 
@@ -280,7 +314,9 @@ def as_trained(net: nn.Module, inputs: dict, rounds: int) -> tuple[float, float]
     others = torch.cuda.memory_allocated() - sum(p.nbytes for p in net.parameters()) if CUDA else 0
     config = ds_config(Path(rflow.__file__).with_name("ds_zero2.json"), 1, 1, 1.0, DTYPE)
     trained = [p for p in net.parameters() if p.requires_grad]
-    engine, *_ = deepspeed.initialize(model=net, optimizer=torch.optim.AdamW(trained, 1e-5, fused=True), config=config)
+    engine, *_ = deepspeed.initialize(
+        model=net, optimizer=torch.optim.AdamW(trained, 1e-5, fused=True), config=config
+    )
     ema = [part.detach().clone() for part in rflow.parts_of(engine)]
 
     def step() -> None:
@@ -303,22 +339,35 @@ def forecast_gb(net: nn.Module, bucket: rflow.Bucket, caption: int) -> float:
     return memory_rows(trained, 0, {net.checkpointing: kept}, DTYPE, 1)[0]["gpu_gb"] + 4 * trained / GB
 
 
-SMALL = dict(depth=2, hidden_size=288, num_heads=4, caption_channels=256, model_max_length=60)  # XL's heads of 72
+SMALL = dict(
+    depth=2, hidden_size=288, num_heads=4, caption_channels=256, model_max_length=60
+)  # XL's heads of 72
 
 
 def part_step(args: argparse.Namespace) -> None:
     net = model_of(SMALL)
     tiny = {"ours": net, "fused": peer_of(net, True), "plain": peer_of(net, False)}
-    check_same({name: one.float().cpu() for name, one in tiny.items()}, inputs_of(rflow.XL | SMALL, 3, (3, 5, 8), 20, "cpu"))
+    check_same(
+        {name: one.float().cpu() for name, one in tiny.items()},
+        inputs_of(rflow.XL | SMALL, 3, (3, 5, 8), 20, "cpu"),
+    )
     config, longest = ({}, 300) if CUDA else (SMALL, 60)
-    runs = [("240p", 51, "9:16", 20), ("720p", 51, "9:16", 1)] if CUDA else [("160p", 51, "1:1", 2), ("256p", 17, "1:1", 1)]
+    runs = (
+        [("240p", 51, "9:16", 20), ("720p", 51, "9:16", 1)]
+        if CUDA
+        else [("160p", 51, "1:1", 2), ("256p", 17, "1:1", 1)]
+    )
     for bucket in (rflow.Bucket(*run) for run in runs):
         shape = latent_shape(bucket)
         net, inputs = model_of(config), inputs_of(rflow.XL | config, bucket.batch_size, shape, longest)
         words = int(inputs["mask"].sum())
         work = 3 * model_flops(net.config, bucket.batch_size, *shape, words)
         tokens = bucket.batch_size * shape[0] * math.ceil(shape[1] / 2) * math.ceil(shape[2] / 2)
-        nets = {"t2v_rflow.py": net, "upstream's blocks": peer_of(net, True), "no fused attention": peer_of(net, False)}
+        nets = {
+            "t2v_rflow.py": net,
+            "upstream's blocks": peer_of(net, True),
+            "no fused attention": peer_of(net, False),
+        }
         columns = interleaved({name: stepper(one, inputs) for name, one in nets.items()}, args.rounds)
         print(f"\n{bucket}, {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters, {tokens} tokens, "
               f"{words} of captions, {work / tokens / 3e9:.3f} GFLOP forward a token\n\n"
@@ -344,11 +393,17 @@ def text_of(config: dict, length: int, words: list[str]) -> rflow.T5:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<pad>", "<unk>", *words])}, "<unk>"))
+    core = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(["<pad>", "<unk>", *words])}, "<unk>")
+    )
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     text = rflow.T5.__new__(rflow.T5)  # __init__ reads a folder
     names = dict(pad_token="<pad>", unk_token="<unk>", model_input_names=["input_ids", "attention_mask"])
-    text.tokenizer, text.name, text.length = PreTrainedTokenizerFast(tokenizer_object=core, **names), "random", length
+    text.tokenizer, text.name, text.length = (
+        PreTrainedTokenizerFast(tokenizer_object=core, **names),
+        "random",
+        length,
+    )
     was = torch.get_default_dtype()
     torch.set_default_dtype(rflow.TORCH_DTYPES[DTYPE])
     text.encoder = T5EncoderModel(T5Config(**config, feed_forward_proj="gated-gelu", dropout_rate=0.0)).eval()
@@ -365,7 +420,11 @@ SMALL_VAE = dict(filters=32, blocks=1, image_filters=(32, 32, 32, 32), image_blo
 def full_size_shares(frames: int) -> dict[str, float]:
     """FLOPs of the encoders and of the rest of a step on one clip of 240p, 300 tokens, in 10^12"""
     with torch.device("meta"):
-        vae, text, clip = rflow.OpenSoraVAE(), text_of(XXL, 300, []), torch.empty(1, frames, 240, 426, 3, dtype=torch.uint8)
+        vae, text, clip = (
+            rflow.OpenSoraVAE(),
+            text_of(XXL, 300, []),
+            torch.empty(1, frames, 240, 426, 3, dtype=torch.uint8),
+        )
         ids = torch.ones(1, 300, dtype=torch.long)
         made = {"T5": flops_of(lambda: text.encoder(ids)), "VAE": flops_of(lambda: vae.encode(clip))}
     made["model"] = 4 * model_flops(rflow.XL, 1, rflow.OpenSoraVAE.latent_frames(frames), 30, 53, 300)
@@ -385,7 +444,9 @@ def write_clips(folder: Path, count: int, bucket: rflow.Bucket, words: list[str]
         steps = np.arange(bucket.frames)[:, None, None, None] * rng.integers(1, 9, 3)
         clip = (rows[None, ..., None] * rng.integers(1, 4, 3) + columns[None, ..., None] + steps) % 256
         rflow.write_lossless(clip.astype(np.uint8), folder / f"{number}.mkv", 24)
-        lines.append(f"{number}.mkv,{' '.join(rng.choice(words, many))},{bucket.frames + 1},{height},{width},24")
+        lines.append(
+            f"{number}.mkv,{' '.join(rng.choice(words, many))},{bucket.frames + 1},{height},{width},24"
+        )
     (folder / "clips.csv").write_text("\n".join(lines) + "\n")
     return folder / "clips.csv"
 
@@ -399,7 +460,9 @@ def compare_with_cache(args: argparse.Namespace, frames: int, small: rflow.Bucke
     """frames: at full size, 240p; small: what is measured for it on a CPU"""
     full, words = full_size_shares(frames), [f"word{i}" for i in range(500)]
     told = ", ".join(f"{name} {value:.1f}" for name, value in full.items())
-    print(f"\n240p, {frames} frames, 10^12 FLOPs a clip with recomputation: {told}; the encoders are {100 * share(full):.1f} %")
+    print(
+        f"\n240p, {frames} frames, 10^12 FLOPs a clip with recomputation: {told}; the encoders are {100 * share(full):.1f} %"
+    )
     if CUDA:
         bucket, sizes, text_sizes, config, length = (
             rflow.Bucket("240p", frames, "9:16", 20 if frames > 1 else 297),
@@ -422,7 +485,8 @@ def compare_with_cache(args: argparse.Namespace, frames: int, small: rflow.Bucke
     with torch.no_grad():
         work = {"T5": flops_of(lambda: text.encoder(ids)), "VAE": flops_of(lambda: codec.encode(clip))}
     each = [
-        times * model_flops(config | {"depth": n}, 1, codec.latent_frames(bucket.frames), height, width, many) for n in (0, 1)
+        times * model_flops(config | {"depth": n}, 1, codec.latent_frames(bucket.frames), height, width, many)
+        for n in (0, 1)
     ]
     if not CUDA:
         config["depth"] = round((sum(work.values()) * (1 / share(full) - 1) - each[0]) / (each[1] - each[0]))
@@ -437,7 +501,9 @@ def compare_with_cache(args: argparse.Namespace, frames: int, small: rflow.Bucke
         manifest = write_clips(Path(folder), 2 * bucket.batch_size, bucket, words, many)
         rows, table, _ = rflow.measure(rflow.read_manifest(manifest)[0], Path(folder), 1)
         sources = {
-            name: rflow.Source(rflow.Config(cache=cache, cache_dir=Path(folder), report_to="none"), rows, table, codec, text)
+            name: rflow.Source(
+                rflow.Config(cache=cache, cache_dir=Path(folder), report_to="none"), rows, table, codec, text
+            )
             for name, cache in (("encoders in the step", None), ("from the cache", Path(folder) / "cache"))
         }
         rflow.fill_cache(sources["from the cache"], [(bucket, row) for row in chosen])
@@ -453,7 +519,10 @@ def compare_with_cache(args: argparse.Namespace, frames: int, small: rflow.Bucke
             optimizer.zero_grad()
 
         files = sources["encoders in the step"]
-        pixels, captions = [files.pixels(row, bucket, 0) for row in chosen], [files.caption(row, 0) for row in chosen]
+        pixels, captions = (
+            [files.pixels(row, bucket, 0) for row in chosen],
+            [files.caption(row, 0) for row in chosen],
+        )
         calls = {name: lambda source=source: step(source) for name, source in sources.items()} | {
             "decoding alone": lambda: [files.pixels(row, bucket, 0) for row in chosen],
             "T5 alone": lambda: text.encode(captions),
@@ -477,7 +546,9 @@ def most_allocated(call: Callable[[], object]) -> tuple[int, int]:
         found = torch.cuda.memory_allocated() - start, torch.cuda.max_memory_allocated() - start
         del held
         return found
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         held = call()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     live = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
@@ -490,7 +561,12 @@ def part_memory(args: argparse.Namespace) -> None:
     if CUDA:
         cases = [(28, "240p", 51, "9:16", 4), (28, "720p", 51, "9:16", 1)]
     else:
-        cases = [(2, "80p", 51, "1:1", 4), (8, "80p", 51, "1:1", 4), (2, "256p", 17, "1:1", 1), (8, "80p", 1, "1:1", 64)]
+        cases = [
+            (2, "80p", 51, "1:1", 4),
+            (8, "80p", 51, "1:1", 4),
+            (2, "256p", 17, "1:1", 1),
+            (8, "80p", 1, "1:1", 64),
+        ]
     print("\n| MB | pairs | checkpointing | forecast | kept by the forward pass | forecast / it | most in the step | "
           "forecast / it | upstream's blocks: most | / ours |\n|---|---|---|---|---|---|---|---|---|---|")  # fmt: skip
     for depth, *of in cases:
@@ -498,7 +574,10 @@ def part_memory(args: argparse.Namespace) -> None:
         net = model_of(config | {"depth": depth})
         inputs = inputs_of(rflow.XL | config, bucket.batch_size, latent_shape(bucket), longest)
         for on in (False, True):
-            guess, found = rflow.activation_bytes(net.config, bucket, rflow.OpenSoraVAE, longest, DTYPE, on), []
+            guess, found = (
+                rflow.activation_bytes(net.config, bucket, rflow.OpenSoraVAE, longest, DTYPE, on),
+                [],
+            )
             for one in (net, peer_of(net, True)):
                 one.checkpointing = on
                 for p in one.parameters():
@@ -522,14 +601,24 @@ def manifest_like_openvid(path: Path, count: int) -> None:
     sizes = [(1080, 1920), (720, 1280), (576, 1024), (512, 960), (1920, 1080), (720, 720)]
     size = rng.choice(len(sizes), count, p=[0.43, 0.36, 0.08, 0.07, 0.04, 0.02])
     frames = np.clip(rng.lognormal(math.log(140), 0.65, count), 24, 3000).astype(int)
-    fps, scores = rng.choice([24.0, 25.0, 29.97, 60.0], count, p=[0.25, 0.25, 0.47, 0.03]), rng.uniform(4, 7, (count, 2))
-    caption = "The video shows a person in a blue jacket who walks along a quiet street while the camera follows. " * 7
+    fps, scores = (
+        rng.choice([24.0, 25.0, 29.97, 60.0], count, p=[0.25, 0.25, 0.47, 0.03]),
+        rng.uniform(4, 7, (count, 2)),
+    )
+    caption = (
+        "The video shows a person in a blue jacket who walks along a quiet street while the camera follows. "
+        * 7
+    )
     with path.open("w", newline="") as file:
         out = csv.writer(file)
-        out.writerow("video,caption,aesthetic score,motion score,camera motion,frame,fps,height,width".split(","))
+        out.writerow(
+            "video,caption,aesthetic score,motion score,camera motion,frame,fps,height,width".split(",")
+        )
         for i in range(count):
             said = caption[: 500 + i % 200]
-            out.writerow([f"v{i}.mp4", said, *scores[i].round(3), "static", frames[i], fps[i], *sizes[size[i]]])
+            out.writerow(
+                [f"v{i}.mp4", said, *scores[i].round(3), "static", frames[i], fps[i], *sizes[size[i]]]
+            )
 
 
 def part_plan(args: argparse.Namespace) -> None:
@@ -545,27 +634,41 @@ def part_plan(args: argparse.Namespace) -> None:
         found: dict = {}
         times = {"csv.DictReader, rows thrown away": seconds(plain)}
         times["read_manifest"] = seconds(lambda: found.update(rows=rflow.read_manifest(path)[0]))
-        times["measure"] = seconds(lambda: found.update(zip(("rows", "table"), rflow.measure(found["rows"], path.parent, 1))))
-        times["pickled for the other ranks"] = seconds(lambda: found.update(pickled=len(pickle.dumps(found["rows"]))))
+        times["measure"] = seconds(
+            lambda: found.update(zip(("rows", "table"), rflow.measure(found["rows"], path.parent, 1)))
+        )
+        times["pickled for the other ranks"] = seconds(
+            lambda: found.update(pickled=len(pickle.dumps(found["rows"])))
+        )
         print(f"\n{len(found['rows'])} rows, CSV of {path.stat().st_size / GB:.2f} GB, {found['pickled'] / GB:.2f} GB pickled, "
               f"peak {peak_memory_gb():.1f} GB\n\n| reading | s |\n|---|---|")  # fmt: skip
     for name, spent in times.items():
         print(f"| {name} | {spent:.1f} |")
     buckets = rflow.BUCKETS["2"]
     columns = interleaved(
-        {str(n): lambda n=n: found.update({n: rflow.plan(found["table"], buckets, 0, 0, n)}) for n in (8, 192)}, args.rounds
+        {
+            str(n): lambda n=n: found.update({n: rflow.plan(found["table"], buckets, 0, 0, n)})
+            for n in (8, 192)
+        },
+        args.rounds,
     )
-    print("\n| ranks | plan, s | steps | a step waits | in a plain shuffle | shapes |\n|---|---|---|---|---|---|")
+    print(
+        "\n| ranks | plan, s | steps | a step waits | in a plain shuffle | shapes |\n|---|---|---|---|---|---|"
+    )
     for n in (8, 192):
         one = found[n]
         waits = [f"{100 * (value - 1):.1f} %" for value in (one.imbalance, one.imbalance_shuffled)]
-        print(f"| {n} | {spread(columns[str(n)])} | {len(one.order)} | {waits[0]} | {waits[1]} | {len(one.buckets)} |")
+        print(
+            f"| {n} | {spread(columns[str(n)])} | {len(one.order)} | {waits[0]} | {waits[1]} | {len(one.buckets)} |"
+        )
     print(f"\n{found[192].table()}")
 
 
 def main() -> None:
     parts = {"step": part_step, "cache": part_cache, "memory": part_memory, "plan": part_plan}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)}; default: all")
     for name, value in {"rounds": 5, "clips": 1_000_000}.items():  # clips: of `plan`
         parser.add_argument(f"--{name}", type=int, default=value)

@@ -13,7 +13,12 @@ import av
 import numpy as np
 
 WIDTH, HEIGHT, BAR = 160, 96, 16  # the bar: 16 blocks of 10 x 16 pixels
-TEXTURE = np.random.default_rng(0).integers(0, 256, (HEIGHT // 8, WIDTH // 4, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+TEXTURE = (
+    np.random.default_rng(0)
+    .integers(0, 256, (HEIGHT // 8, WIDTH // 4, 3), np.uint8)
+    .repeat(8, 0)
+    .repeat(8, 1)
+)
 
 
 def draw(number: int) -> np.ndarray:
@@ -30,7 +35,9 @@ def read_number(frame: np.ndarray) -> int:
     return sum(1 << b for b, level in enumerate(blocks) if level > 127)
 
 
-def write(path, frames, codec="libx264", gop=250, times=None, pix_fmt="yuv420p", options=None, mux=None, turn=0):
+def write(
+    path, frames, codec="libx264", gop=250, times=None, pix_fmt="yuv420p", options=None, mux=None, turn=0
+):
     """Encode the numbers 0..frames-1 at 25 fps, or at `times` (ms); turn: quarter turns of the picture before."""
     options = dict({"libx264": {"preset": "veryfast", "bf": "3"}}.get(codec, {}), **(options or {}))
     with av.open(str(path), "w", options=mux or {}) as out:
@@ -68,7 +75,9 @@ def trim(path: Path, start: int, frames: int) -> Path:
 def rotate(path: Path) -> Path:
     """Ask players for a quarter turn clockwise: the matrix of the track header, as phones write it."""
     data = bytearray(path.read_bytes())
-    struct.pack_into(">9i", data, data.index(b"tkhd") + 4 + 40, 0, 1 << 16, 0, -1 << 16, 0, 0, WIDTH << 16, 0, 1 << 30)
+    struct.pack_into(
+        ">9i", data, data.index(b"tkhd") + 4 + 40, 0, 1 << 16, 0, -1 << 16, 0, 0, WIDTH << 16, 0, 1 << 30
+    )
     path.write_bytes(data)
     return path
 
@@ -161,7 +170,9 @@ def make_bad(folder: Path) -> dict[str, tuple[Path, str]]:
             frame.sample_rate, frame.pts = 16000, 1024 * i
             out.mux(stream.encode(frame))
         out.mux(stream.encode(None))
-    with av.open(str(folder / "bomb.avi"), "w") as out:  # one grey picture of 71 megapixels in a few kilobytes
+    with av.open(
+        str(folder / "bomb.avi"), "w"
+    ) as out:  # one grey picture of 71 megapixels in a few kilobytes
         stream = out.add_stream("mjpeg", rate=25)
         stream.width, stream.height, stream.pix_fmt = 16384, 4352, "yuvj420p"
         planes = np.full((4352 * 3 // 2, 16384), 128, np.uint8)

@@ -36,7 +36,9 @@ OURS = (
 
 
 def pytest_addoption(parser):
-    parser.addoption("--demos", action="store_true", help="run the demos whole and check their scores (minutes each)")
+    parser.addoption(
+        "--demos", action="store_true", help="run the demos whole and check their scores (minutes each)"
+    )
 
 
 def pytest_configure(config):
@@ -44,7 +46,13 @@ def pytest_configure(config):
 
 
 # Files that start scripts take minutes: first, so that no process is left with the longest of them at the end.
-SLOW = ("test_t2v_ddpm.py", "test_longcat_vss.py", "test_llava_vtt.py", "test_t2v_rflow.py", "test_nllb_vtt.py")
+SLOW = (
+    "test_t2v_ddpm.py",
+    "test_longcat_vss.py",
+    "test_llava_vtt.py",
+    "test_t2v_rflow.py",
+    "test_nllb_vtt.py",
+)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -58,7 +66,12 @@ def pytest_collection_modifyitems(config, items):
 def environment(**variables) -> dict[str, str]:
     """This process's environment without what would change a run, plus `variables`."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(OURS)}
-    clean |= {"OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PATH": scripts_path()}
+    clean |= {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "PATH": scripts_path(),
+    }
     return clean | {k: str(v) for k, v in variables.items()}
 
 
@@ -133,7 +146,9 @@ def unbroken_runs(tmp_path_factory, script, flags_of):
     def get(ranks: int) -> Path:
         if ranks not in done:
             folder = tmp_path_factory.mktemp(f"unbroken{ranks}")
-            (folder / "output").write_text(run(script, *flags_of(ranks, folder / "run"), cwd=folder, ranks=ranks))
+            (folder / "output").write_text(
+                run(script, *flags_of(ranks, folder / "run"), cwd=folder, ranks=ranks)
+            )
             done[ranks] = folder / "run"
         return done[ranks]
 
@@ -143,7 +158,9 @@ def unbroken_runs(tmp_path_factory, script, flags_of):
 def kill_at_step_3(script, *flags, folder: Path, cwd: Path, ranks=1) -> None:
     """Start a run into `folder`, and kill -9 all of its processes when step 3 is logged."""
     process = start(command(script, *flags, ranks=ranks), cwd)
-    wait_for(lambda: '"step": 3' in read(folder / "metrics.jsonl") or process.poll() is not None, what="step 3")
+    wait_for(
+        lambda: '"step": 3' in read(folder / "metrics.jsonl") or process.poll() is not None, what="step 3"
+    )
     assert process.poll() is None, f"ended before step 3:\n{process.stdout.read()}"
     for pid in [*children(process.pid), process.pid]:  # torchrun gives each rank a session of its own
         os.kill(pid, signal.SIGKILL)

@@ -117,7 +117,9 @@ class Hub:
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
     def __enter__(self) -> "Hub":
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        threading.Thread(
+            target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        ).start()
         return self
 
     def __exit__(self, *exc) -> None:
@@ -126,7 +128,12 @@ class Hub:
 
     def environment(self, token: str = WRITE) -> dict[str, str]:
         """What a process needs in order to take this for the Hub; it also needs an HF_HOME of its own."""
-        return {"HF_ENDPOINT": self.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_TOKEN": token}
+        return {
+            "HF_ENDPOINT": self.url,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_TOKEN": token,
+        }
 
     def fault(self, pattern: str, **settings) -> Fault:
         self.faults.append(Fault(pattern, **settings))
@@ -145,7 +152,9 @@ class Hub:
     def files(self, repo_id: str, kind: str = "models") -> dict[str, bytes]:
         return {path: self.blobs[key] for path, key in self.repo(repo_id, kind).commits[-1].files.items()}
 
-    def add_repo(self, repo_id: str, private: bool = True, files: dict[str, bytes] | None = None, kind: str = "models") -> Repo:
+    def add_repo(
+        self, repo_id: str, private: bool = True, files: dict[str, bytes] | None = None, kind: str = "models"
+    ) -> Repo:
         repo = Repo(kind, repo_id, private)
         repo.add("initial commit", {path: self.store(data) for path, data in (files or {}).items()})
         self.repos[kind, repo_id] = repo
@@ -228,7 +237,9 @@ class Handler(BaseHTTPRequestHandler):
         self.connection.close()
         raise ConnectionResetError
 
-    def reply(self, status: int, body: bytes | dict | list = b"", headers: dict[str, str] | None = None) -> None:
+    def reply(
+        self, status: int, body: bytes | dict | list = b"", headers: dict[str, str] | None = None
+    ) -> None:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         kind = self.fault.kind if self.fault else None
         if kind == "lost":
@@ -266,7 +277,9 @@ class Handler(BaseHTTPRequestHandler):
         repo = self.hub.repos.get((kind or "models", id))
         owner = id.split("/")[0]
         anonymous = not self.headers.get("Authorization")
-        if repo is None or (repo.private and (anonymous or owner not in (self.user().name, *self.user().orgs))):
+        if repo is None or (
+            repo.private and (anonymous or owner not in (self.user().name, *self.user().orgs))
+        ):
             self.error(401 if anonymous else 404, "RepoNotFound", "Repository not found")
         if write and not self.may_write(owner):
             self.error(403, "Forbidden", "You don't have the rights to write to this repository")
@@ -295,9 +308,13 @@ class Handler(BaseHTTPRequestHandler):
             self.error(403, "Forbidden", "You don't have the rights to create a repo under this namespace")
         with self.hub.lock:
             if (kind, id) in self.hub.repos:
-                self.reply(409, {"error": "You already created this repo", "url": self.page(kind, id), "id": id})
+                self.reply(
+                    409, {"error": "You already created this repo", "url": self.page(kind, id), "id": id}
+                )
                 return
-            self.hub.add_repo(id, request.get("visibility") == "private" or bool(request.get("private")), kind=kind)
+            self.hub.add_repo(
+                id, request.get("visibility") == "private" or bool(request.get("private")), kind=kind
+            )
         self.reply(200, {"url": self.page(kind, id), "name": id, "id": id})
 
     def validate_yaml(self) -> None:
@@ -307,7 +324,10 @@ class Handler(BaseHTTPRequestHandler):
         repo, commit = self.find(kind, id, rev)
         siblings = [{"rfilename": path} for path in sorted(commit.files)]
         answer = {"_id": "0", "id": id, "sha": commit.sha, "private": repo.private, "siblings": siblings}
-        self.reply(200, {**answer, "author": id.split("/")[0], "gated": False, "tags": [], "downloads": 0, "likes": 0})
+        self.reply(
+            200,
+            {**answer, "author": id.split("/")[0], "gated": False, "tags": [], "downloads": 0, "likes": 0},
+        )
 
     def refs(self, kind: str, id: str) -> None:
         _, commit = self.find(kind, id)
@@ -317,7 +337,9 @@ class Handler(BaseHTTPRequestHandler):
     def commits(self, kind: str, id: str, rev: str) -> None:
         repo, _ = self.find(kind, id, rev)
         date = "2026-01-01T00:00:00.000Z"
-        rows = [{"id": c.sha, "title": c.title, "message": "", "date": date, "authors": []} for c in repo.commits]
+        rows = [
+            {"id": c.sha, "title": c.title, "message": "", "date": date, "authors": []} for c in repo.commits
+        ]
         self.reply(200, rows[::-1])
 
     # --- Reading
@@ -343,7 +365,12 @@ class Handler(BaseHTTPRequestHandler):
                 rows[name] = self.entry(name, key)
             else:
                 folder = prefix + below.split("/")[0]
-                rows[folder] = {"type": "directory", "path": folder, "size": 0, "oid": git_sha1(folder.encode())}
+                rows[folder] = {
+                    "type": "directory",
+                    "path": folder,
+                    "size": 0,
+                    "oid": git_sha1(folder.encode()),
+                }
         if prefix and not rows:
             self.error(404, "EntryNotFound", f"{path} does not exist")
         self.reply(200, list(rows.values()))
@@ -358,7 +385,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def resolve(self, kind: str, id: str, rev: str, path: str) -> None:
         _, commit = self.find(kind, id, rev)
-        head = {"X-Repo-Commit": commit.sha, "Accept-Ranges": "bytes", "Content-Type": "application/octet-stream"}
+        head = {
+            "X-Repo-Commit": commit.sha,
+            "Accept-Ranges": "bytes",
+            "Content-Type": "application/octet-stream",
+        }
         if path not in commit.files:
             self.reply(404, {"error": "Entry not found"}, {**head, "X-Error-Code": "EntryNotFound"})
             return
@@ -375,10 +406,14 @@ class Handler(BaseHTTPRequestHandler):
         if first >= len(data):
             self.reply(416, b"", {**head, "Content-Range": f"bytes */{len(data)}"})
         else:
-            self.reply(206, data[first : last + 1], {**head, "Content-Range": f"bytes {first}-{last}/{len(data)}"})
+            self.reply(
+                206, data[first : last + 1], {**head, "Content-Range": f"bytes {first}-{last}/{len(data)}"}
+            )
 
     def file(self, path: str) -> None:
-        static = self.hub.static.get(path, Static(b"<html>not here</html>", 404, {"Content-Type": "text/html"}))
+        static = self.hub.static.get(
+            path, Static(b"<html>not here</html>", 404, {"Content-Type": "text/html"})
+        )
         self.reply(static.status, static.body, {"Content-Type": "application/octet-stream", **static.headers})
 
     # --- Writing
@@ -426,7 +461,11 @@ class Handler(BaseHTTPRequestHandler):
             if operation["key"] == "header":
                 title = value["summary"]
                 if not last.sha.startswith(value.get("parentCommit") or ""):
-                    self.error(412, "PreconditionFailed", "A commit has happened since. Please refresh and try again.")
+                    self.error(
+                        412,
+                        "PreconditionFailed",
+                        "A commit has happened since. Please refresh and try again.",
+                    )
             elif operation["key"] == "file":
                 files[value["path"]] = self.hub.store(base64.b64decode(value["content"]))
             elif operation["key"] == "lfsFile":

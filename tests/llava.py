@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 
-def build(folder: Path, size: int = 384, patch: int = 14, width: int = 32, words: str = "", chatml: bool = True) -> Path:
+def build(
+    folder: Path, size: int = 384, patch: int = 14, width: int = 32, words: str = "", chatml: bool = True
+) -> Path:
     """(size / patch)^2 tokens a frame: 27 x 27 by default, as llava-interleave-qwen has. Byte-level BPE: it can say anything."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -22,10 +24,15 @@ def build(folder: Path, size: int = 384, patch: int = 14, width: int = 32, words
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     special = ["<|endoftext|>", *(["<|im_start|>", "<|im_end|>"] if chatml else ["<s>", "</s>"]), "<image>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    learn = trainers.BpeTrainer(vocab_size=320, special_tokens=special, show_progress=False, initial_alphabet=alphabet)
+    learn = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=special, show_progress=False, initial_alphabet=alphabet
+    )
     bpe.train_from_iterator(["user assistant What happens in this video?", words], learn)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token=special[2], pad_token=special[0], extra_special_tokens={"image_token": "<image>"}
+        tokenizer_object=bpe,
+        eos_token=special[2],
+        pad_token=special[0],
+        extra_special_tokens={"image_token": "<image>"},
     )
     processor = LlavaProcessor(
         image_processor=SiglipImageProcessor(size={"height": size, "width": size}), tokenizer=tokenizer, patch_size=patch,

@@ -26,7 +26,11 @@ PACKAGES = {
 
 def definitions(source: str) -> dict[str, str]:
     """{name: code without comments and layout} of the functions and classes at the top level."""
-    return {node.name: ast.dump(node) for node in ast.parse(source).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    return {
+        node.name: ast.dump(node)
+        for node in ast.parse(source).body
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+    }
 
 
 def differing(sources: dict[str, str]) -> list[str]:
@@ -60,13 +64,18 @@ def test_two_definitions_of_one_name_are_the_same_code():
 
 def test_the_check_above_can_fail():
     a, b = "def f(x):\n    return x  # why\n", "def f(x):\n    return x + 1\n"
-    assert differing({"a": a, "b": a.replace("  # why", "")}) == [] and differing({"a": a, "b": b}) == ["f: a and b"]
+    assert differing({"a": a, "b": a.replace("  # why", "")}) == [] and differing({"a": a, "b": b}) == [
+        "f: a and b"
+    ]
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_header_lists_what_a_lone_copy_imports(path):
     header = path.read_text().split("# ///\n")[0]
-    listed = {re.split("[<>=!;]", name)[0].lower() for name in re.findall(r'"([^"]+)"', header.split("dependencies")[1])}
+    listed = {
+        re.split("[<>=!;]", name)[0].lower()
+        for name in re.findall(r'"([^"]+)"', header.split("dependencies")[1])
+    }
     # asked for by a flag, and then the message says what to install; `networks` is LongCat-Audio-Codec's checkout
     optional = {"wandb", "pyarrow", "datasets", "bitsandbytes", "networks"}
     needed = {PACKAGES.get(name, name).lower() for name in imported(path) | imported(ROOT / "common.py")}

@@ -29,7 +29,9 @@ class Fixed(torch.nn.Module):
 
     def forward(self, x, t, text, drop=None):
         text = text if drop is None else torch.where(drop[:, None], 0, text)
-        return torch.tanh(0.7 * x.roll(1, -1) + text.mean(-1).view(-1, 1, 1, 1, 1)) * (0.5 + t.view(-1, 1, 1, 1, 1) / 2000)
+        return torch.tanh(0.7 * x.roll(1, -1) + text.mean(-1).view(-1, 1, 1, 1, 1)) * (
+            0.5 + t.view(-1, 1, 1, 1, 1) / 2000
+        )
 
 
 def test_cosine_schedule_is_diffusers():
@@ -40,7 +42,9 @@ def test_cosine_schedule_is_diffusers():
 def test_shift_divides_the_signal_to_noise_ratio():
     a, b = t2v.cosine_alpha_bar(1.0).double(), t2v.cosine_alpha_bar(3.0).double()
     middle = slice(50, 950)  # float32 leaves no digits at the ends
-    torch.testing.assert_close((a / (1 - a))[middle] / (b / (1 - b))[middle], torch.full((900,), 9.0).double(), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        (a / (1 - a))[middle] / (b / (1 - b))[middle], torch.full((900,), 9.0).double(), rtol=1e-3, atol=0
+    )
 
 
 @pytest.mark.parametrize("prediction", ["noise", "v"])
@@ -48,9 +52,13 @@ def test_noise_and_target_are_diffusers(prediction):
     alpha_bar = t2v.cosine_alpha_bar(2.0)
     peer = DDPMScheduler(trained_betas=betas_of(alpha_bar), prediction_type=KIND[prediction])
     x, noise, t = torch.randn(4, 2, 3, 8, 8), torch.randn(4, 2, 3, 8, 8), torch.tensor([0, 10, 500, 998])
-    torch.testing.assert_close(t2v.add_noise(x, noise, alpha_bar[t]), peer.add_noise(x, noise, t), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        t2v.add_noise(x, noise, alpha_bar[t]), peer.add_noise(x, noise, t), rtol=1e-3, atol=1e-4
+    )
     target = peer.get_velocity(x, noise, t) if prediction == "v" else noise
-    torch.testing.assert_close(t2v.diffusion_target(x, noise, alpha_bar[t], prediction), target, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        t2v.diffusion_target(x, noise, alpha_bar[t], prediction), target, rtol=1e-3, atol=1e-4
+    )
     clean, again = t2v.clean_and_noise(peer.add_noise(x.clamp(-1, 1), noise, t)[2:3], target[2:3] * 0 + t2v.diffusion_target(
         x.clamp(-1, 1), noise, alpha_bar[t], prediction)[2:3], alpha_bar[500], prediction)  # fmt: skip
     torch.testing.assert_close(clean, x.clamp(-1, 1)[2:3], rtol=1e-3, atol=1e-3)
@@ -62,21 +70,27 @@ def test_noise_and_target_are_diffusers(prediction):
 def test_ddim_is_diffusers(prediction, guidance):
     cfg = t2v.Config(prediction=prediction, guidance=guidance, sample_steps=20, shift=2.0)
     peer = DDIMScheduler(
-        trained_betas=betas_of(t2v.cosine_alpha_bar(2.0)), prediction_type=KIND[prediction], timestep_spacing="trailing"
+        trained_betas=betas_of(t2v.cosine_alpha_bar(2.0)),
+        prediction_type=KIND[prediction],
+        timestep_spacing="trailing",
     )
     peer.set_timesteps(20)
     model, text, shape = Fixed(), torch.randn(2, 16), (3, 3, 4, 4)
     x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(5))
     for t in peer.timesteps:
         with_text, without = model(x, t.expand(2), text), model(x, t.expand(2), text * 0)
-        x = peer.step(without + guidance * (with_text - without), t, x, use_clipped_model_output=True).prev_sample
+        x = peer.step(
+            without + guidance * (with_text - without), t, x, use_clipped_model_output=True
+        ).prev_sample
     torch.testing.assert_close(t2v.sample(model, text, shape, cfg, seed=5), x.detach(), rtol=1e-3, atol=1e-3)
 
 
 def test_ancestral_sampling_is_diffusers_ddpm():
     cfg = t2v.Config(prediction="v", guidance=1.0, sampler="ddpm")
     betas = betas_of(t2v.cosine_alpha_bar())
-    peer = DDPMScheduler(trained_betas=betas, prediction_type="v_prediction", variance_type="fixed_small", clip_sample=True)
+    peer = DDPMScheduler(
+        trained_betas=betas, prediction_type="v_prediction", variance_type="fixed_small", clip_sample=True
+    )
     peer.set_timesteps(1000)
     model, text, shape = Fixed(), torch.randn(2, 16), (2, 3, 4, 4)
     generator = torch.Generator().manual_seed(5)
@@ -89,7 +103,13 @@ def test_ancestral_sampling_is_diffusers_ddpm():
 def test_model_shapes_and_size():
     with torch.device("meta"):
         model = t2v.UNet3DCond()
-        assert model(torch.empty(2, 8, 3, 64, 64), torch.empty(2), torch.empty(2, 512)).shape == (2, 8, 3, 64, 64)
+        assert model(torch.empty(2, 8, 3, 64, 64), torch.empty(2), torch.empty(2, 512)).shape == (
+            2,
+            8,
+            3,
+            64,
+            64,
+        )
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     assert 15 < millions < 25
     small = t2v.UNet3DCond(16, 2, 1, 2, 32).eval()
@@ -98,14 +118,20 @@ def test_model_shapes_and_size():
     x, t, text = torch.randn(2, 5, 3, 16, 24), torch.tensor([3, 900]), torch.randn(2, 32)
     whole, none = small(x, t, text), small(x, t, text, torch.tensor([True, True]))
     assert whole.shape == x.shape
-    assert not torch.allclose(whole, none) and torch.equal(none, small(x, t, text * 2, torch.tensor([True, True])))
-    assert torch.allclose(whole[:1], small(x[:1], t[:1], text[:1]), atol=1e-3), "clips of a batch must not touch each other"
+    assert not torch.allclose(whole, none) and torch.equal(
+        none, small(x, t, text * 2, torch.tensor([True, True]))
+    )
+    assert torch.allclose(whole[:1], small(x[:1], t[:1], text[:1]), atol=1e-3), (
+        "clips of a batch must not touch each other"
+    )
 
 
 @pytest.mark.parametrize("base", [8, 24, 88])
 def test_odd_widths_work(base):
     with torch.device("meta"):
-        assert t2v.UNet3DCond(base)(torch.empty(1, 3, 3, 8, 8), torch.empty(1), torch.empty(1, 512)).shape == (1, 3, 3, 8, 8)
+        assert t2v.UNet3DCond(base)(
+            torch.empty(1, 3, 3, 8, 8), torch.empty(1), torch.empty(1, 512)
+        ).shape == (1, 3, 3, 8, 8)
 
 
 def test_frames_reach_each_other_through_time_attention():
@@ -129,7 +155,10 @@ def test_activation_bytes_grow_with_the_batch():
 
 def test_batches_are_a_function_of_the_step(monkeypatch):
     clips = t2v.Clips(
-        [np.full((1, 2, 2, 3), i, np.uint8) for i in range(10)], [("a",)] * 10, [[0, 1]] * 10, torch.arange(2.0)[:, None]
+        [np.full((1, 2, 2, 3), i, np.uint8) for i in range(10)],
+        [("a",)] * 10,
+        [[0, 1]] * 10,
+        torch.arange(2.0)[:, None],
     )
     cfg, seen = t2v.Config(batch_size=1), []
     for micro in range(10):
@@ -141,7 +170,9 @@ def test_batches_are_a_function_of_the_step(monkeypatch):
             assert torch.equal(frames, again)
             seen.append((int(frames[0, 0, 0, 0, 0]), float(text)))
     first, second = seen[:10], seen[10:]
-    assert sorted(i for i, _ in first) == sorted(i for i, _ in second) == list(range(10)), "each clip once an epoch"
+    assert sorted(i for i, _ in first) == sorted(i for i, _ in second) == list(range(10)), (
+        "each clip once an epoch"
+    )
     assert [i for i, _ in first] != [i for i, _ in second]
     assert {c for _, c in first} == {0.0} and {c for _, c in second} == {1.0}, "captions take turns"
 
@@ -162,14 +193,20 @@ def test_manifest_forms(tmp_path, form):
             {"file": "b.mp4", "captions": ["two"]},
             {"path": "http://h/c.mp4", "text": "x"},
         ]
-        rows += [{"video": "b.mp4", "caption": "three"}, {"video_path": "/abs/d.mp4", "caption": ""}, {"caption": "no video"}]
+        rows += [
+            {"video": "b.mp4", "caption": "three"},
+            {"video_path": "/abs/d.mp4", "caption": ""},
+            {"caption": "no video"},
+        ]
         manifest.write_bytes(b"\xef\xbb\xbf" + "\n\n".join(json.dumps(row) for row in rows).encode())
     elif form == "folder":
         manifest = tmp_path
         for name, description in (("a", "one"), ("b", "two"), ("c", None)):
             (tmp_path / f"{name}.mp4").touch()
             if description:
-                (tmp_path / f"{name}.json").write_text(json.dumps({"video_id": name, "description": description}))
+                (tmp_path / f"{name}.json").write_text(
+                    json.dumps({"video_id": name, "description": description})
+                )
     else:
         (tmp_path / "videos").mkdir()
         (tmp_path / "videos" / "video0.mp4").touch()
@@ -211,10 +248,14 @@ def test_written_video_plays(tmp_path):
         stream = file.streams.video[0]
         frames = [frame.to_ndarray(format="rgb24") for frame in file.decode(stream)]
         assert stream.codec_context.name == "h264" and stream.codec_context.pix_fmt == "yuv420p"
-    assert len(frames) == 8 and frames[0].shape[0] >= 256 and frames[0].shape[0] % 2 == frames[0].shape[1] % 2 == 0
-    assert (tmp_path / "x.mp4").read_bytes().find(b"moov") < (tmp_path / "x.mp4").read_bytes().find(b"mdat"), (
-        "plays while it loads"
+    assert (
+        len(frames) == 8
+        and frames[0].shape[0] >= 256
+        and frames[0].shape[0] % 2 == frames[0].shape[1] % 2 == 0
     )
+    assert (tmp_path / "x.mp4").read_bytes().find(b"moov") < (tmp_path / "x.mp4").read_bytes().find(
+        b"mdat"
+    ), "plays while it loads"
     assert (tmp_path / "x.gif").read_bytes().startswith(b"GIF89a")
 
 
@@ -226,16 +267,27 @@ def test_auto_takes_the_least_offloading_that_fits(monkeypatch, capsys):
     activations = t2v.activation_bytes(model, cfg, "bf16")
     rows = common.memory_plan(sum(p.numel() for p in model.parameters()), 0, activations, "bf16", 1)
     needs = {row["layout"]: row["gpu_gb"] for row in rows}
-    assert needs["ZeRO-2"] > needs["ZeRO-2, optimizer on CPU"]  # ZeRO-3 keeps a model as small as this gathered
-    for layout, (stage, offloaded) in {"ZeRO-2": (2, ""), "ZeRO-2, optimizer on CPU": (2, "optimizer")}.items():
+    assert (
+        needs["ZeRO-2"] > needs["ZeRO-2, optimizer on CPU"]
+    )  # ZeRO-3 keeps a model as small as this gathered
+    for layout, (stage, offloaded) in {
+        "ZeRO-2": (2, ""),
+        "ZeRO-2, optimizer on CPU": (2, "optimizer"),
+    }.items():
         monkeypatch.setattr(common, "memory_here", lambda gb=needs[layout] * 1.1: (gb, 64.0))
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a small GPU")
         zero = t2v.plan(cfg, model, data, "bf16", torch.device("cpu"))["zero_optimization"]
         assert (
-            zero["stage"] == stage and [what for what in ("optimizer", "param") if f"offload_{what}" in zero] == offloaded.split()
+            zero["stage"] == stage
+            and [what for what in ("optimizer", "param") if f"offload_{what}" in zero] == offloaded.split()
         )
     monkeypatch.setattr(common, "memory_here", lambda: (0.01, 64.0))
     with pytest.raises(SystemExit) as stop:
         t2v.plan(dataclasses.replace(cfg, batch_size=2), model, data, "bf16", torch.device("cpu"))
     said = capsys.readouterr().err
-    assert stop.value.code == 2 and "no memory layout fits" in said and "BS=1 saves" in said and "FRAMES=1 saves" in said
+    assert (
+        stop.value.code == 2
+        and "no memory layout fits" in said
+        and "BS=1 saves" in said
+        and "FRAMES=1 saves" in said
+    )

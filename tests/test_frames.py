@@ -10,8 +10,28 @@ from clips import make_all, make_bad, read_number
 from common import BadSample, extract_frames, frame_indices
 
 REAL = sorted(Path(__file__).resolve().parents[2].glob("shared/clips/*.*[!d]"))
-NAMES = ["h264_gop12", "h264_gop250", "hevc_open_gop", "mp4v", "avi", "mpeg_ps", "vfr_mp4", "vfr_mkv", "edit_list"]
-NAMES += ["edit_list_start", "truncated", "ts", "ts_tuned_in", "webm_live", "gif", "av1", "av1_rotated", "rotated"]
+NAMES = [
+    "h264_gop12",
+    "h264_gop250",
+    "hevc_open_gop",
+    "mp4v",
+    "avi",
+    "mpeg_ps",
+    "vfr_mp4",
+    "vfr_mkv",
+    "edit_list",
+]
+NAMES += [
+    "edit_list_start",
+    "truncated",
+    "ts",
+    "ts_tuned_in",
+    "webm_live",
+    "gif",
+    "av1",
+    "av1_rotated",
+    "rotated",
+]
 NAMES += ["ts_mpeg2", "lost_frame", "ghosts", "two_streams", "one", "three"]
 REAL_LENGTH = {
     "lost_frame": 99,
@@ -65,7 +85,8 @@ def naive_frames(path, k: int) -> list[np.ndarray]:
 def same(got, want) -> bool:
     """Equal but for the rounding of the colour conversion; a neighbouring frame of these clips differs by far more."""
     return len(got) == len(want) and all(
-        a.shape == b.shape and np.abs(a.astype(np.int16) - b).mean() < 0.5 for a, b in zip(got, want, strict=True)
+        a.shape == b.shape and np.abs(a.astype(np.int16) - b).mean() < 0.5
+        for a, b in zip(got, want, strict=True)
     )
 
 
@@ -119,7 +140,9 @@ def test_the_usual_loop_is_wrong(good):
     wrong = set()
     for name, path in [*good.items(), *((path.name, path) for path in REAL)]:
         every = decode_all(path)
-        if len(every) >= 5 and not same(naive_frames(path, 5), [every[i] for i in frame_indices(len(every), 5)]):
+        if len(every) >= 5 and not same(
+            naive_frames(path, 5), [every[i] for i in frame_indices(len(every), 5)]
+        ):
             wrong.add(name)
     assert {"edit_list", "truncated", "vfr_mkv", "ts_tuned_in", "webm_live", "av1"} <= wrong
     assert not REAL or "decord_flipping_a_pancake.mkv" in wrong
@@ -147,11 +170,15 @@ def test_size(good, name):
         frames = extract_frames(good[name], 5, size=(h, w))
         assert frames.shape == (5, h, w, 3) and frames.dtype == np.uint8
         scale = max(h / 96, w / 160)  # the other way round: scale the short side, then crop
-        big = [cv2.resize(f, (round(160 * scale), round(96 * scale)), interpolation=cv2.INTER_AREA) for f in full]
+        big = [
+            cv2.resize(f, (round(160 * scale), round(96 * scale)), interpolation=cv2.INTER_AREA) for f in full
+        ]
         top, left = (big[0].shape[0] - h) // 2, (big[0].shape[1] - w) // 2
         want = np.stack([f[top : top + h, left : left + w] for f in big]).astype(np.int16)
         assert np.abs(frames - want).mean() < 12  # half a pixel of shift at most
-    assert [read_number(f) for f in extract_frames(good[name], 5, size=(96, 160))] == [read_number(f) for f in full]
+    assert [read_number(f) for f in extract_frames(good[name], 5, size=(96, 160))] == [
+        read_number(f) for f in full
+    ]
 
 
 def test_a_playlist_opens_no_other_file(bad):

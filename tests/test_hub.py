@@ -48,11 +48,17 @@ def run(hub, tmp_path):
     """run(code, NAME=value, ...) -> the finished process, which never shows a token; None removes a variable."""
 
     def run(code: str, **changes: str | None) -> subprocess.CompletedProcess:
-        base = {"PATH": os.environ["PATH"], "PYTHONPATH": str(Path(common.__file__).parent), "HF_HOME": str(tmp_path)}
+        base = {
+            "PATH": os.environ["PATH"],
+            "PYTHONPATH": str(Path(common.__file__).parent),
+            "HF_HOME": str(tmp_path),
+        }
         environment = {**base, "HOME": str(tmp_path), **hub.environment(), **changes}
         environment = {name: value for name, value in environment.items() if value is not None}
         command = [sys.executable, "-c", PRELUDE + code]
-        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60
+        )
         assert "Canary" not in done.stdout + done.stderr
         return done
 
@@ -282,7 +288,9 @@ def test_check_alone_changes_nothing(hub, run):
 
 
 def test_public_and_organisation(hub, run):
-    done = run("hub_check('team/open', public=True, create=True); hub_check('team/open', public=True, create=True)")
+    done = run(
+        "hub_check('team/open', public=True, create=True); hub_check('team/open', public=True, create=True)"
+    )
     assert done.returncode == 0, done.stderr
     assert not hub.repo("team/open").private
     assert hub.titles("team/open") == ["Start training"]
@@ -331,7 +339,9 @@ def test_a_fine_grained_token_is_proved_by_writing(hub, run, files):
 
 def test_a_hub_that_never_answers_is_left(hub, run):
     hub.fault("whoami", kind="hang", seconds=5)
-    code = "try: hub_api(0.3).whoami()\nexcept Exception as error: print(type(error).__name__, *passing(error))"
+    code = (
+        "try: hub_api(0.3).whoami()\nexcept Exception as error: print(type(error).__name__, *passing(error))"
+    )
     assert run(code).stdout.split() == ["ReadTimeout", "True", "0.0"]
 
 
@@ -438,7 +448,13 @@ def test_nothing_is_pushed_from_a_folder_with_a_link_or_a_token(hub, run, tmp_pa
     (models / "d/unet/config.json").write_text('{"key": "hf_' + "x" * 30 + '"}')
     (models / "e").mkdir()
     lines = run(PUSH_ALL).stdout.splitlines()
-    expected = ["link.json", "assets", "c/notes.txt contains", "d/unet/config.json contains", "no model files"]
+    expected = [
+        "link.json",
+        "assets",
+        "c/notes.txt contains",
+        "d/unet/config.json contains",
+        "no model files",
+    ]
     assert len(lines) == len(expected)
     assert all(words in line for words, line in zip(expected, lines, strict=True)), lines
     assert hub.requests("POST|PUT") == []

@@ -61,7 +61,11 @@ def videos(tmp_path_factory):
     folder = tmp_path_factory.mktemp("videos")
     for number in range(4):
         clips.write(folder / f"video_{number:03d}.mp4", 20 + number, "mpeg4", options={"b": "1M"})
-    rows = [{"video": f"video_{i:03d}.mp4", "question": q, "answer": f"{a} {i}"} for i in range(4) for q, a, _ in QUESTIONS[:2]]
+    rows = [
+        {"video": f"video_{i:03d}.mp4", "question": q, "answer": f"{a} {i}"}
+        for i in range(4)
+        for q, a, _ in QUESTIONS[:2]
+    ]
     return {"folder": folder, "manifest": llava.write_rows(folder / "clips.jsonl", rows)}
 
 
@@ -112,7 +116,9 @@ def test_ids_and_answer_mask_are_those_of_the_processor(base):
 
 def test_frames_that_do_not_match_the_image_tokens_are_an_error(base):
     with pytest.raises(ValueError, match="96 image tokens for 5 frames of 16"):
-        Collator(base, Config(frames=3, report_to="none", dtype="fp32"))([(picture(0), QUESTIONS), (picture(1, 2), QUESTIONS)])
+        Collator(base, Config(frames=3, report_to="none", dtype="fp32"))(
+            [(picture(0), QUESTIONS), (picture(1, 2), QUESTIONS)]
+        )
 
 
 def test_loss_on_supervised_positions_is_the_models_own(base, small):
@@ -126,7 +132,10 @@ def test_loss_on_supervised_positions_is_the_models_own(base, small):
     peer = model(**batch).loss
     assert count == (batch["labels"] != -100).sum()
     torch.testing.assert_close(loss / count, peer, rtol=1e-5, atol=0)
-    ours, theirs = (torch.autograd.grad(x, model.model.multi_modal_projector.linear_1.weight)[0] for x in (loss / count, peer))
+    ours, theirs = (
+        torch.autograd.grad(x, model.model.multi_modal_projector.linear_1.weight)[0]
+        for x in (loss / count, peer)
+    )
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-7)
 
 
@@ -170,7 +179,8 @@ def test_the_questions_of_a_scene_tell_the_truth(seed):
     scene = llava_vtt.draw_scene((7, seed))
     answers = {qa.question: qa.answer for qa in llava_vtt.questions_of(scene)}
     way, moves, number = (
-        answers[q] for q in ("Which way does the shape move?", "Does a shape move?", "How many shapes are there?")
+        answers[q]
+        for q in ("Which way does the shape move?", "Does a shape move?", "How many shapes are there?")
     )
     colour = next((answer for question, answer in answers.items() if "colour" in question), None)
     clip = llava_vtt.draw_clip_of(scene, 5, 64).astype(int)
@@ -180,17 +190,23 @@ def test_the_questions_of_a_scene_tell_the_truth(seed):
     (y0, x0), (y1, x1) = seen[0].mean(0), seen[-1].mean(0)
     if scene.other is None:  # else the moving one may cover the other, and both centres are seen
         moved = "it stays" if abs(x1 - x0) + abs(y1 - y0) < 4 else None
-        moved = moved or (("right" if x1 > x0 else "left") if abs(x1 - x0) > abs(y1 - y0) else ("down" if y1 > y0 else "up"))
+        moved = moved or (
+            ("right" if x1 > x0 else "left") if abs(x1 - x0) > abs(y1 - y0) else ("down" if y1 > y0 else "up")
+        )
         assert way == moved and number == "one" and colour == scene.colour
     assert moves == ("yes" if scene.move else "no") and number == ("two" if scene.other else "one")
-    assert (colour is not None) == (bool(scene.move) or scene.other is None), "which of two that stay is not asked"
+    assert (colour is not None) == (bool(scene.move) or scene.other is None), (
+        "which of two that stay is not asked"
+    )
 
 
 def test_frames_shuffled_reversed_blanked():
     clip = picture(0, 5)
     shuffled = llava_vtt.rearrange_frames(clip, "shuffled", 3)
     assert not np.array_equal(shuffled, clip) and sorted(map(np.sum, shuffled)) == sorted(map(np.sum, clip))
-    assert np.array_equal(shuffled, llava_vtt.rearrange_frames(clip, "shuffled", 3)), "the same in every evaluation"
+    assert np.array_equal(shuffled, llava_vtt.rearrange_frames(clip, "shuffled", 3)), (
+        "the same in every evaluation"
+    )
     assert np.array_equal(llava_vtt.rearrange_frames(clip, "reversed", 0), clip[::-1])
     assert not llava_vtt.rearrange_frames(clip, "blanked", 0).any()
     assert np.array_equal(llava_vtt.rearrange_frames(clip[:1], "shuffled", 0), clip[:1])
@@ -210,7 +226,10 @@ def test_augmentation_is_the_same_for_all_frames():
 
 def test_curriculum_goes_by_words_of_the_answers():
     answers = [" ".join(["word"] * count) for count in (3, 9, 10, 19, 20)]
-    samples = [Sample(Path("a"), tuple(QA("?", answer) for answer in answers)), Sample(Path("b"), (QA("?", answers[4]),))]
+    samples = [
+        Sample(Path("a"), tuple(QA("?", answer) for answer in answers)),
+        Sample(Path("b"), (QA("?", answers[4]),)),
+    ]
     stages = llava_vtt.curriculum(samples, True)
     assert [[len(sample.qa) for sample in stage] for stage in stages] == [[2], [4], [5, 1]]
     assert llava_vtt.curriculum(samples, False) == [samples]
@@ -226,10 +245,14 @@ def test_an_epoch_has_each_sample_once_over_all_ranks(monkeypatch):
     for rank in "01":
         monkeypatch.setenv("RANK", rank)
         for micro_step in range(6):
-            seen.append(llava_vtt.get_batch([samples], lambda batch: [turns for _, turns in batch], cfg, micro_step))
+            seen.append(
+                llava_vtt.get_batch([samples], lambda batch: [turns for _, turns in batch], cfg, micro_step)
+            )
     first = [{turn.question for turn in turns} for batch in (*seen[:3], *seen[6:9]) for turns in batch]
     assert sorted(map(sorted, first)) == sorted(sorted([str(i), f"{i}b"]) for i in range(12))
-    assert len({turns[0].question[-1] == "b" for batch in seen for turns in batch}) == 2, "any question may be asked first"
+    assert len({turns[0].question[-1] == "b" for batch in seen for turns in batch}) == 2, (
+        "any question may be asked first"
+    )
 
 
 # --- Data
@@ -253,19 +276,24 @@ def test_every_kind_of_data_gives_the_same_clips(videos, tmp_path):
           for v in dict.fromkeys(row["video"] for row in rows)]  # fmt: skip
     llava.write_rows(folder / "qa.jsonl", qa)
     llava.write_rows(
-        folder / "caption.jsonl", [{"path": r["video"], "question": r["question"], "caption": r["answer"]} for r in rows]
+        folder / "caption.jsonl",
+        [{"path": r["video"], "question": r["question"], "caption": r["answer"]} for r in rows],
     )
     table.add_column("x", [1] * len(rows)).save_to_disk(tmp_path / "saved")
     clips.write(tmp_path / "saved" / "unused.mp4", 3)
     hub_like = tmp_path / "hub_like"  # what load_dataset makes of a folder of tables
     hub_like.mkdir()
     shutil.copyfile(videos["manifest"], hub_like / "train.jsonl")
-    sources = [{"manifest": folder / name} for name in ("rows.csv", "rows.parquet", "qa.jsonl", "caption.jsonl")]
+    sources = [
+        {"manifest": folder / name} for name in ("rows.csv", "rows.parquet", "qa.jsonl", "caption.jsonl")
+    ]
     for source in [*sources, {"dataset": str(tmp_path / "saved")}, {"dataset": str(hub_like)}]:
         found, bad = questions(cache_dir=tmp_path / "cache", **source)
         assert not bad and len(found) == 4, source
         assert {(Path(clip.video).name, q, a) for clip in found for q, a, _ in clip.qa} == wanted, source
-    assert all(Path(clip.video).parent == folder and Path(clip.video).exists() for clip in questions(**sources[0])[0])
+    assert all(
+        Path(clip.video).parent == folder and Path(clip.video).exists() for clip in questions(**sources[0])[0]
+    )
 
 
 def test_a_folder_of_descriptions_answers_a_default_question(videos, tmp_path):
@@ -287,7 +315,9 @@ def test_videos_inside_a_table_and_their_splits(videos, tmp_path):
         "question": ["a?", "b?"],
         "caption": ["a", "b"],
     }
-    features = datasets.Features(video=datasets.Video(), question=datasets.Value("string"), caption=datasets.Value("string"))
+    features = datasets.Features(
+        video=datasets.Video(), question=datasets.Value("string"), caption=datasets.Value("string")
+    )
     table = datasets.Dataset.from_dict(rows, features=features)
     for name, part in (("train", [0]), ("validation", [1])):
         table.select(part).to_parquet(tmp_path / f"{name}.parquet")
@@ -305,8 +335,15 @@ def test_a_file_that_is_not_what_its_name_says(tmp_path, name, capsys):
 
 
 def test_the_mark_of_llavas_own_data_sets_is_taken_off(videos, tmp_path):
-    row = {"video": str(videos["folder"] / "video_000.mp4"), "question": "<video>\nWhat is it?", "answer": "a"}
-    assert questions(manifest=llava.write_rows(tmp_path / "rows.jsonl", [row]))[0][0].qa[0].question == "What is it?"
+    row = {
+        "video": str(videos["folder"] / "video_000.mp4"),
+        "question": "<video>\nWhat is it?",
+        "answer": "a",
+    }
+    assert (
+        questions(manifest=llava.write_rows(tmp_path / "rows.jsonl", [row]))[0][0].qa[0].question
+        == "What is it?"
+    )
 
 
 def test_split_is_by_video():
@@ -314,8 +351,15 @@ def test_split_is_by_video():
     train, held_out = common.split_clips(videos, none, 0.1, seed=0)
     assert len(held_out) == 4 and sorted(train + held_out) == list(range(40))
     assert not {videos[i] for i in train} & {videos[i] for i in held_out}
-    assert common.split_clips(videos, none, 0.1, 0) == (train, held_out) != common.split_clips(videos, none, 0.1, 1)
-    assert common.split_clips(videos[:2], none, 0.1, 0) == ([0, 1], []) and common.split_clips(["a", "b"], ["", ""], 0.01, 0)[1]
+    assert (
+        common.split_clips(videos, none, 0.1, 0)
+        == (train, held_out)
+        != common.split_clips(videos, none, 0.1, 1)
+    )
+    assert (
+        common.split_clips(videos[:2], none, 0.1, 0) == ([0, 1], [])
+        and common.split_clips(["a", "b"], ["", ""], 0.01, 0)[1]
+    )
     own = ["held_out" if i in (6, 7, 8) else "train" for i in range(40)]
     assert common.split_clips(videos, own, 0.5, 0)[1] == [6, 7], "a video in both parts is trained on"
 
@@ -354,10 +398,14 @@ def test_memory_plan_of_the_real_size():
     base = llava_vtt.Base("real", Path(), llava.real_size_config(), None, 729, 384, False)
     full = Config(lora_r=0, report_to="none")
     sizes = llava_vtt.measure(base, full, "bf16", 3668, 20, False)
-    assert sizes.parameters == 8_141_100_576 and sizes.parameters - sizes.trained == pytest.approx(0.398e9, rel=0.08)
+    assert sizes.parameters == 8_141_100_576 and sizes.parameters - sizes.trained == pytest.approx(
+        0.398e9, rel=0.08
+    )
     bare = dataclasses.replace(sizes, plain=0, checkpointed=0)
     per_gpu = {n: llava_vtt.layouts(bare, "auto", False, "bf16", n)[0]["gpu_gb"] for n in (2, 4)}
-    assert per_gpu[4] == pytest.approx(45, abs=2) and per_gpu[2] == pytest.approx(73, abs=3)  # facts/vtt.md, section 0
+    assert per_gpu[4] == pytest.approx(45, abs=2) and per_gpu[2] == pytest.approx(
+        73, abs=3
+    )  # facts/vtt.md, section 0
     lora = llava_vtt.measure(base, Config(report_to="none"), "bf16", 3668, 20, False)
     assert lora.trained == 39_976_960 + 21_504_000  # r (in + out) over 7 x 32 layers, and the projector
     assert 15e9 < lora.plain < 40e9 and lora.checkpointed < 0.15 * lora.plain
@@ -374,8 +422,14 @@ def test_memory_plan_of_the_real_size():
 
 def test_check_prints_the_plan_and_writes_nothing(tmp_path, small, videos):
     output = run(SCRIPT, "--model", small, "--manifest", videos["manifest"], *SMALL, "--check", cwd=tmp_path)
-    assert "3 sequences with 6 questions to train on, 1 with 2 held out" in output and "16 tokens each" in output
-    assert re.search(r"loss +on \d+ of \d+ tokens", output) and "<- auto takes this" in output and "4x V100 16 GB" in output
+    assert (
+        "3 sequences with 6 questions to train on, 1 with 2 held out" in output and "16 tokens each" in output
+    )
+    assert (
+        re.search(r"loss +on \d+ of \d+ tokens", output)
+        and "<- auto takes this" in output
+        and "4x V100 16 GB" in output
+    )
     assert {path.name for path in tmp_path.iterdir()} == {"cache"}
 
 
@@ -389,21 +443,37 @@ def test_run_folder_and_output(unbroken, tmp_path, videos):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "loss" in row]
     assert [row["step"] for row in steps] == list(range(1, 7)) and steps[-1]["loss"] < steps[0]["loss"]
-    assert all(row["grad_norm"] > 0 and row["peak_memory_gb"] > 0 and row["samples_per_s"] > 0 for row in steps)
+    assert all(
+        row["grad_norm"] > 0 and row["peak_memory_gb"] > 0 and row["samples_per_s"] > 0 for row in steps
+    )
     assert {"exact_in_order", "rouge_l_shuffled", "bleu_blanked", "held_out_loss"} <= next(
         r for r in rows if "loss" not in r
     ).keys()
     results = json.loads((folder / "results.json").read_text())
-    assert results["steps"] == 6 and set(results["controls"]) == {"frames_shuffled", "frames_reversed", "frames_blanked"}
+    assert results["steps"] == 6 and set(results["controls"]) == {
+        "frames_shuffled",
+        "frames_reversed",
+        "frames_blanked",
+    }
     assert (folder / "SUCCESS").exists() and len(read(folder / "samples" / "answers.jsonl").splitlines()) == 2
     names = {path.name for path in (folder / "model").iterdir()}
-    assert {"adapter_model.safetensors", "adapter_config.json", "README.md", "llava_vtt.py", "common.py"} <= names
-    assert "samples.png" not in names and (folder / "samples" / "answers.png").exists(), "a user's pictures stay here"
+    assert {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "README.md",
+        "llava_vtt.py",
+        "common.py",
+    } <= names
+    assert "samples.png" not in names and (folder / "samples" / "answers.png").exists(), (
+        "a user's pictures stay here"
+    )
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {"step_000004", "step_000006"}
     assert "HF_TOKEN" not in "".join(read(path) for path in folder.rglob("*.json"))
 
 
-def test_everything_trained_is_saved_and_answers_the_same_in_a_fresh_process(unbroken, small, videos, tmp_path):
+def test_everything_trained_is_saved_and_answers_the_same_in_a_fresh_process(
+    unbroken, small, videos, tmp_path
+):
     """The loss that the run measured with its own weights is the loss of what it saved, projector and adapter."""
     folder = unbroken(1)
     trained = adapter(folder)
@@ -422,14 +492,20 @@ device = L.init_distributed()
 print("LOSS", L.held_out_loss(model, base, L.load_data(cfg, base), cfg))
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment(PYTHONPATH=ROOT), capture_output=True, text=True
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment(PYTHONPATH=ROOT),
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     measured = json.loads((folder / "results.json").read_text())["held_out_loss"]
     assert float(re.search(r"LOSS (\S+)", done.stdout)[1]) == pytest.approx(measured, rel=1e-6)
 
 
-def test_two_ranks_with_zero3_offload_and_accumulation_give_the_losses_of_one_batch(unbroken, small, videos, tmp_path):
+def test_two_ranks_with_zero3_offload_and_accumulation_give_the_losses_of_one_batch(
+    unbroken, small, videos, tmp_path
+):
     """Two ranks of one clip are one rank of two: the loss is the mean over all answer tokens, however they are spread."""
     flags = ["--model", small, "--manifest", videos["manifest"], *SMALL, "--lora_dropout", 0]
     run(SCRIPT, *flags, "--batch_size", 2, "--steps", 3, "--output_dir", "one", cwd=tmp_path)
@@ -457,11 +533,23 @@ def test_killed_inside_a_save_goes_on_to_the_same_weights(tmp_path, unbroken, sm
     code, output = finish(start(command(tmp_path / "killed.py", "fsync", 2, ROOT / SCRIPT, *flags), tmp_path))
     assert code == -signal.SIGKILL, output
     assert "step_000002" in run(SCRIPT, *flags, cwd=tmp_path)
-    assert same(adapter(tmp_path / "run"), adapter(unbroken(1))) and losses(tmp_path / "run") == losses(unbroken(1))
+    assert same(adapter(tmp_path / "run"), adapter(unbroken(1))) and losses(tmp_path / "run") == losses(
+        unbroken(1)
+    )
 
 
 def test_sigterm_saves_and_another_number_of_ranks_goes_on(tmp_path, small, videos):
-    flags = ["--model", small, "--manifest", videos["manifest"], *SMALL, "--save_every", 1000, "--eval_every", 1000]
+    flags = [
+        "--model",
+        small,
+        "--manifest",
+        videos["manifest"],
+        *SMALL,
+        "--save_every",
+        1000,
+        "--eval_every",
+        1000,
+    ]
     process = start(command(SCRIPT, *flags, "--steps", 500, ranks=2), tmp_path)
     folder = tmp_path / "runs" / "llava_vtt"
     wait_for(lambda: '"step": 2' in read(folder / "metrics.jsonl"), what="step 2")
@@ -471,22 +559,53 @@ def test_sigterm_saves_and_another_number_of_ranks_goes_on(tmp_path, small, vide
     stopped = int(re.search(r"stopped by SIGTERM after step (\d+)", output)[1])
     assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"step_{stopped:06d}"]
     output = run(SCRIPT, *flags, "--steps", stopped + 2, cwd=tmp_path)
-    assert "saved by another number of ranks" in output and [row[0] for row in losses(folder)][-1] == stopped + 2
+    assert (
+        "saved by another number of ranks" in output and [row[0] for row in losses(folder)][-1] == stopped + 2
+    )
 
 
 def test_full_fine_tuning_leaves_the_vision_tower_as_it_was(tmp_path, small, videos):
-    flags = ["--model", small, "--manifest", videos["manifest"], *SMALL, "--lora_r", 0, "--steps", 2, "--augment", "--curriculum"]
+    flags = [
+        "--model",
+        small,
+        "--manifest",
+        videos["manifest"],
+        *SMALL,
+        "--lora_r",
+        0,
+        "--steps",
+        2,
+        "--augment",
+        "--curriculum",
+    ]
     run(SCRIPT, *flags, "--deepspeed", ZERO3, cwd=tmp_path)
-    after, before = (load_file(folder / "model.safetensors") for folder in (tmp_path / "runs" / "llava_vtt" / "model", small))
+    after, before = (
+        load_file(folder / "model.safetensors")
+        for folder in (tmp_path / "runs" / "llava_vtt" / "model", small)
+    )
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert after.keys() == before.keys() and not any("vision_tower" in name for name in changed)
-    assert any("multi_modal_projector" in name for name in changed) and any("language_model" in name for name in changed)
+    assert any("multi_modal_projector" in name for name in changed) and any(
+        "language_model" in name for name in changed
+    )
     answer = run(SCRIPT, "--predict", videos["folder"] / "video_000.mp4", "--question", "What?", cwd=tmp_path)
     assert answer.count("\n") == 1
 
 
 def test_divergence_ends_with_4(tmp_path, small, videos):
-    flags = ["--model", small, "--manifest", videos["manifest"], *SMALL, "--lora_r", 0, "--warmup_steps", 0, "--steps", 40]
+    flags = [
+        "--model",
+        small,
+        "--manifest",
+        videos["manifest"],
+        *SMALL,
+        "--lora_r",
+        0,
+        "--warmup_steps",
+        0,
+        "--steps",
+        40,
+    ]
     output = run(SCRIPT, *flags, "--lr", 1e30, cwd=tmp_path, expect=4)
     assert "update skipped on all ranks (3 in a row)" in output and "lower --lr" in output
 
@@ -510,10 +629,26 @@ def test_a_projector_without_gradient_ends_the_run(tmp_path, small, videos):
 def test_real_layout_on_real_clips_with_two_ranks(tmp_path):
     model = llava.build(tmp_path / "real")  # 729 tokens a frame
     files = sorted(path for path in SHARED.iterdir() if path.suffix in (".mp4", ".mkv", ".avi"))
-    rows = [{"video": str(path), "question": "What happens?", "answer": f"thing {i}"} for i, path in enumerate(files)]
+    rows = [
+        {"video": str(path), "question": "What happens?", "answer": f"thing {i}"}
+        for i, path in enumerate(files)
+    ]
     rows += [{"video": str(path), "question": "How many?", "answer": str(i)} for i, path in enumerate(files)]
     manifest = llava.write_rows(tmp_path / "clips.jsonl", rows)
-    flags = ["--model", model, "--manifest", manifest, "--steps", 3, "--accum", 1, "--log_every", 1, "--max_new_tokens", 2]
+    flags = [
+        "--model",
+        model,
+        "--manifest",
+        manifest,
+        "--steps",
+        3,
+        "--accum",
+        1,
+        "--log_every",
+        1,
+        "--max_new_tokens",
+        2,
+    ]
     output = run(SCRIPT, *flags, "--eval_questions", 1, "--deepspeed", ZERO3, cwd=tmp_path, ranks=2)
     assert "5 of 384x384, 729 tokens each" in output and len(losses(tmp_path / "runs" / "llava_vtt")) == 3
     run(SCRIPT, "--predict", files[0], "--question", "What happens?", "--max_new_tokens", 2, cwd=tmp_path)
@@ -543,12 +678,20 @@ def test_flags_that_cannot_be(flags, told, tmp_path, monkeypatch, capsys):
     assert told in shown
 
 
-@pytest.mark.parametrize("case", ["no question", "too few frames", "image", "class", "no chatml", "targets", "flip", "nothing"])
+@pytest.mark.parametrize(
+    "case", ["no question", "too few frames", "image", "class", "no chatml", "targets", "flip", "nothing"]
+)
 def test_bad_input_is_found_before_the_model_is_loaded(case, tmp_path, small, videos, monkeypatch, capsys):
-    good = [{"video": str(videos["folder"] / f"video_{i:03d}.mp4"), "question": "a?", "answer": "a"} for i in range(2)]
+    good = [
+        {"video": str(videos["folder"] / f"video_{i:03d}.mp4"), "question": "a?", "answer": "a"}
+        for i in range(2)
+    ]
     rows, flags, model = good, {}, small
     if case == "no question":
-        rows, told = [{k: v for k, v in row.items() if k != "question"} for row in good], "no question in any of 2 rows"
+        rows, told = (
+            [{k: v for k, v in row.items() if k != "question"} for row in good],
+            "no question in any of 2 rows",
+        )
     elif case == "too few frames":
         flags, told = {"frames": 30}, "20 frames, 30 needed"
     elif case == "image":
@@ -564,7 +707,10 @@ def test_bad_input_is_found_before_the_model_is_loaded(case, tmp_path, small, vi
     elif case == "no chatml":
         model, told = llava.build(tmp_path / "other", size=32, patch=8, chatml=False), "no <|im_end|>"
     elif case == "targets":
-        flags, told = {"lora_targets": "q_proj,query"}, "--lora_targets query: no such layer; the language model has down_proj,"
+        flags, told = (
+            {"lora_targets": "q_proj,query"},
+            "--lora_targets query: no such layer; the language model has down_proj,",
+        )
     elif case == "flip":
         rows, flags = [good[0] | {"answer": "to the left"}, good[1]], {"augment": True, "augment_flip": True}
         told = "makes left and right wrong"
@@ -572,7 +718,13 @@ def test_bad_input_is_found_before_the_model_is_loaded(case, tmp_path, small, vi
         model, told = tmp_path / "missing", "no such folder"
     manifest = llava.write_rows(tmp_path / "rows.jsonl", rows)
     cfg = Config(
-        report_to="none", manifest=manifest, model=str(model), cache_dir=tmp_path / "cache", dtype="fp32", steps=1, **flags
+        report_to="none",
+        manifest=manifest,
+        model=str(model),
+        cache_dir=tmp_path / "cache",
+        dtype="fp32",
+        steps=1,
+        **flags,
     )
     monkeypatch.setattr(llava_vtt, "load_weights", lambda *_: pytest.fail("loaded"))
     with pytest.raises(SystemExit) as stop:
@@ -591,16 +743,39 @@ def test_the_whole_pipeline_pushes_data_and_model_and_takes_them_back(tmp_path, 
     data, model = hub.files("tester/llava_vtt_data", kind="datasets"), hub.files("tester/llava_vtt")
     assert hub.repo("tester/llava_vtt_data", "datasets").private and hub.repo("tester/llava_vtt").private
     assert {"train.jsonl", "validation.jsonl", "README.md", "videos/train_000000.mp4"} <= data.keys()
-    assert str(tmp_path) not in b"".join(v for k, v in data.items() if not k.endswith(".mp4")).decode() and "pushed" in output
-    assert "adapter_model.safetensors" in model and not any("optim" in name or name.endswith(".bin") for name in model)
+    assert (
+        str(tmp_path) not in b"".join(v for k, v in data.items() if not k.endswith(".mp4")).decode()
+        and "pushed" in output
+    )
+    assert "adapter_model.safetensors" in model and not any(
+        "optim" in name or name.endswith(".bin") for name in model
+    )
     card = model["README.md"].decode()
-    snippet = re.search(r"```python\n(.*?)```", card, re.S)[1].replace("clip.mp4", str(videos["folder"] / "video_000.mp4"))
+    snippet = re.search(r"```python\n(.*?)```", card, re.S)[1].replace(
+        "clip.mp4", str(videos["folder"] / "video_000.mp4")
+    )
     done = subprocess.run(
-        [sys.executable, "-c", snippet], cwd=tmp_path, env=environment(**variables), capture_output=True, text=True
+        [sys.executable, "-c", snippet],
+        cwd=tmp_path,
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0 and done.stdout.strip(), done.stderr
-    output = run(SCRIPT, "--model", small, "--dataset", "tester/llava_vtt_data", *SMALL, "--check", cwd=tmp_path, **variables)
-    assert "3 sequences with 6 questions to train on, 1 with 2 held out" in output, "the split comes back as it was"
+    output = run(
+        SCRIPT,
+        "--model",
+        small,
+        "--dataset",
+        "tester/llava_vtt_data",
+        *SMALL,
+        "--check",
+        cwd=tmp_path,
+        **variables,
+    )
+    assert "3 sequences with 6 questions to train on, 1 with 2 held out" in output, (
+        "the split comes back as it was"
+    )
 
 
 def test_a_model_on_the_hub_is_downloaded_and_one_without_weights_refused(tmp_path, small, videos, hub):
@@ -608,7 +783,9 @@ def test_a_model_on_the_hub_is_downloaded_and_one_without_weights_refused(tmp_pa
     hub.add_repo("tester/base", private=False, files=files)
     flags = ["--model", "tester/base", "--manifest", videos["manifest"], *SMALL, "--steps", 1]
     output = run(SCRIPT, *flags, "--check", cwd=tmp_path, **hub_variables(hub, tmp_path))
-    assert re.search(r"download 0.0\d GB of tester/base", output) and not list((tmp_path / "home").rglob("*.safetensors"))
+    assert re.search(r"download 0.0\d GB of tester/base", output) and not list(
+        (tmp_path / "home").rglob("*.safetensors")
+    )
     output = run(SCRIPT, *flags, cwd=tmp_path, **hub_variables(hub, tmp_path))
     assert "tester/base, 0.0" in output and list((tmp_path / "home").rglob("*.safetensors"))
     shutil.copytree(small, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
@@ -649,7 +826,9 @@ def test_the_demo_made_short(tmp_path):
 
 @pytest.mark.demo
 def test_demo_learns(tmp_path):
-    code, output = finish(start(command(SCRIPT, "--demo"), tmp_path, OMP_NUM_THREADS=os.cpu_count()), timeout=1800)
+    code, output = finish(
+        start(command(SCRIPT, "--demo"), tmp_path, OMP_NUM_THREADS=os.cpu_count()), timeout=1800
+    )
     assert code == 0, output
     results = json.loads((tmp_path / "runs" / "llava_vtt_demo" / "results.json").read_text())
     direction = {how: results["answers"][how]["kinds"]["direction"] for how in llava_vtt.SHUFFLES}

@@ -52,7 +52,9 @@ def net(base):
 
 @pytest.fixture(scope="session")
 def cfg(tmp_path_factory):
-    return Config(report_to="none", cache_dir=tmp_path_factory.mktemp("cache"), size=56, dtype="fp32", max_bad=0.9)
+    return Config(
+        report_to="none", cache_dir=tmp_path_factory.mktemp("cache"), size=56, dtype="fp32", max_bad=0.9
+    )
 
 
 @pytest.fixture(scope="session")
@@ -110,7 +112,10 @@ def rms(x, scale):
 
 def layer_norm(x, w, name):
     centred = x - x.mean(-1, keepdims=True)
-    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * w[f"{name}.weight"] + w[f"{name}.bias"]
+    return (
+        centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * w[f"{name}.weight"]
+        + w[f"{name}.bias"]
+    )
 
 
 def gelu(x):
@@ -120,7 +125,8 @@ def gelu(x):
 def keys(module: torch.nn.Module) -> set[str]:
     """Names of weights, with # for numbers of layers."""
     return {
-        re.sub(r"(layers|audio_embeddings|audio_output_layers|embedding)\.\d+", r"\1.#", name) for name in module.state_dict()
+        re.sub(r"(layers|audio_embeddings|audio_output_layers|embedding)\.\d+", r"\1.#", name)
+        for name in module.state_dict()
     }
 
 
@@ -132,7 +138,10 @@ def picture_by_hand(patches: np.ndarray, w: dict, c: dict) -> np.ndarray:
     heads, side = c["num_attention_heads"], math.isqrt(len(patches))
     head = c["hidden_size"] // heads
     rates = [10_000 ** -(4 * i / head) for i in range(head // 4)]
-    x = patches @ w["embeddings.patch_embedding.weight"].reshape(c["hidden_size"], -1).T + w["embeddings.patch_embedding.bias"]
+    x = (
+        patches @ w["embeddings.patch_embedding.weight"].reshape(c["hidden_size"], -1).T
+        + w["embeddings.patch_embedding.bias"]
+    )
     for n in range(c["num_hidden_layers"]):
         at = f"encoder.layers.{n}"
         q, k, v = np.split(linear(rms(x, w[f"{at}.norm1.weight"]), w, f"{at}.attn.qkv"), 3, axis=1)
@@ -204,13 +213,17 @@ def sounds_by_hand(features: np.ndarray, heard: np.ndarray, w: dict, c: dict) ->
                     remembered[:, t] += taps[:, tap] * y[:, t + tap - c["left_order"]]
         assert taps.shape[1] == c["left_order"] + 1 + reach
         x = x + remembered
-        x = x + linear(np.clip(linear(layer_norm(x, w, f"{at}.ffn.0"), w, f"{at}.ffn.1"), 0, 6), w, f"{at}.ffn.3")
+        x = x + linear(
+            np.clip(linear(layer_norm(x, w, f"{at}.ffn.0"), w, f"{at}.ffn.1"), 0, 6), w, f"{at}.ffn.3"
+        )
     return np.clip(linear(x * mask, w, "dnn.0"), 0, 6)
 
 
 def test_hearing_is_the_official_code(net, base):
     encoder, projector = randomised(net.audio_encoder, 1), randomised(net.audio_projector, 2)
-    features = 4 * torch.randn(2, 13, 1200, generator=torch.Generator().manual_seed(3))  # loud: ReLU6 ends at 6
+    features = 4 * torch.randn(
+        2, 13, 1200, generator=torch.Generator().manual_seed(3)
+    )  # loud: ReLU6 ends at 6
     heard = torch.arange(13) < torch.tensor([[13], [9]])
     wanted = sounds_by_hand(features.double().numpy(), heard.numpy(), numbers(encoder), base.audio)
     assert (wanted == 6).any() and (wanted == 0).any()
@@ -228,10 +241,15 @@ def test_weights_have_the_names_of_the_official_files(net):
     layer = "encoder.layers.#"
     vision = {f"embeddings.patch_embedding.{kind}" for kind in both} | {f"{layer}.ls1", f"{layer}.ls2"}
     vision |= {f"{layer}.mlp.{part}.{kind}" for part in ("fc1", "fc2", "fc3") for kind in both}
-    vision |= {f"{layer}.attn.{name}" for name in ("qkv.weight", "proj.weight", "proj.bias", "q_norm.weight", "k_norm.weight")}
+    vision |= {
+        f"{layer}.attn.{name}"
+        for name in ("qkv.weight", "proj.weight", "proj.bias", "q_norm.weight", "k_norm.weight")
+    }
     vision |= {f"{layer}.{name}.weight" for name in ("mlp.norm", "norm1", "norm2")}
     assert keys(net.vision_encoder) == vision
-    assert keys(net.vision_projector) == {f"{part}.{kind}" for part in ("p0.0", "p0.1", "p0.3", "proj") for kind in both}
+    assert keys(net.vision_projector) == {
+        f"{part}.{kind}" for part in ("p0.0", "p0.1", "p0.3", "proj") for kind in both
+    }
     layer = "fsmn_layers.#"
     audio = {f"{layer}.{part}.{kind}" for part in ("memory_ln", "ffn.0", "ffn.1", "ffn.3") for kind in both}
     audio |= {f"{part}.{kind}" for part in ("ffn.0", "dnn.0", "output") for kind in both} | {
@@ -240,7 +258,10 @@ def test_weights_have_the_names_of_the_official_files(net):
     }
     assert keys(net.audio_encoder) == audio
     assert keys(net.audio_projector) == {f"{part}.{kind}" for part in ("0", "2") for kind in both}
-    assert keys(net.audio_embedding) == {"audio_embeddings.#.weight"} and len(net.audio_embedding.state_dict()) == 4
+    assert (
+        keys(net.audio_embedding) == {"audio_embeddings.#.weight"}
+        and len(net.audio_embedding.state_dict()) == 4
+    )
     assert sorted(net.audio_heads.state_dict()) == [  # AudioOutputLayer of the engine
         *(f"audio_output_layers.{i}.weight" for i in range(4)), *(f"embedding.{i}.weight" for i in range(3))
     ]  # fmt: skip
@@ -256,7 +277,12 @@ def kaldi_energies(sound: np.ndarray, front: dict) -> np.ndarray:
     frame.samp_freq, frame.dither, frame.remove_dc_offset, frame.snip_edges = asked["freq"], 0, False, True
     frame.window_type, frame.preemph_coeff = "povey", asked["preemphasis"]
     frame.frame_length_ms, frame.frame_shift_ms = asked["frame_length"], asked["frame_shift"]
-    mel.num_bins, mel.low_freq, mel.high_freq, mel.htk_mode = asked["num_mel_bins"], asked["low_freq"], asked["high_freq"], False
+    mel.num_bins, mel.low_freq, mel.high_freq, mel.htk_mode = (
+        asked["num_mel_bins"],
+        asked["low_freq"],
+        asked["high_freq"],
+        False,
+    )
     options.use_energy = False
     energies = kaldi_native_fbank.OnlineFbank(options)
     energies.accept_waveform(asked["freq"], (sound * 32768).tolist())
@@ -299,10 +325,15 @@ def test_features_are_normalised_by_the_statistics_in_the_kaldi_file(base, tiny)
 def told(seconds: tuple, spread: bool, sounds: int, base) -> list[tuple[str, str]]:
     """[(time, what follows it)] of a prompt with two tokens a pair: "i" of a picture, "a" of speech, "(" and ")" around speech"""
     ids = vss.prompt_ids(seconds, spread, 2, sounds, base)
-    marks = {base.ids[n]: m for n, m in (("image_pad", "i"), ("audio_pad", "a"), ("audio_start", "("), ("audio_end", ")"))}
+    marks = {
+        base.ids[n]: m
+        for n, m in (("image_pad", "i"), ("audio_pad", "a"), ("audio_start", "("), ("audio_end", ")"))
+    }
     text = "".join(marks.get(i) or base.tokenizer.decode([i]) for i in ids)
     assert text.startswith("USER:") and text.endswith("\nVOICE ASSISTANT:")
-    parts = re.findall(r"second\{(\d+\.\d)\}:([ia()]*)", text.removeprefix("USER:").removesuffix("\nVOICE ASSISTANT:"))
+    parts = re.findall(
+        r"second\{(\d+\.\d)\}:([ia()]*)", text.removeprefix("USER:").removesuffix("\nVOICE ASSISTANT:")
+    )
     assert "".join(f"second{{{time}}}:{pads}" for time, pads in parts) == text[5 : -len("\nVOICE ASSISTANT:")]
     return parts
 
@@ -320,11 +351,15 @@ def told(seconds: tuple, spread: bool, sounds: int, base) -> list[tuple[str, str
         (4, True, 3, ["(", "", "", "3)"]),
     ],
 )
-def test_speech_is_interleaved_with_pictures_as_the_official_converter_has_it(base, pairs, spread, sounds, wanted):
+def test_speech_is_interleaved_with_pictures_as_the_official_converter_has_it(
+    base, pairs, spread, sounds, wanted
+):
     seconds = tuple(1.04 * i for i in range(pairs))
     parts = told(seconds, spread, sounds, base)
     assert [time for time, _ in parts] == [f"{second:.1f}" for second in seconds]
-    assert [pads for _, pads in parts] == ["ii" + re.sub(r"\d+", lambda m: "a" * int(m[0]), one) for one in wanted]
+    assert [pads for _, pads in parts] == [
+        "ii" + re.sub(r"\d+", lambda m: "a" * int(m[0]), one) for one in wanted
+    ]
 
 
 def test_every_sound_and_picture_has_one_place(base):
@@ -332,7 +367,12 @@ def test_every_sound_and_picture_has_one_place(base):
     for pairs, sounds in rng.integers(1, [[40, 400]] * 50):
         for spread in (False, True):
             pads = "".join(part for _, part in told(tuple(range(pairs)), spread, sounds, base))
-            assert (pads.count("a"), pads.count("i"), pads.count("("), pads.count(")")) == (sounds, 2 * pairs, 1, 1)
+            assert (pads.count("a"), pads.count("i"), pads.count("("), pads.count(")")) == (
+                sounds,
+                2 * pairs,
+                1,
+                1,
+            )
             assert pads[-1] == ")" and pads.index("(") < pads.index("a")
 
 
@@ -347,7 +387,9 @@ def test_a_reply_is_delayed_ended_and_padded_and_comes_back(base):
     more = np.random.default_rng(1).integers(0, 64, (4, 4))
     both = np.concatenate([streams, vss.reply_rows(more, [], base)[1]])
     assert np.array_equal(vss.codes_from(both, (64,) * 4), np.concatenate([codes, more])), "two segments"
-    assert np.array_equal(vss.codes_from(streams[:6], (64,) * 4), codes[:5]), "cut: the last semantic code has no others"
+    assert np.array_equal(vss.codes_from(streams[:6], (64,) * 4), codes[:5]), (
+        "cut: the last semantic code has no others"
+    )
     assert vss.codes_from(streams[:0], (64,) * 4).shape == (0, 4)
 
 
@@ -372,14 +414,19 @@ def test_rows_are_summed_as_the_official_demo_does(net, base):
     ids = torch.tensor(np.where(rng.random((2, 12)) < 0.4, base.pad, rng.integers(20, 300, (2, 12))))
     streams = torch.tensor(np.where(rng.random((2, 12, 4)) < 0.4, CODEC_PAD, rng.integers(0, 96, (2, 12, 4))))
     ids[0, :4], streams[0, 0], streams[0, 1] = base.pad, CODEC_PAD, torch.tensor([3, 3, 3, 40])
-    text, tables = net.llm.get_input_embeddings().weight, [t.weight for t in net.audio_embedding.audio_embeddings]
+    text, tables = (
+        net.llm.get_input_embeddings().weight,
+        [t.weight for t in net.audio_embedding.audio_embeddings],
+    )
     made = net.rows(ids, streams)
     for b in range(2):
         for t in range(12):
             row = [(tables[i], int(code)) for i, code in enumerate(streams[b, t]) if code != CODEC_PAD]
             if ids[b, t] != base.pad or not row:
                 row.append((text, int(ids[b, t])))
-            torch.testing.assert_close(made[b, t], sum(table[code] for table, code in row), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(
+                made[b, t], sum(table[code] for table, code in row), rtol=1e-5, atol=1e-6
+            )
 
 
 def test_pictures_and_sounds_stand_where_the_prompt_has_room_for_them(net, base, cfg, clips):
@@ -389,9 +436,15 @@ def test_pictures_and_sounds_stand_where_the_prompt_has_room_for_them(net, base,
         seen = net.vision_projector(net.vision_encoder(batch["pixels"])).view(2, -1, 128)
         for b in range(2):
             features = batch["features"][b : b + 1, : int(batch["heard"][b].sum())]
-            sounds = net.audio_projector(net.audio_encoder(features, torch.ones(features.shape[:2]).bool()))[0]
-            torch.testing.assert_close(whole[b][batch["ids"][b] == base.ids["image_pad"]], seen[b], rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(whole[b][batch["ids"][b] == base.ids["audio_pad"]], sounds, rtol=1e-4, atol=1e-5)
+            sounds = net.audio_projector(net.audio_encoder(features, torch.ones(features.shape[:2]).bool()))[
+                0
+            ]
+            torch.testing.assert_close(
+                whole[b][batch["ids"][b] == base.ids["image_pad"]], seen[b], rtol=1e-4, atol=1e-5
+            )
+            torch.testing.assert_close(
+                whole[b][batch["ids"][b] == base.ids["audio_pad"]], sounds, rtol=1e-4, atol=1e-5
+            )
 
 
 # --- Loss and speech
@@ -430,7 +483,9 @@ def heads_by_hand(net: torch.nn.Module, hidden: torch.Tensor, codes: torch.Tenso
 @torch.no_grad()
 def losses_by_hand(net: torch.nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """All logits of all positions, each clip by itself."""
-    hidden = net.llm.model(inputs_embeds=net.embed(**without_labels(batch)), attention_mask=batch["mask"]).last_hidden_state
+    hidden = net.llm.model(
+        inputs_embeds=net.embed(**without_labels(batch)), attention_mask=batch["mask"]
+    ).last_hidden_state
     labels = torch.cat([batch["text_labels"][..., None], batch["code_labels"]], -1)
     losses, hits = torch.zeros(5), torch.zeros(5)
     for b in range(len(hidden)):
@@ -447,7 +502,9 @@ def test_losses_are_those_of_brute_force_and_the_mean_over_clips(net, base, cfg,
     assert len(set(batch["mask"].sum(1).tolist())) == 3, "lengths differ"
     # Labels that are often right, so that the hits are not all zero.
     with torch.no_grad():
-        hidden = net.llm.model(inputs_embeds=net.embed(**without_labels(batch)), attention_mask=batch["mask"]).last_hidden_state
+        hidden = net.llm.model(
+            inputs_embeds=net.embed(**without_labels(batch)), attention_mask=batch["mask"]
+        ).last_hidden_state
         said_text = net.llm.lm_head(hidden[:, :-1]).argmax(-1)
     change = (batch["text_labels"][:, 1:] != -100) & (torch.arange(said_text.shape[1]) % 2 == 0)
     batch["text_labels"][:, 1:] = torch.where(change, said_text, batch["text_labels"][:, 1:])
@@ -478,7 +535,9 @@ def test_labels_are_the_reply_alone(base, cfg, clips):
 
 def test_the_weights_of_the_losses():
     losses = torch.tensor([1.0, 10, 100, 1000, 10000])
-    assert vss.weighted(losses, Config()) == pytest.approx(1.5 + 0.25 * 11110 + 0.1 * 10)  # tech report, section 4.1
+    assert vss.weighted(losses, Config()) == pytest.approx(
+        1.5 + 0.25 * 11110 + 0.1 * 10
+    )  # tech report, section 4.1
 
 
 def rows_fed(text: list[int], rows: np.ndarray, net) -> list[int]:
@@ -486,7 +545,9 @@ def rows_fed(text: list[int], rows: np.ndarray, net) -> list[int]:
     fed, told_yet, writing = [], iter(text), True
     for row in rows:
         token = next(told_yet) if writing else net.pad
-        writing = row[0] == CODEC_EOS or (writing and token not in (net.llm.config.eos_token_id, net.special["pause"]))
+        writing = row[0] == CODEC_EOS or (
+            writing and token not in (net.llm.config.eos_token_id, net.special["pause"])
+        )
         fed.append(token)
     return fed
 
@@ -500,7 +561,10 @@ def test_what_is_spoken_step_by_step_is_what_one_pass_over_it_would_say(net, bas
     assert [len(r) for r in rows] == [len(text) for text in texts] == [24, 24]
     # From now on the fourth word of one reply is a pause, the sixth of the other the end, and then a code ends the segment.
     net.special["pause"], net.llm.config.eos_token_id = texts[0][3], texts[1][5]
-    semantic, code = net.audio_heads.audio_output_layers[0].weight, int(net.speak(batch, 24, 1.0, False)[1][0][7, 0])
+    semantic, code = (
+        net.audio_heads.audio_output_layers[0].weight,
+        int(net.speak(batch, 24, 1.0, False)[1][0][7, 0]),
+    )
     semantic[[code, CODEC_EOS]] = semantic[[CODEC_EOS, code]]
     texts, rows = net.speak(batch, 24, 1.0, False)
     for clip, text, spoken in zip(clips, texts, rows):
@@ -512,11 +576,16 @@ def test_what_is_spoken_step_by_step_is_what_one_pass_over_it_would_say(net, bas
             torch.cat([one["ids"], fed], 1),
             torch.cat([one["streams"], torch.from_numpy(spoken)[None]], 1),
         )
-        hidden = net.llm.model(inputs_embeds=net.embed(**without_labels(one))).last_hidden_state[0, -len(spoken) - 1 : -1]
+        hidden = net.llm.model(inputs_embeds=net.embed(**without_labels(one))).last_hidden_state[
+            0, -len(spoken) - 1 : -1
+        ]
         known = heads_by_hand(net, hidden, torch.from_numpy(spoken))
         first = np.array([True, *(spoken[:-1, 0] == CODEC_EOS)])
         assert [int(i) for i, token in zip(known[0].argmax(-1), fed[0]) if token != net.pad] == text
-        assert np.array_equal(known[1].argmax(-1).numpy(), spoken[:, 0]) and (spoken[first, 1:] == CODEC_PAD).all()
+        assert (
+            np.array_equal(known[1].argmax(-1).numpy(), spoken[:, 0])
+            and (spoken[first, 1:] == CODEC_PAD).all()
+        )
         for i in (1, 2, 3):
             assert np.array_equal(known[i + 1].argmax(-1).numpy()[~first], spoken[~first, i])
         assert len({tuple(row) for row in spoken.tolist()}) > len(spoken) / 2, "it says different things"
@@ -542,27 +611,42 @@ def speak_as_told(net, base, cfg, clips, monkeypatch, texts, semantic, most=20, 
     net, fed = copy.deepcopy(net), []
     net.llm.lm_head = Scripted(*texts)
     acoustic = acoustic or [[50 + i + step for step in range(20)] for i in (0, 10, 20)]
-    heads = [Scripted(*semantic, size=96), *(Scripted(*[script] * len(texts), size=96) for script in acoustic)]
+    heads = [
+        Scripted(*semantic, size=96),
+        *(Scripted(*[script] * len(texts), size=96) for script in acoustic),
+    ]
     net.audio_heads.audio_output_layers = torch.nn.ModuleList(heads)
     batch = vss.Collator(base, cfg)(clips[: len(texts)], reply=False)
     real = net.rows
-    monkeypatch.setattr(net, "rows", lambda ids, streams: (fed.append((ids.tolist(), streams.tolist())), real(ids, streams))[1])
+    monkeypatch.setattr(
+        net,
+        "rows",
+        lambda ids, streams: (fed.append((ids.tolist(), streams.tolist())), real(ids, streams))[1],
+    )
     out, rows = net.speak(batch, most, 1.0, False)
     return out, [r.tolist() for r in rows], fed[1:]  # the first is the prompt
 
 
 def test_text_stops_after_its_end_and_the_reply_after_the_semantic_stream(net, base, cfg, clips, monkeypatch):
-    texts, rows, fed = speak_as_told(net, base, cfg, clips, monkeypatch, [[20, 21, 2, 22, 23]], [[40, 41, 42, 43, 2, 44]])
+    texts, rows, fed = speak_as_told(
+        net, base, cfg, clips, monkeypatch, [[20, 21, 2, 22, 23]], [[40, 41, 42, 43, 2, 44]]
+    )
     assert texts == [[20, 21, 2]]
     assert rows == [[[40, 3, 3, 3], [41, 51, 61, 71], [42, 52, 62, 72], [43, 53, 63, 73], [2, 54, 64, 74]]]
-    assert [ids[0][0] for ids, _ in fed] == [20, 21, 2, 3] and [codes[0][0] for _, codes in fed] == rows[0][:4]
-    assert vss.codes_from(np.array(rows[0]), (64,) * 4).tolist() == [[8 + i, 19 + i, 29 + i, 39 + i] for i in range(4)]
+    assert [ids[0][0] for ids, _ in fed] == [20, 21, 2, 3] and [codes[0][0] for _, codes in fed] == rows[0][
+        :4
+    ]
+    assert vss.codes_from(np.array(rows[0]), (64,) * 4).tolist() == [
+        [8 + i, 19 + i, 29 + i, 39 + i] for i in range(4)
+    ]
 
 
 def test_a_pause_starts_a_second_segment(net, base, cfg, clips, monkeypatch):
     pause = base.ids["pause"]
     script = [20, pause, 99, 21, 2, 98, 97, 96]
-    texts, rows, fed = speak_as_told(net, base, cfg, clips, monkeypatch, [script], [[40, 41, 2, 42, 43, 44, 2]])
+    texts, rows, fed = speak_as_told(
+        net, base, cfg, clips, monkeypatch, [script], [[40, 41, 2, 42, 43, 44, 2]]
+    )
     assert texts == [[20, pause, 21, 2]]
     assert [row[0] for row in rows[0]] == [40, 41, 2, 42, 43, 44, 2]
     assert [row[1] for row in rows[0]] == [3, 51, 52, 3, 54, 55, 56]
@@ -575,7 +659,9 @@ def test_a_reply_ends_where_it_must(net, base, cfg, clips, monkeypatch):
     texts, rows, fed = speak_as_told(net, base, cfg, clips, monkeypatch, **script, most=7)
     assert texts == [[20, 2], [21, 22, 23, 23, 23, 23, 23]]
     assert [len(r) for r in rows] == [3, 7], "one is done, the other goes on to the longest reply"
-    assert all(ids[0] == [3] and codes[0] == [[3, 3, 3, 3]] for ids, codes in fed[3:]), "nothing is fed to what is done"
+    assert all(ids[0] == [3] and codes[0] == [[3, 3, 3, 3]] for ids, codes in fed[3:]), (
+        "nothing is fed to what is done"
+    )
     texts, rows, _ = speak_as_told(net, base, cfg, clips, monkeypatch, [[20, 21, 22]], [[40, 41, 2, 43]])
     assert texts == [[20, 21, 22]] and len(rows[0]) == 3, "speech that ends before its text ends the reply"
     texts, rows, _ = speak_as_told(net, base, cfg, clips, monkeypatch, [[20, 21, 2]], [[40, 41, 2]])
@@ -585,7 +671,9 @@ def test_a_reply_ends_where_it_must(net, base, cfg, clips, monkeypatch):
 def test_a_row_of_padding_keeps_its_place(net, base, cfg, clips, monkeypatch):
     """Left out, it would shift the acoustic codes against the semantic ones from there on."""
     acoustic = [[50, 51, 3, 53, 54]] * 3
-    texts, rows, _ = speak_as_told(net, base, cfg, clips, monkeypatch, [[20, 2]], [[40, 41, 3, 43, 2]], acoustic=acoustic)
+    texts, rows, _ = speak_as_told(
+        net, base, cfg, clips, monkeypatch, [[20, 2]], [[40, 41, 3, 43, 2]], acoustic=acoustic
+    )
     assert rows == [[[40, 3, 3, 3], [41, 51, 51, 51], [3, 3, 3, 3], [43, 53, 53, 53], [2, 54, 54, 54]]]
 
 
@@ -597,7 +685,9 @@ def test_codes_heard_in_the_last_30_rows_are_less_likely(net):
     hidden[:, 0] = 30
     spoken = torch.from_numpy(source.integers(CODEC_OFFSET, CODEC_OFFSET + 12, (3, 45, 4)))
     spoken[:, 0, 1:], spoken[1, -4:] = CODEC_PAD, CODEC_PAD
-    net.audio_heads.audio_output_layers[0].weight[CODEC_OFFSET : CODEC_OFFSET + 12] *= 3  # those that were said are likely
+    net.audio_heads.audio_output_layers[0].weight[CODEC_OFFSET : CODEC_OFFSET + 12] *= (
+        3  # those that were said are likely
+    )
 
     def by_hand(penalty: float, rows: int) -> np.ndarray:
         chosen = np.zeros((3, 4), int)
@@ -605,7 +695,9 @@ def test_codes_heard_in_the_last_30_rows_are_less_likely(net):
             h = hidden[b].clone()
             for i, head in enumerate(net.audio_heads.audio_output_layers):
                 logits = (head.weight @ h).tolist()
-                for code in spoken[b, -rows:, i].tolist():  # EXPONENTIAL of the engine: once more for each time
+                for code in spoken[
+                    b, -rows:, i
+                ].tolist():  # EXPONENTIAL of the engine: once more for each time
                     if code != CODEC_PAD:
                         logits[code] = logits[code] * penalty if logits[code] < 0 else logits[code] / penalty
                 chosen[b, i] = np.argmax(logits)
@@ -625,11 +717,18 @@ def test_the_published_sizes_are_those_of_the_report():
     with torch.device("meta"):
         ours, stock = vss.LongCat(config), LongcatFlashForCausalLM(config)
         whole = vss.Omni(vss.published_base(vss.BASE_MODEL), ours)
-    count = {name: sum(p.numel() for p in m.parameters()) / 1e9 for name, m in (("ours", ours), ("stock", stock), ("all", whole))}
+    count = {
+        name: sum(p.numel() for p in m.parameters()) / 1e9
+        for name, m in (("ours", ours), ("stock", stock), ("all", whole))
+    }
     assert count["ours"] == pytest.approx(560.66, abs=0.01), "the 560 B of the model's name"
-    assert count["stock"] == pytest.approx(741.05, abs=0.01), "transformers 5.23 has weights for the identity experts as well"
+    assert count["stock"] == pytest.approx(741.05, abs=0.01), (
+        "transformers 5.23 has weights for the identity experts as well"
+    )
     assert 2e9 * count["all"] == pytest.approx(vss.PUBLISHED_BYTES, rel=1e-3)
-    assert sum(p.numel() for p in whole.vision_encoder.parameters()) / 1e6 == pytest.approx(637, abs=1)  # report, table 1
+    assert sum(p.numel() for p in whole.vision_encoder.parameters()) / 1e6 == pytest.approx(
+        637, abs=1
+    )  # report, table 1
     assert longcat_flash.LongcatFlashExperts is not vss.RealExperts, "put back"
 
 
@@ -655,7 +754,9 @@ def test_the_checkpoint_has_real_experts_alone_and_stock_transformers_cannot_tak
 def test_logits_are_those_of_stock_transformers_with_the_same_weights(net, base):
     ours, stock = copy.deepcopy(net.llm), LongcatFlashForCausalLM(copy.deepcopy(base.config)).eval()
     for layer in ours.model.layers:
-        layer.mlp.router.e_score_correction_bias.data = 0.05 * torch.randn(12, generator=torch.Generator().manual_seed(1))
+        layer.mlp.router.e_score_correction_bias.data = 0.05 * torch.randn(
+            12, generator=torch.Generator().manual_seed(1)
+        )
     theirs, weights = stock.state_dict(), ours.state_dict()
     assert theirs.keys() == weights.keys()
     for name, value in weights.items():
@@ -703,8 +804,16 @@ EXPERT = "model.layers.1.mlp.experts.5.up_proj.weight"
             lambda w: {k: v for k, v in w.items() if k != "encoder.layers.1.ls2"},
             "vision_model.pt: 1 w.*ls2",
         ),
-        ("audio/audio_encoder.pt", lambda w: w | {"surplus": torch.ones(3)}, "audio_encoder.pt: 1 w.*surplus"),
-        ("audio/audio_output_layers.pt", lambda w: w | {"embedding.0.weight": torch.ones(96, 64)}, "embedding.0.weight"),
+        (
+            "audio/audio_encoder.pt",
+            lambda w: w | {"surplus": torch.ones(3)},
+            "audio_encoder.pt: 1 w.*surplus",
+        ),
+        (
+            "audio/audio_output_layers.pt",
+            lambda w: w | {"embedding.0.weight": torch.ones(96, 64)},
+            "embedding.0.weight",
+        ),
         (
             "language_model_embedding.pt",
             lambda w: {"embeddings.weight": w["word_embeddings.weight"]},
@@ -745,7 +854,9 @@ def test_files_that_are_missing_are_named(broken, capsys):
     assert all(name in told_of for name in (*gone[1:], "vision/config.json", "model.safetensors.index.json"))
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "audio/global_cmvn", "audio/preprocessor_config.json"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "audio/global_cmvn", "audio/preprocessor_config.json"]
+)
 def test_a_folder_without_a_configuration_is_refused(broken, capsys, name):
     (broken[0] / name).unlink()
     with pytest.raises(SystemExit) as end:
@@ -775,14 +886,27 @@ def test_routing_biases_stay_exact_where_the_rest_is_bf16(broken):
     exact = torch.linspace(0.1, 0.7, 12) + 1e-4
     assert not torch.equal(exact.bfloat16().float(), exact)
     for layer in (0, 1):
-        change(name := BIAS.replace("layers.1", f"layers.{layer}"), lambda w, name=name, by=layer: w | {name: exact + by})
+        change(
+            name := BIAS.replace("layers.1", f"layers.{layer}"),
+            lambda w, name=name, by=layer: w | {name: exact + by},
+        )
     net = vss.load_omni(vss.open_base(str(folder)), "bf16")
-    for cast in (lambda m: m, lambda m: m.bfloat16(), lambda m: m.to(torch.bfloat16), lambda m: m.half(), copy.deepcopy):
+    for cast in (
+        lambda m: m,
+        lambda m: m.bfloat16(),
+        lambda m: m.to(torch.bfloat16),
+        lambda m: m.half(),
+        copy.deepcopy,
+    ):
         net = cast(net)
         for layer in (0, 1):
             bias = net.llm.model.layers[layer].mlp.router.e_score_correction_bias
             assert bias.dtype == torch.float32 and torch.equal(bias, exact + layer)
-            assert net.llm.lm_head.weight.dtype == net.vision_encoder.encoder.layers[0].ls1.dtype != torch.float32
+            assert (
+                net.llm.lm_head.weight.dtype
+                == net.vision_encoder.encoder.layers[0].ls1.dtype
+                != torch.float32
+            )
 
 
 def what_it_reads(base) -> tuple:
@@ -810,7 +934,11 @@ def test_a_written_model_is_the_same_when_it_is_read(net, base, tmp_path):
 
 
 def adapted_layers(net: torch.nn.Module) -> list[str]:
-    return sorted(name.removesuffix(".lora_A.default") for name, _ in net.named_modules() if name.endswith("lora_A.default"))
+    return sorted(
+        name.removesuffix(".lora_A.default")
+        for name, _ in net.named_modules()
+        if name.endswith("lora_A.default")
+    )
 
 
 def test_lora_at_the_published_sizes_trains_26_6_million():
@@ -829,16 +957,27 @@ def test_lora_is_given_to_attention_alone(net, base):
     trained = {name for name, p in made.named_parameters() if p.requires_grad}
     assert trained and all("lora_" in name for name in trained)
     names = vss.lora_names(base)
-    assert sum(p.numel() for p in made.parameters() if p.requires_grad) == 8 * sum(names[name] for name in MLA.split(","))
+    assert sum(p.numel() for p in made.parameters() if p.requires_grad) == 8 * sum(
+        names[name] for name in MLA.split(",")
+    )
 
 
 def test_lora_of_dense_layers_and_heads_leaves_experts_and_router_alone(net, base):
     cfg = Config(lora_targets="gate_proj,up_proj,down_proj,audio_output_layers")
     layers = adapted_layers(made := vss.with_adapter(copy.deepcopy(net), cfg, base))
     inside = [name.removeprefix("base_model.model.") for name in layers]
-    dense = {f"llm.model.layers.{n}.mlps.{i}.{part}_proj" for n in (0, 1) for i in (0, 1) for part in ("gate", "up", "down")}
+    dense = {
+        f"llm.model.layers.{n}.mlps.{i}.{part}_proj"
+        for n in (0, 1)
+        for i in (0, 1)
+        for part in ("gate", "up", "down")
+    }
     assert set(inside) == dense | {f"audio_heads.audio_output_layers.{i}" for i in range(4)}
-    assert not [name for name, p in made.named_parameters() if p.requires_grad and (".experts" in name or "router" in name)]
+    assert not [
+        name
+        for name, p in made.named_parameters()
+        if p.requires_grad and (".experts" in name or "router" in name)
+    ]
 
 
 @pytest.mark.parametrize("wrong", ["q_proj", "classifier", "experts", "audio_encoder", "router", "lm_head"])
@@ -849,7 +988,9 @@ def test_lora_targets_that_are_no_such_layers_are_refused(base, capsys, wrong):
     assert end.value.code == 2 and f"--lora_targets {wrong}" in told_of
     real = dict(re.findall(r"(\w+) \(([\d.e-]+) M\)", told_of))
     assert set(real) == {*MLA.split(","), "gate_proj", "up_proj", "down_proj", "audio_output_layers"}
-    assert float(real["o_proj"]) == pytest.approx(8 * 4 * (128 + 128) / 1e6, rel=1e-3), "two layers of two, 4 heads of 32 to 128"
+    assert float(real["o_proj"]) == pytest.approx(8 * 4 * (128 + 128) / 1e6, rel=1e-3), (
+        "two layers of two, 4 heads of 32 to 128"
+    )
 
 
 def test_no_lora_targets_at_all_are_refused(base):
@@ -860,7 +1001,9 @@ def test_no_lora_targets_at_all_are_refused(base):
 
 @torch.no_grad()
 def test_an_adapter_comes_back_from_its_folder(net, base, cfg, clips, tmp_path):
-    made = vss.with_adapter(copy.deepcopy(net), Config(lora_targets=f"{MLA},down_proj,audio_output_layers"), base).eval()
+    made = vss.with_adapter(
+        copy.deepcopy(net), Config(lora_targets=f"{MLA},down_proj,audio_output_layers"), base
+    ).eval()
     for name, p in made.named_parameters():
         if "lora_B" in name:
             p.normal_(std=0.3)
@@ -896,8 +1039,15 @@ def test_words_survive_the_mel_codec(codec):
         assert back.shape == (960 * len(codes),) and back.dtype == np.float32 and abs(back).max() <= 1
         right += vss.recognised(back, known) == word
     assert right / 16 > 0.9
-    pairs = [np.concatenate([a, b]) for (_, a), (_, b) in zip(words[::2], words[1::2])]  # STOI needs 0.4 s of speech
-    assert np.mean([stoi(pair, codec.decode(codec.encode(pair))[: len(pair)], vss.SAMPLE_RATE) for pair in pairs]) > 0.8
+    pairs = [
+        np.concatenate([a, b]) for (_, a), (_, b) in zip(words[::2], words[1::2])
+    ]  # STOI needs 0.4 s of speech
+    assert (
+        np.mean(
+            [stoi(pair, codec.decode(codec.encode(pair))[: len(pair)], vss.SAMPLE_RATE) for pair in pairs]
+        )
+        > 0.8
+    )
 
 
 def test_each_codebook_of_the_mel_codec_takes_up_what_is_left(codec):
@@ -919,7 +1069,11 @@ def test_a_codec_is_fitted_the_same_again_and_kept_in_a_file(codec, tmp_path):
     read = vss.MelCodec.load(tmp_path / "codec.safetensors")
     sound = said(2, 1)[0][1]
     for other in (again, read):
-        assert torch.equal(other.codebooks, codec.codebooks) and torch.equal(other.mean, codec.mean) and other.key == codec.key
+        assert (
+            torch.equal(other.codebooks, codec.codebooks)
+            and torch.equal(other.mean, codec.mean)
+            and other.key == codec.key
+        )
         assert np.array_equal(other.encode(sound), codec.encode(sound))
     assert np.array_equal(read.decode(codec.encode(sound)), codec.decode(codec.encode(sound)))
     assert codec.decode(np.zeros((0, 4), int)).shape == (0,)
@@ -979,7 +1133,9 @@ def checkout(tmp_path):
     for folder in ("configs", "ckpts", "networks/semantic_codec"):
         (root / folder).mkdir(parents=True)
     (root / "networks" / "semantic_codec" / "model_loader.py").write_text(CHECKOUT)
-    for name, file in zip(vss.LongCatCodec.files, ("LongCatAudioCodec_encoder.pt", "LongCatAudioCodec_decoder_24k.pt")):
+    for name, file in zip(
+        vss.LongCatCodec.files, ("LongCatAudioCodec_encoder.pt", "LongCatAudioCodec_decoder_24k.pt")
+    ):
         (root / name).write_text(f"ckpts/{file}\n")
         torch.save(1000.0, root / "ckpts" / file)
     yield root
@@ -1004,7 +1160,9 @@ def test_the_official_codec_is_called_as_its_own_code_wants_it(checkout, base, m
     np.testing.assert_allclose(back[::1440], sound[: 9 * 960 : 960], atol=3e-3)
 
 
-@pytest.mark.parametrize("name", ["configs/LongCatAudioCodec_encoder.yaml", "ckpts/LongCatAudioCodec_encoder.pt"])
+@pytest.mark.parametrize(
+    "name", ["configs/LongCatAudioCodec_encoder.yaml", "ckpts/LongCatAudioCodec_encoder.pt"]
+)
 def test_a_file_that_the_official_codec_lacks_is_named(checkout, base, capsys, name):
     (checkout / name).unlink()
     with pytest.raises(SystemExit) as end:
@@ -1031,7 +1189,9 @@ def test_the_published_model_asks_for_its_codec(base, capsys):
 # --- Data
 
 
-def write_sound(path: Path, sound: np.ndarray, rate: int, codec: str, pictures: np.ndarray | None = None, form=None) -> None:
+def write_sound(
+    path: Path, sound: np.ndarray, rate: int, codec: str, pictures: np.ndarray | None = None, form=None
+) -> None:
     """float (N,), and pictures at 2 a second beside it, through ffmpeg"""
     with av.open(str(path), "w", format=form) as file:
         video = file.add_stream("libx264", rate=2) if pictures is not None else None
@@ -1041,7 +1201,9 @@ def write_sound(path: Path, sound: np.ndarray, rate: int, codec: str, pictures: 
             for picture in pictures:
                 file.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
             file.mux(video.encode(None))
-        frame = av.AudioFrame.from_ndarray((sound * 32767).astype(np.int16)[None], format="s16", layout="mono")
+        frame = av.AudioFrame.from_ndarray(
+            (sound * 32767).astype(np.int16)[None], format="s16", layout="mono"
+        )
         frame.sample_rate = rate
         file.mux(stream.encode(frame))
         file.mux(stream.encode(None))
@@ -1057,11 +1219,14 @@ def hertz_of(path: Path) -> float:
 
 
 def loudness(path: Path) -> float:
-    return float(np.sqrt(np.mean(np.load(path)[4_000:16_000] ** 2)))  # LAME adds silence at both ends, and takes 5 % away
+    return float(
+        np.sqrt(np.mean(np.load(path)[4_000:16_000] ** 2))
+    )  # LAME adds silence at both ends, and takes 5 % away
 
 
 @pytest.mark.parametrize(
-    ("suffix", "codec", "rate"), [(".mp3", "mp3", 44_100), (".flac", "flac", 8_000), (".WAV", "pcm_s16le", 48_000)]
+    ("suffix", "codec", "rate"),
+    [(".mp3", "mp3", 44_100), (".flac", "flac", 8_000), (".WAV", "pcm_s16le", 48_000)],
 )
 def test_other_containers_and_rates_are_read(sample, cfg, base, suffix, codec, rate):
     (sample / "in.mp4").rename(sample / "IN.MOV")
@@ -1070,7 +1235,9 @@ def test_other_containers_and_rates_are_read(sample, cfg, base, suffix, codec, r
     clip = vss.open_clip(sample, cfg, base)
     assert clip.rates == (rate, 16_000) and clip.name == "train/01"
     assert len(np.load(clip.speech)) / vss.SAMPLE_RATE == pytest.approx(1.5, abs=0.06)
-    assert hertz_of(clip.speech) == pytest.approx(440, abs=2) and loudness(clip.speech) == pytest.approx(0.3 / 2**0.5, rel=0.06)
+    assert hertz_of(clip.speech) == pytest.approx(440, abs=2) and loudness(clip.speech) == pytest.approx(
+        0.3 / 2**0.5, rel=0.06
+    )
     assert np.load(clip.frames).shape == (4, 56, 56, 3)
     assert vss.open_clip(sample, cfg, base) == clip, "from the cache"
 
@@ -1078,10 +1245,14 @@ def test_other_containers_and_rates_are_read(sample, cfg, base, suffix, codec, r
 def test_the_sound_track_is_the_question_where_there_is_no_other(sample, cfg, base):
     pictures = np.full((4, 56, 56, 3), 90, np.uint8)
     write_sound(sample / "in.mp4", tone(2, hertz=600), vss.SAMPLE_RATE, "aac", pictures)
-    assert hertz_of(vss.open_clip(sample, cfg, base).speech) != pytest.approx(600, abs=5), "in.wav goes before it"
+    assert hertz_of(vss.open_clip(sample, cfg, base).speech) != pytest.approx(600, abs=5), (
+        "in.wav goes before it"
+    )
     (sample / "in.wav").unlink()
     clip = vss.open_clip(sample, cfg, base)
-    assert hertz_of(clip.speech) == pytest.approx(600, abs=5) and len(np.load(clip.speech)) == pytest.approx(32_000, abs=2_100)
+    assert hertz_of(clip.speech) == pytest.approx(600, abs=5) and len(np.load(clip.speech)) == pytest.approx(
+        32_000, abs=2_100
+    )
 
 
 def test_two_channels_become_one_at_the_same_loudness(sample, tmp_path):
@@ -1111,7 +1282,9 @@ BAD = {
     "in.mp4 has no video": no_video_stream,
     "in.mp4 is not video or sound": lambda f: (f / "in.mp4").write_text("not a video\n" * 99),
     "in.mp4 has no sound": lambda f: (f / "in.wav").unlink(),
-    "out.txt has [0-9]+ tokens, out.wav has room for 1[0-9]": lambda f: (f / "out.txt").write_text("words that nobody says " * 9),
+    "out.txt has [0-9]+ tokens, out.wav has room for 1[0-9]": lambda f: (f / "out.txt").write_text(
+        "words that nobody says " * 9
+    ),
 }
 
 
@@ -1134,7 +1307,11 @@ def test_samples_lie_under_train_and_beside_it_test(tmp_path, capsys):
     (tmp_path / "train" / "notes.txt").touch()
     for given in (tmp_path, tmp_path / "train"):
         found = vss.sample_folders(given)
-        assert [f"{p.parent.name}/{p.name}" for p in found["train"] + found["test"]] == ["train/01", "train/02", "test/01"]
+        assert [f"{p.parent.name}/{p.name}" for p in found["train"] + found["test"]] == [
+            "train/01",
+            "train/02",
+            "test/01",
+        ]
     assert vss.sample_folders(tmp_path / "alone") == {"train": [tmp_path / "alone" / "x"], "test": []}
     (tmp_path / "empty").mkdir()
     for wrong, why in ((tmp_path / "none", "no such folder"), (tmp_path / "empty", "no sample folders")):
@@ -1153,7 +1330,10 @@ def test_data_are_split_as_their_folders_are_and_dull_speech_is_named(tmp_path, 
     assert [clip.name for clip in data.held_out] == ["test/01"]
     assert [Path(bad["where"]).name for bad in data.bad] == ["03"] and "no out.wav" in data.bad[0]["reason"]
     lines = "\n".join(vss.describe(cfg, data, tmp_path))
-    assert "2 clips to train on, 1 held out, 1 left out as bad" in lines and "3 of 3 clips have an out.txt" in lines
+    assert (
+        "2 clips to train on, 1 held out, 1 left out as bad" in lines
+        and "3 of 3 clips have an out.txt" in lines
+    )
     assert "warning: below 16 kHz, so dull: train/02" in lines and "train/01" not in lines
     lengths = sorted(len(np.load(clip.reply)) / 16_000 for clip in (*data.train, *data.held_out))
     assert f"in 2.0 to 2.0 s, out {lengths[0]:.1f} to {lengths[-1]:.1f} s" in lines
@@ -1162,7 +1342,9 @@ def test_data_are_split_as_their_folders_are_and_dull_speech_is_named(tmp_path, 
     assert len(data.train) == len(data.held_out) == 1 and data.train[0].name != data.held_out[0].name
     shutil.rmtree(tmp_path / "train" / "02")
     data = vss.load_data(cfg, tmp_path, base)
-    assert data.held_out is data.train and "(the same: there is one clip)" in "\n".join(vss.describe(cfg, data, tmp_path))
+    assert data.held_out is data.train and "(the same: there is one clip)" in "\n".join(
+        vss.describe(cfg, data, tmp_path)
+    )
 
 
 @pytest.mark.parametrize(("fps", "total"), [(2, 4), (8, 8), (8, 28), (25, 50), (25, 87)])
@@ -1184,7 +1366,11 @@ def test_a_clip_of_few_frames_is_no_bad_sample(sample, cfg, base, fps, total):
 
 def test_two_seconds_are_four_frames_and_long_clips_are_spread(tmp_path):
     common.write_mp4(np.full((16, 56, 56, 3), 99, np.uint8), tmp_path / "in.mp4", 8)
-    assert vss.video_times(tmp_path / "in.mp4", 64) == (4, (0.0, pytest.approx(1.25)), False)  # of 16 frames the 0th and 10th
+    assert vss.video_times(tmp_path / "in.mp4", 64) == (
+        4,
+        (0.0, pytest.approx(1.25)),
+        False,
+    )  # of 16 frames the 0th and 10th
     assert vss.video_times(tmp_path / "in.mp4", 4)[2] is False
     assert vss.video_times(tmp_path / "in.mp4", 2) == (2, (0.0,), True)
 
@@ -1201,10 +1387,15 @@ def test_recognition_knows_words_of_another_voice_and_no_sound():
 def test_speech_distance_of_the_same_and_of_a_longer_reply():
     target = np.concatenate([sound for _, sound in said(5, 3)])
     same = vss.speech_distance(target, target)
-    assert same["stoi"] == pytest.approx(1, abs=1e-3) and same["mel_cepstral_distance"] == 0 == same["duration_error"]
+    assert (
+        same["stoi"] == pytest.approx(1, abs=1e-3)
+        and same["mel_cepstral_distance"] == 0 == same["duration_error"]
+    )
     longer = np.concatenate([target, np.zeros(round(0.1 * len(target)), np.float32)])
     assert vss.speech_distance(target, longer)["duration_error"] == pytest.approx(0.1, abs=1e-3)
-    assert vss.speech_distance(target, longer[: len(target) // 2])["duration_error"] == pytest.approx(0.5, abs=1e-3)
+    assert vss.speech_distance(target, longer[: len(target) // 2])["duration_error"] == pytest.approx(
+        0.5, abs=1e-3
+    )
     noise = np.random.default_rng(0).normal(0, 0.1, len(target)).astype(np.float32)
     other = vss.speech_distance(target, noise)
     assert other["stoi"] < 0.5 and other["mel_cepstral_distance"] > 5
@@ -1214,7 +1405,9 @@ def test_speech_distance_of_the_same_and_of_a_longer_reply():
     for k in range(1, 14):
         wave_of = math.sqrt(2 / 40) * np.cos(math.pi * k * (2 * np.arange(40) + 1) / 80)
         squared += ((a - b) @ wave_of) ** 2
-    assert other["mel_cepstral_distance"] == pytest.approx(10 / math.log(10) * np.sqrt(2 * squared).mean(), rel=1e-4)
+    assert other["mel_cepstral_distance"] == pytest.approx(
+        10 / math.log(10) * np.sqrt(2 * squared).mean(), rel=1e-4
+    )
 
 
 def test_no_reply_at_all_can_be_scored():
@@ -1232,7 +1425,9 @@ def published():
 
 
 def test_the_published_model_is_counted(published):
-    assert published.parameters == pytest.approx(562.6e9, rel=1e-3) and published.trained == pytest.approx(26.6e6, rel=2e-3)
+    assert published.parameters == pytest.approx(562.6e9, rel=1e-3) and published.trained == pytest.approx(
+        26.6e6, rel=2e-3
+    )
     assert published.layer == 512 * 3 * 2048 * 6144, "38.7 GB of one mixture are gathered whole"
     assert published.largest == 512 * 2 * 2048 * 6144
     assert published.checkpointed < published.plain
@@ -1242,29 +1437,46 @@ def test_the_time_that_weights_take_to_the_gpus(published):
     rows = {row["layout"]: row for row in vss.layouts(published, Config(), "bf16", 8, 8, NVME)}
     offloaded, disk = (rows[f"ZeRO-3, {place}, checkpointing"] for place in ("all on CPU", "weights on NVMe"))
     # 1.125 TB three times (forward, again, backward): an eighth each at 50 GB/s, or all of it at 7 GB/s
-    assert offloaded["seconds"] == pytest.approx(8.4, abs=0.1) and "8 s a micro-step, 2 min a step" in offloaded["note"]
-    assert disk["seconds"] == pytest.approx(3 * 1.125e12 / 7e9, rel=0.01) and "8 min a micro-step, 2.1 h a step" in disk["note"]
+    assert (
+        offloaded["seconds"] == pytest.approx(8.4, abs=0.1)
+        and "8 s a micro-step, 2 min a step" in offloaded["note"]
+    )
+    assert (
+        disk["seconds"] == pytest.approx(3 * 1.125e12 / 7e9, rel=0.01)
+        and "8 min a micro-step, 2.1 h a step" in disk["note"]
+    )
     assert offloaded["host_gb"] == pytest.approx(1125, rel=0.01)
     assert 38.7 < offloaded["gpu_gb"] < 80, "one mixture and the activations"
     assert rows["ZeRO-3, checkpointing"]["gpu_gb"] > 1125 / 8 and "ZeRO-2" in next(iter(rows))
 
 
 @pytest.mark.parametrize(("devices", "partition"), [(8, 1.61e9), (2, 6.44e9)])
-def test_buffers_of_nvme_hold_the_largest_partition_and_all_that_is_used_at_once(published, devices, partition):
+def test_buffers_of_nvme_hold_the_largest_partition_and_all_that_is_used_at_once(
+    published, devices, partition
+):
     rows = vss.layouts(published, Config(), "bf16", devices, devices, NVME)
     experts, everything = rows[-2:]
     # Two fused tensors of experts a layer. In all of a layer: 2 x (5 of attention, 3 dense), 2 of experts, the router.
     for row, tensors in ((experts, 2), (everything, 16 + 2 + 1)):
         offload = row["config"]["zero_optimization"]["offload_param"]
         assert offload["device"] == "nvme" and offload["nvme_path"] == "nvme"
-        assert published.largest / devices == pytest.approx(partition, rel=1e-3) and offload["buffer_size"] >= partition
+        assert (
+            published.largest / devices == pytest.approx(partition, rel=1e-3)
+            and offload["buffer_size"] >= partition
+        )
         assert offload["buffer_count"] >= tensors
         pinned = offload["buffer_count"] * offload["buffer_size"] * 2 * devices / 1e9
         assert row["host_gb"] == pytest.approx(pinned, rel=0.01) and pinned < 600
     small = experts["config"]["zero_optimization"]["stage3_param_persistence_threshold"]
-    assert 131_072 * 6144 <= small < 512 * 2048 * 6144, "all but experts stay: the embedding too is smaller than they"
-    assert experts["gpu_gb"] - everything["gpu_gb"] == pytest.approx(2 * (562.6 - 28 * 512 * 3 * 2048 * 6144 / 1e9), rel=0.01)
-    like = next(row for row in rows if row["layout"] == "ZeRO-3, all on CPU, checkpointing")["config"]["zero_optimization"]
+    assert 131_072 * 6144 <= small < 512 * 2048 * 6144, (
+        "all but experts stay: the embedding too is smaller than they"
+    )
+    assert experts["gpu_gb"] - everything["gpu_gb"] == pytest.approx(
+        2 * (562.6 - 28 * 512 * 3 * 2048 * 6144 / 1e9), rel=0.01
+    )
+    like = next(row for row in rows if row["layout"] == "ZeRO-3, all on CPU, checkpointing")["config"][
+        "zero_optimization"
+    ]
     assert like["offload_param"]["device"] == "cpu", "not changed with it"
 
 
@@ -1296,4 +1508,6 @@ def test_activations_are_estimated_to_within_a_factor_of_two(net, base, cfg, cli
     supervised = int((batch["code_labels"] != -100).any(-1).sum(1).max())
     asked = dataclasses.replace(cfg, batch_size=3)
     sizes = vss.measure(base, asked, "fp32", batch["ids"].shape[1], supervised)
-    assert losses.requires_grad and 0.5 < sizes.plain / real < 2, f"{sizes.plain / 1e6:.2f} MB estimated, {real / 1e6:.2f} kept"
+    assert losses.requires_grad and 0.5 < sizes.plain / real < 2, (
+        f"{sizes.plain / 1e6:.2f} MB estimated, {real / 1e6:.2f} kept"
+    )

@@ -80,13 +80,26 @@ def test_the_demo_trains_a_base_and_adapts_it(tmp_path):
     names = {path.name for path in folder.iterdir()}
     assert names >= set("config.json environment.json longcat_vss.py metrics.jsonl loss.png results.json bad_samples.jsonl "
                         "SUCCESS deepspeed.json samples checkpoints model lora".split())  # fmt: skip
-    assert output.startswith("Model weights: ") and "eval step 000002" in output and "Warning" not in output, output
+    assert (
+        output.startswith("Model weights: ") and "eval step 000002" in output and "Warning" not in output
+    ), output
     results = json.loads((folder / "results.json").read_text())
     assert 0 <= results["score"] <= 1 and set(results["controls"]) == {"video_blanked", "audio_silenced"}
-    assert set(results["lora"]) == {"before", "score"} and results["training_mean"]["accuracy"].keys() == set(longcat_vss.HEADS)
+    assert set(results["lora"]) == {"before", "score"} and results["training_mean"]["accuracy"].keys() == set(
+        longcat_vss.HEADS
+    )
     assert (folder / "lora" / "model" / "adapter_config.json").exists()
     row = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
-    assert row.keys() >= {"step", "loss", "lr", "grad_norm", "samples_per_s", "semantic_accuracy", "acoustic_3_loss", "text_loss"}
+    assert row.keys() >= {
+        "step",
+        "loss",
+        "lr",
+        "grad_norm",
+        "samples_per_s",
+        "semantic_accuracy",
+        "acoustic_3_loss",
+        "text_loss",
+    }
     shown = [json.loads(line) for line in (folder / "samples" / "samples.jsonl").read_text().splitlines()]
     assert len(shown) == 4
     for row in shown:
@@ -100,29 +113,64 @@ def test_the_demo_trains_a_base_and_adapts_it(tmp_path):
     assert again.count("resumed") == 2 and "step 0000" not in again.replace("step_0000", "")
     assert (folder / "lora" / "model" / "adapter_model.safetensors").stat().st_mtime_ns == before
     clip = next(tmp_path.glob("cache/longcat_vss_demo_*_base_*/test/001"))
-    said = run(SCRIPT, "--predict", clip / "in.mp4", clip / "in.wav", "--model", folder / "model", cwd=tmp_path)
+    said = run(
+        SCRIPT, "--predict", clip / "in.mp4", clip / "in.wav", "--model", folder / "model", cwd=tmp_path
+    )
     assert "out.wav: " in said and (tmp_path / "out.wav").exists()
 
 
 def test_check_starts_with_the_storage_check_and_trains_nothing(tmp_path, tiny, samples):
     output = run(SCRIPT, "--check", "--model", tiny, "--data_dir", samples, "--size", 56, cwd=tmp_path)
     lines = output.splitlines()
-    assert lines[0].startswith("Model weights: ") and lines[1].startswith("Available space: ") and lines[2] == "Status: OK"
-    assert lines[3] == "shards   3 of 3 are there" and "8 clips to train on, 2 held out" in output and "auto takes this" in output
+    assert (
+        lines[0].startswith("Model weights: ")
+        and lines[1].startswith("Available space: ")
+        and lines[2] == "Status: OK"
+    )
+    assert (
+        lines[3] == "shards   3 of 3 are there"
+        and "8 clips to train on, 2 held out" in output
+        and "auto takes this" in output
+    )
     assert not (tmp_path / "runs").exists()
-    output = run(SCRIPT, "--check", "--model", tiny, "--data_dir", samples / "test" / "01", "--size", 56, cwd=tmp_path, expect=2)
-    assert "no sample folders" in output and "the plan is for clips of 10 s" in output and "auto takes this" in output
+    output = run(
+        SCRIPT,
+        "--check",
+        "--model",
+        tiny,
+        "--data_dir",
+        samples / "test" / "01",
+        "--size",
+        56,
+        cwd=tmp_path,
+        expect=2,
+    )
+    assert (
+        "no sample folders" in output
+        and "the plan is for clips of 10 s" in output
+        and "auto takes this" in output
+    )
 
 
 def test_check_of_the_published_sizes_says_what_cannot_hold_them_and_what_can(tmp_path, hub):
     output = run(SCRIPT, "--check", cwd=tmp_path, expect=2, **hub_variables(hub, tmp_path))
     lines = output.splitlines()
-    assert lines[0] == "Model weights: 1.1 TB" and lines[1].startswith("Available space: ") and lines[2].startswith("Status: ")
+    assert (
+        lines[0] == "Model weights: 1.1 TB"
+        and lines[1].startswith("Available space: ")
+        and lines[2].startswith("Status: ")
+    )
     machines = dict(line.strip().split("  ", 1) for line in lines if line.startswith(("  8x", "  2x")))
     for machine in ("8x H100 80 GB, 512 GB RAM", "2x B200 192 GB, 512 GB RAM"):
         assert "cannot hold the 1125 GB of weights in its RAM" in machines[machine]
-    assert "all on CPU" in machines["8x H100 80 GB, 2 TB RAM"] and "8 s a micro-step" in machines["8x H100 80 GB, 2 TB RAM"]
-    assert "the nearest machine that would do: 2x B200 192 GB, 2 TB RAM" in output and "26.64 M trained" in output
+    assert (
+        "all on CPU" in machines["8x H100 80 GB, 2 TB RAM"]
+        and "8 s a micro-step" in machines["8x H100 80 GB, 2 TB RAM"]
+    )
+    assert (
+        "the nearest machine that would do: 2x B200 192 GB, 2 TB RAM" in output
+        and "26.64 M trained" in output
+    )
 
 
 def test_sixty_micro_steps_of_two_ranks_with_zero3_offload_are_those_of_one(tmp_path, tiny, samples):
@@ -132,7 +180,9 @@ def test_sixty_micro_steps_of_two_ranks_with_zero3_offload_are_those_of_one(tmp_
     run(SCRIPT, *common, "--batch_size", 2, "--output_dir", tmp_path / "one", cwd=tmp_path)
     two, one = ([loss for _, loss, _ in losses(tmp_path / name)] for name in ("two", "one"))
     assert len(two) == 30 and two[:10] == pytest.approx(one[:10], rel=1e-4)
-    assert two == pytest.approx(one, rel=0.05) and two[-1] < two[0], "later the last digits choose other experts"
+    assert two == pytest.approx(one, rel=0.05) and two[-1] < two[0], (
+        "later the last digits choose other experts"
+    )
     used = json.loads((tmp_path / "two" / "deepspeed.json").read_text())["zero_optimization"]
     assert used["stage"] == 3 and used["offload_param"]["device"] == "cpu"
     ours, theirs = adapter(tmp_path / "two"), adapter(tmp_path / "one")
@@ -141,7 +191,18 @@ def test_sixty_micro_steps_of_two_ranks_with_zero3_offload_are_those_of_one(tmp_
 
 def test_bf16_with_checkpointing_trains(tmp_path, tiny, samples):
     more = ["--dtype", "bf16", "--gradient_checkpointing", "on", "--steps", 2, "--eval_samples", 0]
-    run(SCRIPT, "--model", tiny, "--data_dir", samples, *SMALL, *more, "--output_dir", tmp_path / "run", cwd=tmp_path)
+    run(
+        SCRIPT,
+        "--model",
+        tiny,
+        "--data_dir",
+        samples,
+        *SMALL,
+        *more,
+        "--output_dir",
+        tmp_path / "run",
+        cwd=tmp_path,
+    )
     assert {str(value.dtype) for value in adapter(tmp_path / "run").values()} == {"torch.bfloat16"}
 
 
@@ -181,7 +242,9 @@ def test_a_real_clip_with_its_own_sound(tmp_path, tiny, samples):
     for number in range(3, 12):
         shutil.copytree(samples / "train" / "02", tmp_path / "data" / f"{number:02d}")
     output = run(SCRIPT, "--model", tiny, *SMALL, *more, cwd=tmp_path)
-    assert "10 clips to train on, 1 held out" in output and "9 of 11 clips have an out.txt: without it" in output
+    assert (
+        "10 clips to train on, 1 held out" in output and "9 of 11 clips have an out.txt: without it" in output
+    )
 
 
 def sound(path: Path) -> bool:
@@ -228,18 +291,31 @@ def test_the_adapter_is_pushed_and_the_card_s_snippet_speaks(tmp_path, tiny, sam
     variables = hub_variables(hub, tmp_path)
     run(SCRIPT, *flags(1, tiny, samples, tmp_path / "run"), "--push_to_hub", cwd=tmp_path, **variables)
     files = hub.files("tester/longcat_vss")
-    assert {"adapter_model.safetensors", "adapter_config.json", "README.md", "longcat_vss.py", "common.py", "loss.png"} <= set(
-        files
-    )
+    assert {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "README.md",
+        "longcat_vss.py",
+        "common.py",
+        "loss.png",
+    } <= set(files)
     assert not [name for name in files if name.endswith(("wav", "mp4")) or name.startswith("samples")], (
         "a user's voice stays here"
     )
     card = files["README.md"].decode()
     assert "given those before" in card and "video blanked" in card
-    code = card.split("```python\n")[1].split("```")[0].replace('"in.mp4"', repr(str(samples / "test/01/in.mp4")))
+    code = (
+        card.split("```python\n")[1]
+        .split("```")[0]
+        .replace('"in.mp4"', repr(str(samples / "test/01/in.mp4")))
+    )
     code = code.replace('"in.wav"', repr(str(samples / "test/01/in.wav")))
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment(**variables), capture_output=True, text=True
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out.wav").read_bytes() == (tmp_path / "run" / "samples" / "test_01.wav").read_bytes()
@@ -275,7 +351,12 @@ def test_bad_samples_are_named_by_folder(tmp_path, tiny, samples):
     (data / "train" / "03" / "in.wav").write_bytes(b"")
     (data / "train" / "05" / "out.wav").unlink()
     output = run(SCRIPT, "--model", tiny, *SMALL, cwd=tmp_path, expect=2)
-    assert "2 of 10 samples are bad" in output and "train/03" in output and "train/05" in output and "no out.wav" in output
+    assert (
+        "2 of 10 samples are bad" in output
+        and "train/03" in output
+        and "train/05" in output
+        and "no out.wav" in output
+    )
 
 
 # --- Whole

@@ -39,9 +39,7 @@ from nllb_vtt import Config, Example
 SCRIPT = "nllb_vtt.py"
 ZERO3 = ROOT / "ds_zero3_offload.json"
 # A run of seconds; flags after these win.
-SMALL = (
-    "--steps 6 --batch_size 4 --lr 1e-3 --warmup_steps 1 --log_every 1 --save_every 2 --eval_every 4 --eval_questions 4".split()
-)
+SMALL = "--steps 6 --batch_size 4 --lr 1e-3 --warmup_steps 1 --log_every 1 --save_every 2 --eval_every 4 --eval_questions 4".split()
 SMALL += "--max_new_tokens 4 --num_beams 2 --val_fraction 0.25".split()
 
 
@@ -60,7 +58,10 @@ def base(tiny):
 @pytest.fixture(scope="session")
 def manifest(tmp_path_factory):
     """24 rows about 12 videos: question, answer, tags, duration, frames"""
-    rows = [row | {"video": f"clip_{i // 2:02d}.mp4"} for i, (_, row, _) in enumerate(nllb_vtt.generated_rows(24, 5, False))]
+    rows = [
+        row | {"video": f"clip_{i // 2:02d}.mp4"}
+        for i, (_, row, _) in enumerate(nllb_vtt.generated_rows(24, 5, False))
+    ]
     return llava.write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", rows)
 
 
@@ -70,7 +71,9 @@ def unbroken(tmp_path_factory, tiny, manifest):
     return unbroken_runs(tmp_path_factory, SCRIPT, lambda ranks, folder: [*flags, folder])
 
 
-def example(source="question: a? | tags: red", target="a red ball", src="eng_Latn", tgt="eng_Latn") -> Example:
+def example(
+    source="question: a? | tags: red", target="a red ball", src="eng_Latn", tgt="eng_Latn"
+) -> Example:
     return Example(source, target, src, tgt, "", "", {})
 
 
@@ -84,7 +87,9 @@ def asked_cfg(**flags) -> Config:
 def test_tokens_loss_and_shift_are_transformers_own(base, tiny):
     from transformers import AutoTokenizer, M2M100ForConditionalGeneration
 
-    rows, _ = nllb_vtt.encode([example(), example("question: b?", "la voiture", "deu_Latn", "fra_Latn")], base)
+    rows, _ = nllb_vtt.encode(
+        [example(), example("question: b?", "la voiture", "deu_Latn", "fra_Latn")], base
+    )
     batch = nllb_vtt.collate_rows(rows, base)
     peer = AutoTokenizer.from_pretrained(tiny, src_lang="deu_Latn", tgt_lang="fra_Latn")
     theirs = peer("question: b?", text_target="la voiture")
@@ -101,7 +106,14 @@ def test_tokens_loss_and_shift_are_transformers_own(base, tiny):
 
 
 def test_sources_have_the_question_and_the_named_columns_and_never_the_answer():
-    row = {"tags": ["a", "b"], "duration": 2.0, "title": "", "transcript": "x\ny", "answer": "secret", "caption": "secret"}
+    row = {
+        "tags": ["a", "b"],
+        "duration": 2.0,
+        "title": "",
+        "transcript": "x\ny",
+        "answer": "secret",
+        "caption": "secret",
+    }
     source = nllb_vtt.source_of("What?", row, nllb_vtt.FIELDS.split(","))
     assert source == "question: What? | tags: a, b | duration: 2 | transcript: x y"
 
@@ -127,7 +139,9 @@ def test_batches_hold_rows_of_about_one_length_and_every_row(base):
     assert set(batches.ravel().tolist()) == set(range(1001)) and batches.shape == (63, 16)
     spread = np.mean([np.ptp(stage.lengths[batch]) for batch in batches])
     assert spread < 15 < 170 < np.mean([np.ptp(rng.permutation(stage.lengths)[:16]) for _ in range(50)])
-    assert not np.array_equal(batches, nllb_vtt.epoch_batches(stage, 16, 0, 1)), "another order in the next epoch"
+    assert not np.array_equal(batches, nllb_vtt.epoch_batches(stage, 16, 0, 1)), (
+        "another order in the next epoch"
+    )
 
 
 def test_ranks_share_a_batch_and_curriculum_goes_by_words(base, monkeypatch):
@@ -138,7 +152,9 @@ def test_ranks_share_a_batch_and_curriculum_goes_by_words(base, monkeypatch):
     cfg, seen = asked_cfg(steps=6, batch_size=3), []
     for number in "01":
         monkeypatch.setenv("RANK", number)
-        seen += [len(row.example.target.split()) for row in nllb_vtt.get_batch(stages, lambda rows: rows, cfg, 5)]
+        seen += [
+            len(row.example.target.split()) for row in nllb_vtt.get_batch(stages, lambda rows: rows, cfg, 5)
+        ]
     assert sorted(seen) == [3, 9, 10, 19, 20, 25], "the last stage has all, each once over the ranks"
 
 
@@ -164,7 +180,20 @@ def test_one_question_is_answered_in_several_languages_after_training(tmp_path, 
     rows = [{"question": "What is it?", "tags": ["red"], "answer": text, "tgt_lang": code, "video": code + str(i)}
             for code, text in said.items() for i in range(4)]  # fmt: skip
     manifest = llava.write_rows(tmp_path / "rows.jsonl", rows)
-    flags = ["--model", tiny, "--manifest", manifest, "--steps", 80, "--batch_size", 12, "--lr", 3e-3, "--warmup_steps", 5]
+    flags = [
+        "--model",
+        tiny,
+        "--manifest",
+        manifest,
+        "--steps",
+        80,
+        "--batch_size",
+        12,
+        "--lr",
+        3e-3,
+        "--warmup_steps",
+        5,
+    ]
     flags += ["--label_smoothing", 0, "--num_beams", 1, "--max_new_tokens", 8, "--tgt_lang", "fra_Latn"]
     assert "eng_Latn -> deu_Latn" in run(SCRIPT, *flags, cwd=tmp_path)
     model = tmp_path / "runs" / "nllb_vtt" / "model"
@@ -178,7 +207,15 @@ def test_one_question_is_answered_in_several_languages_after_training(tmp_path, 
     llava.write_rows(tmp_path / "asked.jsonl", asked)
     lines = run(SCRIPT, "--predict", "--metadata", tmp_path / "asked.jsonl", cwd=tmp_path).splitlines()
     assert lines == list(said.values())
-    one = ["--predict", "--question", "What is it?", "--metadata", '{"tags": ["red"]}', "--tgt_lang", "deu_Latn"]
+    one = [
+        "--predict",
+        "--question",
+        "What is it?",
+        "--metadata",
+        '{"tags": ["red"]}',
+        "--tgt_lang",
+        "deu_Latn",
+    ]
     assert run(SCRIPT, *one, cwd=tmp_path).strip() == said["deu_Latn"]
 
 
@@ -191,11 +228,15 @@ def test_run_folder_and_output(unbroken):
     assert "18 questions to train on, 6 held out" in output and "eng_Latn -> eng_Latn (18)" in output
     assert output.count("  ->  ") == 3, "three real examples"
     results = json.loads((folder / "results.json").read_text())
-    assert set(results["controls"]) == {"majority", "source_copied"} and set(results["metrics"]["model"]) == set(nllb_vtt.METRICS)
+    assert set(results["controls"]) == {"majority", "source_copied"} and set(
+        results["metrics"]["model"]
+    ) == set(nllb_vtt.METRICS)
     steps = losses(folder)
     assert [step for step, *_ in steps] == list(range(1, 7)) and steps[-1][1] < steps[0][1]
     made = json.loads((folder / "model" / "generation_config.json").read_text())
-    assert made["forced_bos_token_id"] == nllb_vtt.open_base(str(folder / "model")).tokenizer.convert_tokens_to_ids("eng_Latn")
+    assert made["forced_bos_token_id"] == nllb_vtt.open_base(
+        str(folder / "model")
+    ).tokenizer.convert_tokens_to_ids("eng_Latn")
     assert (folder / "SUCCESS").exists() and "| source copied |" in read(folder / "model" / "README.md")
 
 
@@ -203,30 +244,85 @@ def test_killed_while_training_goes_on_to_the_same_weights(tmp_path, unbroken, t
     flags = ["--model", tiny, "--manifest", manifest, *SMALL, "--output_dir", tmp_path / "run"]
     kill_at_step_3(SCRIPT, *flags, folder=tmp_path / "run", cwd=tmp_path, ranks=ranks)
     assert "resumed" in run(SCRIPT, *flags, cwd=tmp_path, ranks=ranks)
-    assert same(weights(tmp_path / "run"), weights(unbroken(ranks))) and losses(tmp_path / "run") == losses(unbroken(ranks))
+    assert same(weights(tmp_path / "run"), weights(unbroken(ranks))) and losses(tmp_path / "run") == losses(
+        unbroken(ranks)
+    )
 
 
 def test_two_ranks_with_lora_and_zero3_give_the_losses_of_one(tmp_path, tiny, manifest):
-    flags = ["--model", tiny, "--manifest", manifest, *SMALL, "--steps", 3, "--lora_r", 4, "--lora_dropout", 0]
+    flags = [
+        "--model",
+        tiny,
+        "--manifest",
+        manifest,
+        *SMALL,
+        "--steps",
+        3,
+        "--lora_r",
+        4,
+        "--lora_dropout",
+        0,
+    ]
     run(SCRIPT, *flags, "--output_dir", "one", cwd=tmp_path)
-    run(SCRIPT, *flags, "--batch_size", 2, "--deepspeed", ZERO3, "--gradient_checkpointing", "on", cwd=tmp_path, ranks=2)
-    for (_, a, norm_a), (_, b, norm_b) in zip(losses(tmp_path / "one"), losses(tmp_path / "runs" / "nllb_vtt")):
+    run(
+        SCRIPT,
+        *flags,
+        "--batch_size",
+        2,
+        "--deepspeed",
+        ZERO3,
+        "--gradient_checkpointing",
+        "on",
+        cwd=tmp_path,
+        ranks=2,
+    )
+    for (_, a, norm_a), (_, b, norm_b) in zip(
+        losses(tmp_path / "one"), losses(tmp_path / "runs" / "nllb_vtt")
+    ):
         assert a == pytest.approx(b, rel=1e-4) and norm_a == pytest.approx(norm_b, rel=1e-3)
     assert run(SCRIPT, "--predict", "--question", "What is in this video?", cwd=tmp_path).count("\n") == 1
 
 
 def test_the_whole_pipeline_pushes_data_and_model_and_takes_them_back(tmp_path, tiny, manifest, hub):
     variables = hub_variables(hub, tmp_path)
-    run(SCRIPT, "--model", tiny, "--manifest", manifest, *SMALL, "--steps", 2, "--push_to_hub", cwd=tmp_path, **variables)
+    run(
+        SCRIPT,
+        "--model",
+        tiny,
+        "--manifest",
+        manifest,
+        *SMALL,
+        "--steps",
+        2,
+        "--push_to_hub",
+        cwd=tmp_path,
+        **variables,
+    )
     model = hub.files("tester/nllb_vtt")
-    assert {"train.jsonl", "validation.jsonl", "README.md"} <= hub.files("tester/nllb_vtt_data", kind="datasets").keys()
+    assert {"train.jsonl", "validation.jsonl", "README.md"} <= hub.files(
+        "tester/nllb_vtt_data", kind="datasets"
+    ).keys()
     assert {"model.safetensors", "tokenizer.json", "generation_config.json", "nllb_vtt.py"} <= model.keys()
     snippet = re.search(r"```python\n(.*?)```", model["README.md"].decode(), re.S)[1]
     done = subprocess.run(
-        [sys.executable, "-c", snippet], cwd=tmp_path, env=environment(**variables), capture_output=True, text=True
+        [sys.executable, "-c", snippet],
+        cwd=tmp_path,
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0 and done.stdout.startswith("["), done.stderr
-    output = run(SCRIPT, "--model", tiny, "--dataset", "tester/nllb_vtt_data", *SMALL, "--check", cwd=tmp_path, **variables)
+    output = run(
+        SCRIPT,
+        "--model",
+        tiny,
+        "--dataset",
+        "tester/nllb_vtt_data",
+        *SMALL,
+        "--check",
+        cwd=tmp_path,
+        **variables,
+    )
     assert "18 questions to train on, 6 held out" in output
 
 
@@ -234,13 +330,20 @@ def test_the_whole_pipeline_pushes_data_and_model_and_takes_them_back(tmp_path, 
 
 
 @pytest.mark.parametrize(
-    "case", ["no question", "no answer", "leak", "language", "column language", "too long", "decoder", "field"]
+    "case",
+    ["no question", "no answer", "leak", "language", "column language", "too long", "decoder", "field"],
 )
 def test_bad_input_is_found_before_the_model_is_loaded(case, tmp_path, tiny, capsys, monkeypatch):
-    rows = [{"video": f"{i}.mp4", "question": "What is it?", "answer": f"thing {i}", "title": f"title {i}"} for i in range(6)]
+    rows = [
+        {"video": f"{i}.mp4", "question": "What is it?", "answer": f"thing {i}", "title": f"title {i}"}
+        for i in range(6)
+    ]
     flags, model = {}, tiny
     if case == "no question":
-        rows, told = [{k: v for k, v in row.items() if k != "question"} for row in rows], "no question in any of 6 rows"
+        rows, told = (
+            [{k: v for k, v in row.items() if k != "question"} for row in rows],
+            "no question in any of 6 rows",
+        )
     elif case == "no answer":
         rows, told = [row | {"answer": ""} for row in rows], "none of 6 samples is usable"
     elif case == "leak":
@@ -252,7 +355,10 @@ def test_bad_input_is_found_before_the_model_is_loaded(case, tmp_path, tiny, cap
         rows[3]["tgt_lang"] = "xxx_Latn"
         told = "language xxx_Latn"
     elif case == "too long":
-        rows, told = [row | {"title": "word " * 400} for row in rows], "6 of 6 sources are longer than the 256 tokens"
+        rows, told = (
+            [row | {"title": "word " * 400} for row in rows],
+            "6 of 6 sources are longer than the 256 tokens",
+        )
     elif case == "field":
         flags, told = {"source_fields": "title,taggs"}, "--source_fields taggs: in none of 6 rows"
     else:
@@ -286,7 +392,9 @@ def test_flags_that_cannot_be(tmp_path, monkeypatch, capsys):
 def test_memory_plan_of_the_real_size():
     from transformers import M2M100Config
 
-    sizes = dict(d_model=1024, encoder_layers=12, decoder_layers=12, encoder_ffn_dim=4096, decoder_ffn_dim=4096)
+    sizes = dict(
+        d_model=1024, encoder_layers=12, decoder_layers=12, encoder_ffn_dim=4096, decoder_ffn_dim=4096
+    )
     config = M2M100Config(vocab_size=256206, encoder_attention_heads=16, decoder_attention_heads=16, **sizes)
     base = nllb_vtt.Base("real", Path(), config, None, 1024)
     cfg = Config(report_to="none", dtype="bf16")
@@ -308,7 +416,9 @@ def test_the_demo_made_short(tmp_path):
 
 @pytest.mark.demo
 def test_demo_learns(tmp_path):
-    code, output = finish(start(command(SCRIPT, "--demo"), tmp_path, OMP_NUM_THREADS=os.cpu_count()), timeout=1800)
+    code, output = finish(
+        start(command(SCRIPT, "--demo"), tmp_path, OMP_NUM_THREADS=os.cpu_count()), timeout=1800
+    )
     assert code == 0, output
     results = json.loads((tmp_path / "runs" / "nllb_vtt_demo" / "results.json").read_text())
     assert results["score"] >= 0.9 and max(results["controls"].values()) < 0.2

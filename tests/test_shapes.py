@@ -23,11 +23,15 @@ def test_generated_clips_show_their_captions(shapes, sizes, lengths):
         assert common.asked_is_made(clips, asked, shapes)["all_five"] == 1
         assert common.asked_is_made(clips, asked[7:] + asked[:7], shapes)["all_five"] < 0.05
         assert common.asked_is_made(clips[:, ::-1], asked, shapes)["move"] == 0, "the other way round"
-        assert common.asked_is_made(clips[:, :1].repeat(frames, 1), asked, shapes)["move"] == 0, "a still picture"
+        assert common.asked_is_made(clips[:, :1].repeat(frames, 1), asked, shapes)["move"] == 0, (
+            "a still picture"
+        )
         assert common.asked_is_made(clips * 0, asked, shapes)["shape"] == 0
         noise = rng.integers(0, 256, clips.shape, dtype=np.uint8)
         assert common.asked_is_made(noise, asked, shapes)["all_five"] == 0
     held_out = [a for a in asked if common.is_held_out(a, shapes)]
     assert 40 <= len(held_out) <= 60
-    for name, values in common.attributes_of(shapes).items():  # each value is trained on, only the combination is new
+    for name, values in common.attributes_of(
+        shapes
+    ).items():  # each value is trained on, only the combination is new
         assert {a[name] for a in asked if not common.is_held_out(a, shapes)} == set(values)

@@ -43,7 +43,9 @@ ZERO2, ZERO3 = ROOT / "ds_zero2.json", ROOT / "ds_zero3_offload.json"
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     """Runs of 6 steps"""
-    return unbroken_runs(tmp_path_factory, SCRIPT, lambda ranks, folder: [*TINY, "--steps", 6, "--output_dir", folder])
+    return unbroken_runs(
+        tmp_path_factory, SCRIPT, lambda ranks, folder: [*TINY, "--steps", 6, "--output_dir", folder]
+    )
 
 
 # --- A run
@@ -56,13 +58,20 @@ def test_run_folder_and_output(tmp_path):
     assert names >= set("config.json environment.json t2v_ddpm.py metrics.jsonl loss.png results.json bad_samples.jsonl SUCCESS "
                         "deepspeed.json samples checkpoints model ckpt_000002.pt ckpt_000004.pt".split())  # fmt: skip
     assert re.search(r"^Out: runs/t2v_ddpm_demo \| Device: cpu", output, re.M)
-    assert re.search(r"^step 000001 \| loss \d\.\d{4}", output, re.M) and "saved runs/t2v_ddpm_demo/ckpt_000002.pt" in output
+    assert (
+        re.search(r"^step 000001 \| loss \d\.\d{4}", output, re.M)
+        and "saved runs/t2v_ddpm_demo/ckpt_000002.pt" in output
+    )
     assert "eval step 000002" in output and "captions_shuffled" in output
     assert "Warning" not in output and "WARNING" not in output, output
     assert (folder / "samples" / "preview_step000002.png").stat().st_size > 1000
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {"step_000002", "step_000004"}
     ckpt = torch.load(folder / "ckpt_000004.pt", weights_only=True)
-    assert ckpt.keys() == {"step", "model", "ema"} and ckpt["step"] == 4 and ckpt["model"].keys() == ckpt["ema"].keys()
+    assert (
+        ckpt.keys() == {"step", "model", "ema"}
+        and ckpt["step"] == 4
+        and ckpt["model"].keys() == ckpt["ema"].keys()
+    )
     assert same(ckpt["ema"], weights(folder))
     results = json.loads((folder / "results.json").read_text())
     assert 0 <= results["score"] <= 1 and set(results["controls"]) == {"captions_shuffled"}
@@ -70,13 +79,26 @@ def test_run_folder_and_output(tmp_path):
     assert row.keys() >= {"step", "loss", "lr", "grad_norm", "samples_per_s", "peak_memory_gb"}
 
     # the finished model is used, and the same command again does no work twice
-    output = run(SCRIPT, "--demo", "--prompt", "a large red circle moving left quickly", "--sample_steps", 1, cwd=tmp_path)
-    made = [folder / "samples" / f"a_large_red_circle_moving_left_quickly.{suffix}" for suffix in ("mp4", "gif", "png")]
+    output = run(
+        SCRIPT,
+        "--demo",
+        "--prompt",
+        "a large red circle moving left quickly",
+        "--sample_steps",
+        1,
+        cwd=tmp_path,
+    )
+    made = [
+        folder / "samples" / f"a_large_red_circle_moving_left_quickly.{suffix}"
+        for suffix in ("mp4", "gif", "png")
+    ]
     assert all(path.stat().st_size > 200 for path in made) and str(made[0].relative_to(tmp_path)) in output
     before = (folder / "model" / "model.safetensors").stat().st_mtime_ns
     again = run(SCRIPT, *TINY, "--steps", 4, "--eval_every", 2, cwd=tmp_path)
     assert "resumed" in again and "step 0000" not in again.replace("step_0000", "")
-    assert (folder / "model" / "model.safetensors").stat().st_mtime_ns == before and (folder / "SUCCESS").exists()
+    assert (folder / "model" / "model.safetensors").stat().st_mtime_ns == before and (
+        folder / "SUCCESS"
+    ).exists()
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
@@ -95,7 +117,19 @@ def test_two_ranks_under_each_launcher(tmp_path, launcher, zero, unbroken):
 
 
 def test_bf16_and_accumulation_train(tmp_path):
-    output = run(SCRIPT, *TINY, "--steps", 3, "--dtype", "bf16", "--accum", 2, "--deepspeed_config", ZERO2, cwd=tmp_path)
+    output = run(
+        SCRIPT,
+        *TINY,
+        "--steps",
+        3,
+        "--dtype",
+        "bf16",
+        "--accum",
+        2,
+        "--deepspeed_config",
+        ZERO2,
+        cwd=tmp_path,
+    )
     assert "x 4 clips x 2 accum = 8 samples per step" in output
     used = json.loads((tmp_path / "runs" / "t2v_ddpm_demo" / "deepspeed.json").read_text())
     assert used["bf16"]["enabled"] is True and used["gradient_accumulation_steps"] == 2
@@ -119,9 +153,15 @@ def test_variables_stand_for_flags_and_flags_win(tmp_path):
 
 def test_help_is_the_manual_and_import_does_nothing(tmp_path):
     output = " ".join(re.sub("[│╭╮╰╯─]", " ", run(SCRIPT, "--help", cwd=tmp_path)).split())
-    assert "MANIFEST" in output and "--batch_size" in output and "lower this first when memory runs out" in output
+    assert (
+        "MANIFEST" in output
+        and "--batch_size" in output
+        and "lower this first when memory runs out" in output
+    )
     code = "import sys; sys.argv = ['x', '--nonsense']; import t2v_ddpm; print('deepspeed' in sys.modules)"
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True, check=True
+    )
     assert out.stdout == "False\n" and not out.stderr
     assert "Perhaps you meant" in run(SCRIPT, "--batch_sizes", 3, cwd=tmp_path, expect=2)
 
@@ -146,15 +186,21 @@ def test_killed_while_training_goes_on_to_the_same_weights(tmp_path, ranks, unbr
     assert losses(tmp_path / "run") == losses(unbroken(ranks))
 
 
-@pytest.mark.parametrize(("call", "count", "ranks"), [("fsync", 1, 1), ("fsync", 4, 1), ("rename", 1, 1), ("fsync", 2, 2)])
+@pytest.mark.parametrize(
+    ("call", "count", "ranks"), [("fsync", 1, 1), ("fsync", 4, 1), ("rename", 1, 1), ("fsync", 2, 2)]
+)
 def test_killed_inside_a_save_goes_on_to_the_same_weights(tmp_path, call, count, ranks, unbroken):
     (tmp_path / "killed.py").write_text(KILLED)
     flags = [*TINY, "--steps", 6, "--output_dir", tmp_path / "run"]
-    code, output = finish(start(command(tmp_path / "killed.py", call, count, ROOT / SCRIPT, *flags, ranks=ranks), tmp_path))
+    code, output = finish(
+        start(command(tmp_path / "killed.py", call, count, ROOT / SCRIPT, *flags, ranks=ranks), tmp_path)
+    )
     assert code == (-signal.SIGKILL if ranks == 1 else 1), output  # torchrun turns every code into 1
     names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
     assert names == {"step_000002", ".step_000004.partial"}
-    assert f"resumed {tmp_path / 'run' / 'checkpoints' / 'step_000002'}" in run(SCRIPT, *flags, cwd=tmp_path, ranks=ranks)
+    assert f"resumed {tmp_path / 'run' / 'checkpoints' / 'step_000002'}" in run(
+        SCRIPT, *flags, cwd=tmp_path, ranks=ranks
+    )
     assert same(weights(tmp_path / "run"), weights(unbroken(ranks)))
     assert losses(tmp_path / "run") == losses(unbroken(ranks))
     assert not list((tmp_path / "run" / "checkpoints").glob(".*")), "nothing half-written stays"
@@ -191,9 +237,16 @@ def test_full_disk_is_an_error_that_keeps_the_last_checkpoint(tmp_path):
     flags = [*TINY, "--steps", 60, "--keep", 9, "--output_dir", tmp_path / "run"]
     process = start(command(SCRIPT, *flags), tmp_path)
     wait_for(lambda: (tmp_path / "run" / "checkpoints" / "step_000002").exists(), what="a checkpoint")
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))  # write() fails from now on
+    resource.prlimit(
+        process.pid, resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY)
+    )  # write() fails from now on
     code, output = finish(process)
-    assert code == 1 and "cannot save" in output and str(tmp_path / "run") in output and "Traceback" not in output, output
+    assert (
+        code == 1
+        and "cannot save" in output
+        and str(tmp_path / "run") in output
+        and "Traceback" not in output
+    ), output
     kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert kept and all(re.fullmatch(r"step_\d{6}", name) for name in kept)
     assert "GB free" in output and not (tmp_path / "run" / "SUCCESS").exists()
@@ -213,7 +266,9 @@ def test_sigterm_saves_and_ends_with_143(tmp_path, ranks, to):
     else:
         os.kill(children(process.pid)[-1], signal.SIGTERM)
     code, output = finish(process)
-    assert status.read_text() == "143" and (code == 143 or ranks > 1), output  # torchrun turns every code into 1
+    assert status.read_text() == "143" and (code == 143 or ranks > 1), (
+        output
+    )  # torchrun turns every code into 1
     (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert f"after step {int(saved.name[5:])};" in output and not (tmp_path / "run" / "SUCCESS").exists()
     assert "resumed" in run(SCRIPT, *flags, "--steps", int(saved.name[5:]) + 1, cwd=tmp_path, ranks=ranks)
@@ -221,17 +276,32 @@ def test_sigterm_saves_and_ends_with_143(tmp_path, ranks, to):
 
 @pytest.mark.parametrize(("zero", "before", "after"), [(ZERO2, 1, 2), (ZERO2, 2, 1), (ZERO3, 1, 2)])
 def test_another_number_of_ranks_goes_on(tmp_path, zero, before, after):
-    flags = [*TINY, "--output_dir", tmp_path / "run", "--deepspeed", zero, "--warmup_steps", 0, "--save_every", 99]
+    flags = [
+        *TINY,
+        "--output_dir",
+        tmp_path / "run",
+        "--deepspeed",
+        zero,
+        "--warmup_steps",
+        0,
+        "--save_every",
+        99,
+    ]
     run(SCRIPT, *flags, "--steps", 30, cwd=tmp_path, ranks=before)
     output = run(
         SCRIPT, *flags, "--steps", 31, cwd=tmp_path, ranks=after
     )  # the learning rate has decayed to nearly nothing there
     assert "step_000030, saved by another number of ranks" in output and "step 000031 | loss" in output
-    old, new = (torch.load(tmp_path / "run" / f"ckpt_{n}.pt", weights_only=True)["model"] for n in ("000030", "000031"))
+    old, new = (
+        torch.load(tmp_path / "run" / f"ckpt_{n}.pt", weights_only=True)["model"]
+        for n in ("000030", "000031")
+    )
     torch.manual_seed(0)
     initial = t2v_ddpm.UNet3DCond(8, 2, 1, 2, 512).state_dict()
     assert all(torch.allclose(old[name], new[name], atol=1e-4) for name in old)
-    assert not any(torch.allclose(old[name], initial[name], atol=1e-3) for name in old if name.endswith("conv1.weight"))
+    assert not any(
+        torch.allclose(old[name], initial[name], atol=1e-3) for name in old if name.endswith("conv1.weight")
+    )
     assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
 
 
@@ -244,7 +314,9 @@ def test_the_launcher_stops_and_resumes_two_ranks(tmp_path):
     code, output = finish(process)
     assert code == 143 and re.search(r"^STOPPED exit=143 seconds=\d+$", output.splitlines()[-1]), output
     (saved,) = (folder / "checkpoints").iterdir()
-    again = start([*launch, str(int(saved.name[5:]) + 1)], tmp_path, PYTHON=sys.executable, CUDA_VISIBLE_DEVICES="")
+    again = start(
+        [*launch, str(int(saved.name[5:]) + 1)], tmp_path, PYTHON=sys.executable, CUDA_VISIBLE_DEVICES=""
+    )
     code, output = finish(again)
     assert code == 0 and f"resumed runs/t2v_ddpm_demo/checkpoints/{saved.name}" in output, output
     assert output.splitlines()[-1].startswith("SUCCESS exit=0") and (folder / "SUCCESS").exists()
@@ -258,7 +330,10 @@ def test_divergence_ends_with_4_and_goes_on_with_a_lower_rate(tmp_path):
     folder = tmp_path / "runs" / "t2v_ddpm_demo"
     for path in folder.glob("ckpt_*.pt"):
         assert all(torch.isfinite(w).all() for w in torch.load(path, weights_only=True)["model"].values())
-    for path in [*folder.glob("ckpt_*.pt"), *(folder / "checkpoints").iterdir()]:  # weights of 1e30 are finite, and useless
+    for path in [
+        *folder.glob("ckpt_*.pt"),
+        *(folder / "checkpoints").iterdir(),
+    ]:  # weights of 1e30 are finite, and useless
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     output = run(SCRIPT, *flags, "--lr", 1e-3, cwd=tmp_path)
     assert "lr: 1e+30 there, 0.001 here" in output
@@ -266,7 +341,19 @@ def test_divergence_ends_with_4_and_goes_on_with_a_lower_rate(tmp_path):
 
 def test_not_a_number_on_one_rank_skips_the_update_on_all(tmp_path, clips_manifest):
     manifest, clip = clips_manifest
-    flags = ["--manifest", manifest, "--text_encoder", clip, *SMALL, "--steps", 6, "--max_bad", 0.9, "--log_every", 1]
+    flags = [
+        "--manifest",
+        manifest,
+        "--text_encoder",
+        clip,
+        *SMALL,
+        "--steps",
+        6,
+        "--max_bad",
+        0.9,
+        "--log_every",
+        1,
+    ]
     run(SCRIPT, *flags, "--batch_size", 1, "--output_dir", tmp_path / "a", cwd=tmp_path, ranks=2)
     cfg = t2v_ddpm.Config(manifest=manifest, frames=4, size=16, cache_dir=tmp_path / "cache")
     victim = common.cached_frames(
@@ -287,7 +374,9 @@ def test_one_folder_one_run(tmp_path, unbroken):
     shutil.copytree(unbroken(1), tmp_path / "run")
     flags = [*TINY, "--output_dir", tmp_path / "run"]
     output = run(SCRIPT, *flags, "--steps", 6, "--seed", 7, "--base", 16, cwd=tmp_path, expect=2)
-    assert "seed: 0 there, 7 here" in output and "base: 8 there, 16 here" in output and "--output_dir" in output
+    assert (
+        "seed: 0 there, 7 here" in output and "base: 8 there, 16 here" in output and "--output_dir" in output
+    )
     output = run(SCRIPT, *flags, "--steps", 8, "--dtype", "bf16", cwd=tmp_path, expect=2)
     assert "saved with dtype fp32, this run has bf16" in output or "dtype: None there, bf16 here" in output
     output = run(SCRIPT, *flags, "--steps", 8, "--deepspeed", ZERO3, cwd=tmp_path, expect=2)
@@ -302,12 +391,24 @@ def test_one_folder_one_run(tmp_path, unbroken):
 
 
 BAD_JSON = {
-    "auto that nobody fills": ({"zero_optimization": {"stage": 2}, "steps_per_print": "auto"}, "steps_per_print"),
+    "auto that nobody fills": (
+        {"zero_optimization": {"stage": 2}, "steps_per_print": "auto"},
+        "steps_per_print",
+    ),
     "stage 0": ({"zero_optimization": {"stage": 0}}, "stage 0"),
     "unknown key": ({"zero_optimization": {"stage": 2, "overlap_com": True}}, "overlap_com"),
-    "other precision": ({"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}, "bf16.enabled is True"),
-    "other global batch": ({"zero_optimization": {"stage": 2}, "train_batch_size": 7}, "train_batch_size is 7"),
-    "contradiction": ({"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 7}, "gradient_accumulation_steps is 7"),
+    "other precision": (
+        {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}},
+        "bf16.enabled is True",
+    ),
+    "other global batch": (
+        {"zero_optimization": {"stage": 2}, "train_batch_size": 7},
+        "train_batch_size is 7",
+    ),
+    "contradiction": (
+        {"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 7},
+        "gradient_accumulation_steps is 7",
+    ),
 }
 
 
@@ -366,12 +467,20 @@ def clips_manifest(tmp_path_factory):
         single="<start> $A <end>", special_tokens=[("<start>", 1), ("<end>", 2)]
     )
     clip = folder / "clip"
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>").save_pretrained(clip)
-    torch.manual_seed(0)
-    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=8)
-    CLIPTextModel(CLIPTextConfig(vocab_size=len(words), **sizes, eos_token_id=2, bos_token_id=1, pad_token_id=0)).save_pretrained(
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>").save_pretrained(
         clip
     )
+    torch.manual_seed(0)
+    sizes = dict(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=8,
+    )
+    CLIPTextModel(
+        CLIPTextConfig(vocab_size=len(words), **sizes, eos_token_id=2, bos_token_id=1, pad_token_id=0)
+    ).save_pretrained(clip)
     return manifest, clip
 
 
@@ -388,7 +497,9 @@ def test_real_videos_with_a_real_clip(tmp_path, clips_manifest):
     assert len(list((tmp_path / "cache" / "frames").glob("*.npy"))) == 7
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.npy")}
     run(SCRIPT, *flags, "--max_bad", 0.2, "--output_dir", tmp_path / "again", cwd=tmp_path)
-    assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.npy")}, "decoded and encoded once"
+    assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.npy")}, (
+        "decoded and encoded once"
+    )
     output = run(SCRIPT, "--prompt", "clip number 3", "--sample_steps", 1, cwd=tmp_path)
     assert (tmp_path / "runs" / "t2v_ddpm" / "samples" / "clip_number_3.mp4").exists()
 
@@ -419,7 +530,18 @@ def test_text_is_the_mean_over_real_tokens(clips_manifest):
 
 def test_frames_longer_than_every_clip(tmp_path, clips_manifest):
     manifest, clip = clips_manifest
-    output = run(SCRIPT, "--manifest", manifest, "--text_encoder", clip, *SMALL, "--frames", 100, cwd=tmp_path, expect=2)
+    output = run(
+        SCRIPT,
+        "--manifest",
+        manifest,
+        "--text_encoder",
+        clip,
+        *SMALL,
+        "--frames",
+        100,
+        cwd=tmp_path,
+        expect=2,
+    )
     assert "none of 8 samples is usable" in output and "100" in output
 
 
@@ -447,13 +569,19 @@ def test_pushed_model_is_the_folder_and_its_snippet_runs(tmp_path, hub):
         k: v for k, v in pushed.items() if k != ".gitattributes"
     }
     assert hub.repo("tester/t2v_ddpm").private
-    everything = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()] + list(hub.blobs.values())
+    everything = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()] + list(
+        hub.blobs.values()
+    )
     assert not any(WRITE.encode() in data for data in everything) and WRITE not in output
     card = pushed["README.md"].decode()
     assert "captions shuffled" in card and "samples.png" in card and "--push_to_hub" in card
     (snippet,) = re.findall(r"```python\n(.*?)```", card, re.S)
     out = subprocess.run(
-        [sys.executable, "-c", snippet], cwd=tmp_path, env=environment(**variables), capture_output=True, text=True
+        [sys.executable, "-c", snippet],
+        cwd=tmp_path,
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
     )
     assert out.returncode == 0, out.stderr
     assert (tmp_path / "sample.mp4").stat().st_size > 200
@@ -497,7 +625,9 @@ def test_hub_gone_at_the_end_is_exit_3_and_pushed_later(tmp_path, hub):
 
 @pytest.mark.demo
 def test_demo_learns(tmp_path):
-    code, output = finish(start(command(SCRIPT, "--demo"), tmp_path, OMP_NUM_THREADS=os.cpu_count()), timeout=1800)
+    code, output = finish(
+        start(command(SCRIPT, "--demo"), tmp_path, OMP_NUM_THREADS=os.cpu_count()), timeout=1800
+    )
     assert code == 0, output
     results = json.loads((tmp_path / "runs" / "t2v_ddpm_demo" / "results.json").read_text())
     assert results["score"] >= 0.85 and results["asked_is_made"]["move"] >= 0.9

@@ -43,7 +43,9 @@ CLIPS = ROOT.parent / "shared" / "clips"
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     """Runs of 6 steps"""
-    return unbroken_runs(tmp_path_factory, SCRIPT, lambda ranks, folder: [*TINY, "--steps", 6, "--output_dir", folder])
+    return unbroken_runs(
+        tmp_path_factory, SCRIPT, lambda ranks, folder: [*TINY, "--steps", 6, "--output_dir", folder]
+    )
 
 
 # --- A run
@@ -56,24 +58,38 @@ def test_run_folder_push_and_use(tmp_path, hub, monkeypatch):
     names = {path.name for path in folder.iterdir()}
     assert names >= set("config.json environment.json t2v_rflow.py metrics.jsonl loss.png results.json bad_samples.jsonl SUCCESS "
                         "deepspeed.json samples checkpoints model".split())  # fmt: skip
-    assert re.search(r"^16p +6 +\d+ +\d+ +5$", output, re.M) and "auto takes this" in output, "buckets in the plan"
+    assert re.search(r"^16p +6 +\d+ +\d+ +5$", output, re.M) and "auto takes this" in output, (
+        "buckets in the plan"
+    )
     assert "eval step 000004 | loss" in output and "averaging | " in output and "captions_shuffled" in output
     assert "Warning" not in output and "WARNING" not in output, output
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert rows[0].keys() >= set("step loss lr grad_norm weight_norm samples_per_s tokens_per_s_per_gpu straggler".split())
-    assert {key for row in rows for key in row} >= {f"held_out_{size}_{frames}" for size in ("12p", "16p") for frames in (4, 6)}
+    assert rows[0].keys() >= set(
+        "step loss lr grad_norm weight_norm samples_per_s tokens_per_s_per_gpu straggler".split()
+    )
+    assert {key for row in rows for key in row} >= {
+        f"held_out_{size}_{frames}" for size in ("12p", "16p") for frames in (4, 6)
+    }
     results = json.loads((folder / "results.json").read_text())
     assert results["asked_is_made"].keys() == {"12p_4", "12p_6", "16p_4", "16p_6", "mean"}
     tried = results["averaging"]
-    assert set(tried) == {"weights", "average", *(f"{what}, mean of 2 checkpoints" for what in ("weights", "average"))}
+    assert set(tried) == {
+        "weights",
+        "average",
+        *(f"{what}, mean of 2 checkpoints" for what in ("weights", "average")),
+    }
     assert results["held_out"]["loss"] == min(tried.values()), "the best of them is exported"
 
     # what is pushed is model/, whose card's snippet makes a clip
     pushed = hub.files("tester/t2v_rflow")
-    assert {p.name: p.read_bytes() for p in (folder / "model").iterdir()} == {k: v for k, v in pushed.items() if k[0] != "."}
+    assert {p.name: p.read_bytes() for p in (folder / "model").iterdir()} == {
+        k: v for k, v in pushed.items() if k[0] != "."
+    }
     assert not any(WRITE.encode() in data for data in hub.blobs.values()) and WRITE not in output
     (snippet,) = re.findall(r"```python\n(.*?)```", pushed["README.md"].decode(), re.S)
-    out = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, env=environment(**variables), capture_output=True)
+    out = subprocess.run(
+        [sys.executable, "-c", snippet], cwd=tmp_path, env=environment(**variables), capture_output=True
+    )
     assert out.returncode == 0, out.stderr
     assert (tmp_path / "sample.mp4").stat().st_size > 200
 
@@ -82,12 +98,16 @@ def test_run_folder_push_and_use(tmp_path, hub, monkeypatch):
     clip = rflow.generate("a large red square moving left quickly", folder / "model", sample_steps=1)
     assert clip.shape == (6, 16, 16, 3)
     rflow.write_lossless(np.full((5, 16, 16, 3), 200, np.uint8), tmp_path / "grey.mkv", 8)
-    made = rflow.generate("a small red beam moving up slowly", folder / "model", extend=tmp_path / "grey.mkv", sample_steps=1)
+    made = rflow.generate(
+        "a small red beam moving up slowly", folder / "model", extend=tmp_path / "grey.mkv", sample_steps=1
+    )
     assert (made[:3] == 200).all() and (made[3:] != 200).any()
     from PIL import Image
 
     Image.fromarray(np.full((20, 20, 3), 90, np.uint8)).save(tmp_path / "first.png")
-    made = rflow.generate("a small red beam moving up slowly", folder / "model", image=tmp_path / "first.png", sample_steps=1)
+    made = rflow.generate(
+        "a small red beam moving up slowly", folder / "model", image=tmp_path / "first.png", sample_steps=1
+    )
     assert (made[0] == 90).all() and (made[1:] != 90).any()
     rflow.watch(rflow.Config(watch=folder, report_to="none"))
     for step in ("step_000002", "step_000004", "step_000006"):
@@ -103,12 +123,33 @@ def test_run_folder_push_and_use(tmp_path, hub, monkeypatch):
 
 def test_lora_on_a_model_of_a_run(tmp_path, unbroken):
     """The adapter alone is trained and saved; what is exported has the names of a plain model and, resumed, the same weights."""
-    flags = ["--model", unbroken(1) / "model", "--lora_r", 2, "--mask_share", 0.5, "--lr", 0.01, "--warmup_steps", 0]
+    flags = [
+        "--model",
+        unbroken(1) / "model",
+        "--lora_r",
+        2,
+        "--mask_share",
+        0.5,
+        "--lr",
+        0.01,
+        "--warmup_steps",
+        0,
+    ]
     done = {}
     for steps in ((4,), (2, 4)):
         folder = tmp_path / str(len(steps))
         for count in steps:
-            output = run(SCRIPT, *TINY, *flags, "--no_lr_decay", "--steps", count, "--output_dir", folder / "run", cwd=tmp_path)
+            output = run(
+                SCRIPT,
+                *TINY,
+                *flags,
+                "--no_lr_decay",
+                "--steps",
+                count,
+                "--output_dir",
+                folder / "run",
+                cwd=tmp_path,
+            )
         done[steps] = weights(folder / "run")
     assert "resumed" in output
     kept = load_file(folder / "run" / "checkpoints" / "step_000004" / "ema.safetensors")
@@ -133,16 +174,39 @@ def test_killed_while_training_goes_on_to_the_same_weights(tmp_path, ranks, unbr
 
 
 def test_another_number_of_ranks_goes_on_with_weights_and_averages(tmp_path, unbroken):
-    flags = [*TINY, "--output_dir", tmp_path / "run", "--no_lr_decay", "--lr", 1e-9, "--warmup_steps", 0, "--ema", 0.5]
+    flags = [
+        *TINY,
+        "--output_dir",
+        tmp_path / "run",
+        "--no_lr_decay",
+        "--lr",
+        1e-9,
+        "--warmup_steps",
+        0,
+        "--ema",
+        0.5,
+    ]
     run(SCRIPT, *flags, "--steps", 2, cwd=tmp_path, ranks=2)
     output = run(SCRIPT, *flags, "--steps", 4, cwd=tmp_path, ranks=1)
     assert "step_000002, saved by another number of ranks" in output
-    old, new = (load_file(tmp_path / "run" / "checkpoints" / f"step_00000{n}" / "ema.safetensors") for n in (2, 4))
+    old, new = (
+        load_file(tmp_path / "run" / "checkpoints" / f"step_00000{n}" / "ema.safetensors") for n in (2, 4)
+    )
     assert all(torch.allclose(old[name], new[name], atol=1e-6) for name in old)
 
 
 def test_bf16_under_zero3_with_offload_and_accumulation(tmp_path):
-    flags = [*TINY, "--steps", 4, "--dtype", "bf16", "--accum", 2, "--deepspeed", ROOT / "ds_zero3_offload.json"]
+    flags = [
+        *TINY,
+        "--steps",
+        4,
+        "--dtype",
+        "bf16",
+        "--accum",
+        2,
+        "--deepspeed",
+        ROOT / "ds_zero3_offload.json",
+    ]
     run(SCRIPT, *flags, "--average", 2, cwd=tmp_path, ranks=2)
     folder = tmp_path / "runs" / "t2v_rflow_demo"
     assert len(json.loads((folder / "results.json").read_text())["averaging"]) == 4
@@ -178,7 +242,9 @@ def test_one_rank_on_images_while_the_other_is_on_videos(tmp_path):
     for number in range(16):  # 3 batches of images, 5 of clips: one step of two has to have both
         clip = rng.integers(0, 256, (5, 12, 12, 3), dtype=np.uint8)
         name = f"{number}.{'png' if number < 6 else 'mkv'}"
-        Image.fromarray(clip[0]).save(tmp_path / name) if number < 6 else rflow.write_lossless(clip, tmp_path / name, 8)
+        Image.fromarray(clip[0]).save(tmp_path / name) if number < 6 else rflow.write_lossless(
+            clip, tmp_path / name, 8
+        )
         lines.append(f"{name},clip {number}")
     (tmp_path / "clips.csv").write_text("\n".join(lines))
     (tmp_path / "buckets.json").write_text(json.dumps({"12p": {"1": [1, 2], "4": [1, 2]}}))
@@ -189,7 +255,9 @@ def test_one_rank_on_images_while_the_other_is_on_videos(tmp_path):
     code, output = finish(start(arguments, tmp_path), timeout=200)
     assert code == 0, output
     one, two = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
-    assert any(a != b for a, b in zip(one["buckets"], two["buckets"])), "some step has an image on one rank, a clip on the other"
+    assert any(a != b for a, b in zip(one["buckets"], two["buckets"])), (
+        "some step has an image on one rank, a clip on the other"
+    )
     assert same(one["weights"], two["weights"])
 
 
@@ -204,7 +272,9 @@ def word_tokenizer(folder: Path):
     words = "<pad> </s> <unk> a man flips pancake aesthetic score : camera motion pan left".split()
     bare = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, "<unk>"))
     bare.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bare, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
     tokenizer.save_pretrained(folder)
     return tokenizer
 
@@ -218,10 +288,18 @@ def real(tmp_path_factory):
     torch.manual_seed(0)
     tokenizer = word_tokenizer(folder / "t5")
     sizes = dict(
-        d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, vocab_size=len(tokenizer), feed_forward_proj="gated-gelu"
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=1,
+        num_heads=4,
+        vocab_size=len(tokenizer),
+        feed_forward_proj="gated-gelu",
     )
     T5EncoderModel(T5Config(**sizes)).save_pretrained(folder / "t5")
-    rflow.OpenSoraVAE(filters=32, blocks=1, image_filters=(32, 32, 32, 32), image_blocks=1).save(folder / "vae")
+    rflow.OpenSoraVAE(filters=32, blocks=1, image_filters=(32, 32, 32, 32), image_blocks=1).save(
+        folder / "vae"
+    )
     rows = [
         (path.resolve(), "a man flips a pancake", 5.5, "pan_left")
         for path in sorted(CLIPS.iterdir())
@@ -247,11 +325,15 @@ def test_real_clips_through_csv_buckets_and_cache(tmp_path, real):
     (bad,) = [json.loads(line) for line in (folder / "bad_samples.jsonl").read_text().splitlines()]
     assert "page.mp4" in bad["video"] and "page.mp4" in output
     latents = [np.load(path) for path in (tmp_path / "latents").rglob("latents/*/*.npy")]
-    assert latents and all(x.shape[:2] in {(4, 15), (4, 30), (4, 60)} for x in latents), "51, 102 or 204 frames"
+    assert latents and all(x.shape[:2] in {(4, 15), (4, 30), (4, 60)} for x in latents), (
+        "51, 102 or 204 frames"
+    )
     assert (folder / "model" / "samples.mp4").stat().st_size > 200
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "latents").rglob("*.npy")}
     run(SCRIPT, *flags.split(), "--output_dir", "again", cwd=tmp_path)
-    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "latents").rglob("*.npy")}, "encoded once"
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "latents").rglob("*.npy")}, (
+        "encoded once"
+    )
     assert same(weights(folder), weights(tmp_path / "again"))
 
 
@@ -259,7 +341,9 @@ def test_real_clips_through_csv_buckets_and_cache(tmp_path, real):
 
 
 def clips_of(folder: Path, count: int = 4, header: str = "path,text,num_frames,height,width,fps") -> Path:
-    (folder / "clips.csv").write_text("\n".join([header, *(f"{i}.mp4,a clip,5,12,12,8" for i in range(count))]))
+    (folder / "clips.csv").write_text(
+        "\n".join([header, *(f"{i}.mp4,a clip,5,12,12,8" for i in range(count))])
+    )
     return folder / "clips.csv"
 
 
@@ -285,7 +369,10 @@ def test_bad_input_ends_with_2(tmp_path, capsys, unbroken):
 
     cfg = rflow.Config(demo=True, vae="pixels", text="words")
     told = refused(
-        capsys, lambda: rflow.open_model(str(unbroken(1) / "model"), cfg, rflow.OpenSoraVAE(32, 1, (32,) * 4, 1), rflow.Words())
+        capsys,
+        lambda: rflow.open_model(
+            str(unbroken(1) / "model"), cfg, rflow.OpenSoraVAE(32, 1, (32,) * 4, 1), rflow.Words()
+        ),
     )
     assert "takes latents of 3 channels" in told and "--vae pixels has 4" in told
     for name in ("config.json", "model.safetensors"):
@@ -313,9 +400,20 @@ def test_check_of_the_published_sizes(tmp_path, monkeypatch):
         (tmp_path / name / "config.json").write_text(json.dumps(config))
         (tmp_path / name / "model.safetensors").write_bytes(b"")
     word_tokenizer(tmp_path / "t5")
-    sizes = dict(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu", vocab_size=14)
+    sizes = dict(
+        d_model=4096,
+        d_kv=64,
+        d_ff=10240,
+        num_layers=24,
+        num_heads=64,
+        feed_forward_proj="gated-gelu",
+        vocab_size=14,
+    )
     T5Config(**sizes).save_pretrained(tmp_path / "t5")
-    lines = ["path,text,num_frames,height,width,fps", *(f"{i}.mp4,a clip,{60 + i},720,1280,24" for i in range(4000))]
+    lines = [
+        "path,text,num_frames,height,width,fps",
+        *(f"{i}.mp4,a clip,{60 + i},720,1280,24" for i in range(4000)),
+    ]
     (tmp_path / "clips.csv").write_text("\n".join(lines))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(common, "memory_here", lambda: (85.0, 500.0))
@@ -323,13 +421,23 @@ def test_check_of_the_published_sizes(tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr(rflow.log, "info", told.append)
     cfg = rflow.Config(
-        check=True, manifest=Path("clips.csv"), model="model", vae_model="vae", text_model="t5", dtype="bf16", steps=1
+        check=True,
+        manifest=Path("clips.csv"),
+        model="model",
+        vae_model="vae",
+        text_model="t5",
+        dtype="bf16",
+        steps=1,
     )
     rflow.train(dataclasses.replace(cfg, cache=Path("latents")))
     assert "1207.64 M parameters, 1201.60 M trained" in told[-1] and re.search(r"240p +51 ", told[-1])
     rflow.train(dataclasses.replace(cfg, lora_r=16))
-    cached, lora = (float(re.findall(r"ZeRO-2, checkpointing +([\d.]+) GB per GPU", text)[0]) for text in told[-2:])
-    assert 40 < cached < 65, "2 + 2 + 12 + 4 bytes a parameter, and about 30 GB of activations at 110,000 tokens"
+    cached, lora = (
+        float(re.findall(r"ZeRO-2, checkpointing +([\d.]+) GB per GPU", text)[0]) for text in told[-2:]
+    )
+    assert 40 < cached < 65, (
+        "2 + 2 + 12 + 4 bytes a parameter, and about 30 GB of activations at 110,000 tokens"
+    )
     assert lora > 10, "T5 and VAE are on the GPU without a cache"
 
 
@@ -371,7 +479,9 @@ def test_a_recipe_sets_what_flags_do_not(monkeypatch):
 
 @pytest.mark.demo
 def test_demo_learns(tmp_path):
-    code, output = finish(start(command(SCRIPT, "--demo"), tmp_path, OMP_NUM_THREADS=os.cpu_count()), timeout=1800)
+    code, output = finish(
+        start(command(SCRIPT, "--demo"), tmp_path, OMP_NUM_THREADS=os.cpu_count()), timeout=1800
+    )
     assert code == 0, output
     results = json.loads((tmp_path / "runs" / "t2v_rflow_demo" / "results.json").read_text())
     assert results["score"] >= 0.9 and results["asked_is_made"]["mean"]["move"] >= 0.95
