@@ -1,7 +1,7 @@
 """What the scripts of this folder share: flags, run folder, frames, DeepSpeed, checkpoints, Hub.
 
-Copying one script into another project? Take this file and the JSON files with it. Functions only; each needs just what it
-imports inside, so a script that never opens a video needs no OpenCV.
+Copying one script into another project? Take this file and the JSON files with it, and demos/ for its --demo. Functions only;
+each needs just what it imports inside, so a script that never opens a video needs no OpenCV.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
@@ -713,6 +713,16 @@ def made_once(folder: Path, make: Callable[[Path], Any]) -> Path:
     return folder
 
 
+def demo_module(name: str) -> Any:
+    """demos/<name>.py, which makes up what --demo trains on. Exit 2 where a script was copied without it."""
+    if not (HERE / "demos" / f"{name}.py").is_file():
+        refuse(
+            f"{HERE}/demos/{name}.py is not there: --demo and generated clips need the folder demos/ of the repository that "
+            f"{Path(sys.argv[0]).name} comes from, beside the script"
+        )
+    return importlib.import_module(f"demos.{name}")
+
+
 def tiny_model(cfg: Any, script: str, build: Callable[[Path, int], None]) -> str:
     """Rank 0: a demo's model, built once into the cache: a folder, loaded as the real one is."""
     from transformers.utils.logging import disable_progress_bar
@@ -968,119 +978,8 @@ def save_array(target: Path, array: np.ndarray) -> None:
 
 
 # ---------------------------------------------------------------------------
-# Generated captions, clips and pictures
+# Pictures and videos
 # ---------------------------------------------------------------------------
-
-COLOURS = {
-    "red": (1, 0, 0),
-    "green": (0, 1, 0),
-    "blue": (0, 0, 1),
-    "yellow": (1, 1, 0),
-    "magenta": (1, 0, 1),
-    "cyan": (0, 1, 1),
-}
-MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # x to the right, y downwards
-SPEEDS = {"slowly": 0.22, "quickly": 0.40}  # travel over the clip, in frame widths
-RADII = {"small": 0.20, "large": 0.30}  # radius of the circle of equal area, in frame widths
-LONG = 1.25  # sides of a pillar and a beam, over and under those of a square: longer ones would be cut off at the edges
-
-
-def attributes_of(shapes: tuple[str, ...]) -> dict[str, Iterable[str]]:
-    return {"shape": shapes, "colour": COLOURS, "move": MOVES, "speed": SPEEDS, "size": RADII}
-
-
-def all_captions(shapes: tuple[str, ...]) -> list[dict[str, str]]:
-    """The combinations of attributes, 288 of three shapes; caption_of makes a sentence of one."""
-    attributes = attributes_of(shapes)
-    return [dict(zip(attributes, values)) for values in itertools.product(*attributes.values())]
-
-
-def caption_of(a: dict[str, str]) -> str:
-    return f"a {a['size']} {a['colour']} {a['shape']} moving {a['move']} {a['speed']}"
-
-
-def is_held_out(a: dict[str, str], shapes: tuple[str, ...]) -> bool:
-    """A seventh of the combinations of shape, colour and move are never trained on."""
-    shape, colour, move = (
-        list(attributes_of(shapes)[name]).index(a[name]) for name in ("shape", "colour", "move")
-    )
-    return (2 * shape + 5 * colour + 3 * move) % 7 == 0
-
-
-def coverage(centres: np.ndarray, radius: float, shape: str, size: int) -> np.ndarray:
-    """How much of each pixel the shape covers: centres (F, 2) in frame widths -> (F, size, size) in [0, 1]."""
-    pixel, side = (np.arange(size) + 0.5) / size, radius * math.sqrt(math.pi) / 2
-    dx = pixel[None, None, :] - centres[:, 0, None, None]
-    dy = pixel[None, :, None] - centres[:, 1, None, None]
-    if shape == "circle":  # signed distances to the edge; all have the area pi radius^2
-        distance = np.sqrt(dx**2 + dy**2) - radius
-    elif shape == "triangle":
-        inner = radius * math.sqrt(math.pi / math.sqrt(3)) / math.sqrt(3)  # of the equilateral triangle
-        distance = np.maximum(dy - inner, (math.sqrt(3) * abs(dx) - dy) / 2 - inner)
-    else:
-        tall = {"square": 1, "pillar": LONG, "beam": 1 / LONG}[shape]
-        distance = np.maximum(abs(dx) - side / tall, abs(dy) - side * tall)
-    return np.clip(0.5 - distance * size, 0, 1)
-
-
-def draw_clip(a: dict[str, str], frames: int, size: int, rng: np.random.Generator) -> np.ndarray:
-    """One shape that moves on black and keeps a radius off the edges. -> uint8 (F, H, W, 3)"""
-    radius, travel = RADII[a["size"]], np.array(MOVES[a["move"]]) * SPEEDS[a["speed"]]
-    low, high = radius + np.maximum(-travel, 0), 1 - radius - np.maximum(travel, 0)
-    start = low + (high - low) * rng.uniform(0.2, 0.8, 2)
-    centres = start + travel * np.linspace(0, 1, frames)[:, None]
-    clip = coverage(centres, radius, a["shape"], size)[..., None] * np.array(COLOURS[a["colour"]])
-    return (clip * 255).round().astype(np.uint8)
-
-
-def read_clip(clip: np.ndarray, shapes: tuple[str, ...]) -> dict[str, str]:
-    """The attributes seen in a uint8 (F, H, W, 3) clip; {} unless it shows one compact object of plausible size throughout."""
-    x = clip.astype(np.float64) / 255
-    frames, size = x.shape[:2]
-    weight = np.clip((x.max(-1) - 0.25) / 0.5, 0, 1)  # foreground, without the noise floor
-    area = weight.sum((1, 2)) + 1e-6
-    pixel = (np.arange(size) + 0.5) / size
-    centres = (
-        np.stack([(weight * pixel).sum((1, 2)), (weight * pixel[:, None]).sum((1, 2))], 1) / area[:, None]
-    )
-    radius = math.sqrt(area.mean() / size**2 / math.pi)
-    around = (pixel - centres[:, 0, None, None]) ** 2 + (pixel[:, None] - centres[:, 1, None, None]) ** 2
-    spread = ((weight * around).sum((1, 2)) / area).mean()
-    small, large = RADII.values()
-    if not (
-        0.6 * small < radius < 1.5 * large and spread < 1.6 * radius**2 and area.min() > 0.3 * area.max()
-    ):
-        return {}
-    clock = np.linspace(-0.5, 0.5, frames)
-    travel = (centres * clock[:, None]).sum(0) / (clock**2).sum()  # least squares over the clip
-    colour = (x * weight[..., None]).sum((0, 1, 2)) / area.sum()
-    errors = {shape: ((coverage(centres, radius, shape, size) - weight) ** 2).mean() for shape in shapes}
-    distance = np.linalg.norm(travel)
-    still = distance < min(SPEEDS.values()) / 2
-    return {
-        "shape": min(errors, key=errors.get),
-        "colour": min(COLOURS, key=lambda name: ((colour - COLOURS[name]) ** 2).sum()),
-        "move": "none" if still else max(MOVES, key=lambda name: travel @ np.array(MOVES[name])),
-        "speed": "quickly" if distance > np.mean(list(SPEEDS.values())) else "slowly",
-        "size": "large" if radius > np.mean(list(RADII.values())) else "small",
-    }
-
-
-def asked_is_made(
-    clips: np.ndarray, asked: list[dict[str, str]], shapes: tuple[str, ...]
-) -> dict[str, float]:
-    """Share of uint8 (N, F, H, W, 3) clips that show what was asked, per attribute and for all five at once."""
-    seen = [read_clip(clip, shapes) for clip in clips]
-    hits = {name: [s.get(name) == a[name] for s, a in zip(seen, asked)] for name in attributes_of(shapes)}
-    hits["all_five"] = [all(hit) for hit in zip(*hits.values())]
-    return {name: float(np.mean(values)) for name, values in hits.items()}
-
-
-@functools.cache
-def word_direction(word: str, width: int) -> np.ndarray:
-    """Where no text encoder is at hand: for each word a fixed random direction, normal numbers (width,)"""
-    seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "big")
-    return np.random.default_rng(seed).standard_normal(width)
 
 
 def encode_clip(

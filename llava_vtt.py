@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = [
 #   "av", "datasets", "deepspeed", "huggingface_hub", "matplotlib", "numpy", "opencv-python-headless", "peft", "pillow",
-#   "rouge-score", "sacrebleu", "tokenizers", "torch", "tqdm", "transformers", "trl", "tyro",
+#   "rouge-score", "sacrebleu", "torch", "tqdm", "transformers", "trl", "tyro",
 # ]
 # ///
 """Video and question to text: LLaVA-interleave 7B fine-tuned on clips and questions, with a proof that it sees the video.
@@ -57,10 +57,8 @@ from trl import SFTConfig, SFTTrainer
 
 from common import (
     CHECKPOINTING,
-    COLOURS,
     DEFAULT_QUESTION,
     GB,
-    MOVES,
     BadSample,
     all_rows,
     barrier,
@@ -73,6 +71,7 @@ from common import (
     choose_layout,
     count_skipped,
     decode_all,
+    demo_module,
     device_name,
     disk_free,
     download,
@@ -278,7 +277,7 @@ DEMO = dict(
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------
-# Data: generated clips
+# Data: videos and questions
 # ---------------------------------------------------------------------------
 
 
@@ -286,155 +285,6 @@ class QA(NamedTuple):
     question: str
     answer: str
     kind: str = ""  # what is asked for, where the data say so: the table at the end has a line for each
-
-
-# One shape stays or crosses half the frame; sometimes another, smaller and of another colour, stands behind it. The same pictures
-# in another order show another direction.
-DEMO_SIZE = 32  # height and width, pixels
-SHAPES = ("square", "ring", "cross")
-NUM_HELD_OUT = 400
-
-
-@dataclass(frozen=True)
-class Scene:
-    """What a generated clip shows, and the seed of where and how large."""
-
-    seed: tuple[int, int]
-    shape: str
-    colour: str
-    move: str  # "" stays
-    other: tuple[str, str] | None  # shape and colour of the second one
-
-
-def draw_scene(seed: tuple[int, int]) -> Scene:
-    rng = np.random.default_rng(seed)
-    shape, other = rng.choice(SHAPES, 2)
-    colour, second = rng.choice(list(COLOURS), 2, replace=False)
-    move = str(rng.choice(list(MOVES))) if rng.random() < 0.75 else ""
-    return Scene(
-        seed, str(shape), str(colour), move, (str(other), str(second)) if rng.random() < 0.35 else None
-    )
-
-
-def questions_of(scene: Scene) -> tuple[QA, ...]:
-    """With a second shape, what stays cannot be asked for: which of the two?"""
-    asked = [
-        QA(
-            "Which way does the shape move?",
-            scene.move or "it stays",
-            "direction" if scene.move else "moving",
-        ),
-        QA("Does a shape move?", "yes" if scene.move else "no", "moving"),
-        QA("How many shapes are there?", "two" if scene.other else "one", "count"),
-    ]
-    if scene.move:
-        asked += [
-            QA("What colour is the moving shape?", scene.colour, "colour"),
-            QA("What shape moves?", scene.shape, "shape"),
-        ]
-    elif not scene.other:
-        asked += [
-            QA("What colour is the shape?", scene.colour, "colour"),
-            QA("What shape is it?", scene.shape, "shape"),
-        ]
-    return tuple(asked)
-
-
-def outline(centres: np.ndarray, radius: float, shape: str, size: int) -> np.ndarray:
-    """Which pixels the shape covers: centres (F, 2) in frame widths -> bool (F, size, size)"""
-    pixel = (np.arange(size) + 0.5) / size
-    dx = abs(pixel[None, None, :] - centres[:, 0, None, None])
-    dy = abs(pixel[None, :, None] - centres[:, 1, None, None])
-    if shape == "square":
-        return np.maximum(dx, dy) < radius
-    if shape == "ring":
-        distance = np.hypot(dx, dy)
-        return (distance < radius) & (distance > radius / 2)
-    return (np.minimum(dx, dy) < 0.3 * radius) & (np.maximum(dx, dy) < radius)
-
-
-def draw_clip_of(scene: Scene, frames: int, size: int) -> np.ndarray:
-    """-> uint8 (F, H, W, 3)"""
-    rng = np.random.default_rng((*scene.seed, 1))
-    radius = rng.uniform(0.15, 0.18)
-    travel = np.array(MOVES.get(scene.move, (0, 0))) * rng.uniform(0.5, 0.62)
-    low, high = radius + np.maximum(-travel, 0), 1 - radius - np.maximum(travel, 0)
-    centres = rng.uniform(low, high) + travel * np.linspace(0, 1, frames)[:, None]
-    clip = np.full((frames, size, size, 3), rng.uniform(0, 0.15))
-    if scene.other:
-        shape, colour = scene.other
-        place = np.tile(rng.uniform(0.8 * radius, 1 - 0.8 * radius, 2), (frames, 1))
-        clip[outline(place, 0.8 * radius, shape, size)] = COLOURS[colour]
-    clip[outline(centres, radius, scene.shape, size)] = COLOURS[scene.colour]
-    return np.clip(clip * 255 + rng.normal(0, 5, clip.shape), 0, 255).astype(np.uint8)
-
-
-def build_tiny(folder: Path, seed: int) -> None:
-    """A LLaVA of the real classes (SigLIP, projector, Qwen2) with 0.5 M random weights, and its processor, saved as the real one
-    is: 16 tokens a frame, byte-level BPE trained on what the demo asks and answers."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import (
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-        PreTrainedTokenizerFast,
-        Qwen2Config,
-        SiglipImageProcessor,
-        SiglipVisionConfig,
-    )
-
-    every = {qa for number in range(500) for qa in questions_of(draw_scene((0, number)))}
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"]
-    learn = trainers.BpeTrainer(
-        vocab_size=512,
-        special_tokens=special,
-        show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    bpe.train_from_iterator(sorted(f"user\n{qa.question}\nassistant\n{qa.answer}" for qa in every), learn)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        extra_special_tokens={"image_token": "<image>"},
-    )
-    pictures = SiglipImageProcessor(
-        size={"height": DEMO_SIZE, "width": DEMO_SIZE}, image_mean=[0.16] * 3, image_std=[0.25] * 3  # of the generated clips
-    )  # fmt: skip
-    processor = LlavaProcessor(
-        image_processor=pictures, tokenizer=tokenizer, patch_size=8, vision_feature_select_strategy="full",
-        num_additional_image_tokens=0, chat_template=TEMPLATE,
-    )  # fmt: skip
-    vision = SiglipVisionConfig(
-        hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, image_size=DEMO_SIZE, patch_size=8,
-        vision_use_head=False,
-    )  # fmt: skip
-    text = Qwen2Config(
-        vocab_size=512, hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=6,
-        max_position_embeddings=1024, tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
-    )  # fmt: skip
-    config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=processor.image_token_id, image_seq_length=16,
-        vision_feature_select_strategy="full", vision_feature_layer=-1, tie_word_embeddings=True,
-    )  # fmt: skip
-    torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration(config)
-    for (
-        name,
-        weight,
-    ) in model.named_parameters():  # 0.02, the default, is of models that are ten times as wide
-        if weight.ndim == 2 and "embed" not in name:
-            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-
-
-# ---------------------------------------------------------------------------
-# Data: videos and questions
-# ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -505,15 +355,11 @@ def read_questions(cfg: Config) -> tuple[list[Clip], list[dict]]:
 class Sample:
     """One training sequence: the frames once, then the questions as turns of a conversation."""
 
-    frames: Path | Scene  # a .npy file of uint8 (F, S, S, 3), or a clip to draw
+    frames: Path | Any  # a .npy file of uint8 (F, S, S, 3), or a Scene of demos/scenes.py to draw
     qa: tuple[QA, ...]
 
     def load(self, frames: int) -> np.ndarray:
-        return (
-            np.load(self.frames)
-            if isinstance(self.frames, Path)
-            else draw_clip_of(self.frames, frames, DEMO_SIZE)
-        )
+        return np.load(self.frames) if isinstance(self.frames, Path) else self.frames.draw(frames)
 
 
 @dataclass(frozen=True)
@@ -524,14 +370,22 @@ class Data:
     clips: tuple[list[Clip], list[Clip]] = ((), ())  # of both parts, for the data set that is pushed
 
 
+def generated_data(cfg: Config) -> Data:
+    """What the demo trains on."""
+    scenes = demo_module("scenes")
+
+    def sample(scene: Any) -> Sample:
+        return Sample(scene, tuple(QA(*asked) for asked in scenes.questions_of(scene)))
+
+    train = scenes.draw_scenes(cfg.seed, cfg.steps * cfg.batch_size * cfg.accum)
+    held_out = scenes.draw_scenes(cfg.seed + 1_000_003, scenes.NUM_HELD_OUT)
+    return Data([sample(scene) for scene in train], [sample(scene) for scene in held_out], bad=[])
+
+
 def load_data(cfg: Config, base: Base) -> Data:
     """Every rank. Exit 2 when there is nothing to train on."""
     if cfg.demo:
-        train = [draw_scene((cfg.seed, number)) for number in range(cfg.steps * cfg.batch_size * cfg.accum)]
-        held_out = [draw_scene((cfg.seed + 1_000_003, number)) for number in range(NUM_HELD_OUT)]
-        return Data(
-            *([Sample(scene, questions_of(scene)) for scene in part] for part in (train, held_out)), bad=[]
-        )
+        return generated_data(cfg)
 
     def decode() -> tuple[list[Clip], list[Path], list[dict]]:
         clips, bad = read_questions(cfg)
@@ -1294,7 +1148,8 @@ def train(cfg: Config) -> None:
             on_rank0(lambda: hub_check(cfg.hub_dataset_id, cfg.public, create=False, kind="dataset"))
     cfg = dataclasses.replace(cfg, dtype=pick_dtype(cfg.dtype), model=cfg.model or BASE_MODEL)
     if cfg.demo:
-        cfg = dataclasses.replace(cfg, model=on_rank0(lambda: tiny_model(cfg, __file__, build_tiny)))
+        build = functools.partial(demo_module("scenes").build_tiny, template=TEMPLATE)
+        cfg = dataclasses.replace(cfg, model=on_rank0(lambda: tiny_model(cfg, __file__, build)))
     base = open_base(cfg.model)
     data = load_data(cfg, base)
     if not cfg.steps:

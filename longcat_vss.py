@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = [
 #   "av", "deepspeed", "einops", "huggingface_hub", "kaldiio", "matplotlib", "numpy", "opencv-python-headless", "peft", "pillow",
-#   "pystoi", "safetensors", "scipy", "tokenizers", "torch", "tqdm", "transformers", "tyro",
+#   "pystoi", "safetensors", "scipy", "torch", "tqdm", "transformers", "tyro",
 # ]
 # ///
 """Video and speech to speech: LongCat-Flash-Omni 560B learns to see a clip, hear a question and speak the answer, by LoRA.
@@ -60,7 +60,6 @@ from transformers.models.longcat_flash import modeling_longcat_flash as longcat_
 
 from common import (
     CHECKPOINTING,
-    COLOURS,
     GB,
     BadSample,
     barrier,
@@ -72,6 +71,7 @@ from common import (
     check_settings,
     choose_layout,
     count_skipped,
+    demo_module,
     device_name,
     disk_free,
     ds_config,
@@ -87,7 +87,6 @@ from common import (
     leave_out,
     load_engine,
     log,
-    made_once,
     memory_rows,
     on_rank0,
     over_ranks,
@@ -117,7 +116,6 @@ from common import (
     write_json,
     write_lines,
     write_loss_curve,
-    write_mp4,
     write_whole,
 )
 
@@ -274,97 +272,6 @@ ADAPT = dict(
     lora_r=8, lora_dropout=0.0, steps=200, lr=4e-3, warmup_steps=20,
     lora_targets="q_a_proj,q_b_proj,kv_a_proj_with_mqa,kv_b_proj,o_proj,gate_proj,up_proj,down_proj,audio_output_layers",
 )  # fmt: skip
-
-# ---------------------------------------------------------------------------
-# Data: generated clips and words
-# ---------------------------------------------------------------------------
-
-# Words are two syllables. The colour that fills the clip and the number that is heard make the reply: 6 x 4 of them.
-WORDS = {"red": "seta", "green": "miso", "blue": "tume", "yellow": "mati", "magenta": "sumo", "cyan": "tosi"}
-NUMBERS = ("samu", "tiso", "metu", "tami")
-FORMANTS = {  # Hz, of men's vowels: Peterson and Barney 1952, table II
-    "a": (730, 1090, 2440), "e": (530, 1840, 2480), "i": (270, 2290, 3010), "o": (570, 840, 2410), "u": (300, 870, 2240),
-}  # fmt: skip
-DEMO_SECONDS, NUM_TRAIN, NUM_HELD_OUT = 2.0, 1536, 96
-
-
-def say(word: str, pitch: float, rng: np.random.Generator) -> np.ndarray:
-    """A word of consonant-vowel syllables (s, t, m; a, e, i, o, u) as float32 (N,) at 16 kHz, a little different each time."""
-    parts = []
-    for consonant, vowel in zip(word[::2], word[1::2]):
-        length = int(SAMPLE_RATE * rng.uniform(0.075, 0.09))
-        if consonant == "m":  # a low hum
-            parts.append(0.25 * voiced(length, pitch, (250, 1000, 2200), rng))
-        else:  # noise above 3 kHz: long for s, a short burst after silence for t
-            noise = np.diff(rng.standard_normal(length + 2), 2) / 6
-            envelope = (
-                np.hanning(length) if consonant == "s" else np.maximum(0, np.linspace(-2, 1, length)) ** 2
-            )
-            parts.append(0.5 * noise * envelope)
-        length = int(SAMPLE_RATE * rng.uniform(0.13, 0.15))
-        rise = np.minimum(1, np.minimum(np.arange(length), np.arange(length)[::-1]) / (0.015 * SAMPLE_RATE))
-        parts.append(voiced(length, pitch, FORMANTS[vowel], rng) * rise)
-    return np.concatenate(parts).astype(np.float32)
-
-
-def voiced(length: int, pitch: float, formants: tuple[float, ...], rng: np.random.Generator) -> np.ndarray:
-    """Harmonics of `pitch` Hz, loud around the formants. -> (length,), peak 0.4"""
-    pitch = pitch * rng.uniform(0.97, 1.03)
-    harmonic = pitch * np.arange(1, int(4000 / pitch) + 1)
-    loud = sum(1 / (1 + ((harmonic - formant) / 90) ** 2) / (i + 1) for i, formant in enumerate(formants))
-    phase = rng.uniform(0, 2 * np.pi, len(harmonic))
-    time_axis = np.arange(length)[:, None] / SAMPLE_RATE
-    sound = (loud * np.sin(2 * np.pi * harmonic * time_axis + phase)).sum(1)
-    return 0.4 * sound / abs(sound).max()
-
-
-def make_clip(folder: Path, number: int, held_out: bool, adapted: bool, seed: int) -> None:
-    """One sample folder: a clip filled with a colour in which a grey square drifts, a number that some voice says over and over,
-    and the reply. `adapted`: colours have other words, spoken by a higher voice."""
-    rng = np.random.default_rng((seed, held_out, adapted, number))
-    colour, heard = str(rng.choice(list(WORDS))), str(rng.choice(NUMBERS))
-    size, frames = 56, int(2 * DEMO_SECONDS)
-    clip = np.full((frames, size, size, 3), 25.0) + 200 * np.array(COLOURS[colour])
-    place, drift = rng.uniform(0, size - 12, 2), rng.uniform(-8, 8, 2)
-    for i, picture in enumerate(clip):
-        x, y = np.clip(place + drift * i, 0, size - 12).astype(int)
-        picture[y : y + 12, x : x + 12] = 128
-    clip = np.clip(clip + rng.normal(0, 12, 3) + rng.normal(0, 8, clip.shape), 0, 255).astype(np.uint8)
-    question = np.tile(say(heard, rng.uniform(90, 190), rng), 8)[: int(SAMPLE_RATE * DEMO_SECONDS)]
-    question += rng.normal(0, 0.003, len(question))  # a room is never silent
-    others = list(WORDS.values())
-    word = others[(others.index(WORDS[colour]) + 2) % len(others)] if adapted else WORDS[colour]
-    pitch = 190 if adapted else 115
-    reply = np.concatenate([say(word, pitch, rng), say(heard, pitch, rng)])
-    folder.mkdir(parents=True)
-    write_mp4(clip, folder / "in.mp4", fps=2)
-    write_wav(folder / "in.wav", question)
-    write_wav(folder / "out.wav", reply)
-    (folder / "out.txt").write_text(f"{word} {heard}\n")
-
-
-def make_data(cfg: Config, adapted: bool) -> Path:
-    """Rank 0: the demo's folder of samples, made once; a shorter demo needs fewer."""
-    counts = {
-        "train": min(NUM_TRAIN, cfg.steps * cfg.batch_size * cfg.accum),
-        "test": min(NUM_HELD_OUT, cfg.eval_samples),
-    }
-    name = f"{Path(__file__).stem}_demo_{cfg.seed}_{'adapted' if adapted else 'base'}_{counts['train']}_{counts['test']}"
-    wanted = [(part, number) for part, count in counts.items() for number in range(count)]
-
-    def make(aside: Path) -> None:
-        with ThreadPoolExecutor(cfg.num_workers) as pool:
-            list(
-                pool.map(
-                    lambda w: make_clip(
-                        aside / w[0] / f"{w[1] + 1:03d}", w[1], w[0] == "test", adapted, cfg.seed
-                    ),
-                    wanted,
-                )
-            )
-
-    return made_once(cfg.cache_dir / f"{name}_1", make)  # 1: version of what is made
-
 
 # ---------------------------------------------------------------------------
 # Data: folders of video and speech
@@ -1566,87 +1473,6 @@ def write_omni(folder: Path, weights: dict[str, Tensor], base: Base) -> None:
         shutil.copyfile(base.folder / "audio" / "global_cmvn", folder / "audio" / "global_cmvn")
 
 
-def build_tiny(folder: Path, seed: int) -> None:
-    """A LongCat-Flash-Omni of 1.6 M random weights, 8 real experts and 4 identities, in the real files: a byte-level tokenizer
-    trained on what the demo says, statistics of its speech, codes of 4 x 64."""
-    import kaldiio
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    rng = np.random.default_rng(seed)
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    special = [
-        "<unk>",
-        "<longcat_s>",
-        "</longcat_s>",
-        "<longcat_pad>",
-        *(f"<mask_{i}>" for i in range(110, 120)),
-    ]
-    learn = trainers.BpeTrainer(
-        vocab_size=352,
-        special_tokens=special,
-        show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    said = [f"{word} {number}" for word in WORDS.values() for number in NUMBERS]
-    bpe.train_from_iterator(
-        [*said, *["USER:second{0.0}:second{1.0}:second{0.6}:\nVOICE ASSISTANT:"] * 9], learn
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        unk_token="<unk>",
-        bos_token="<longcat_s>",
-        eos_token="</longcat_s>",
-        pad_token="<longcat_pad>",
-    )
-    config = LongcatFlashConfig(
-        vocab_size=len(tokenizer), hidden_size=128, num_layers=2, num_attention_heads=4, ffn_hidden_size=256, q_lora_rank=48,
-        kv_lora_rank=32, qk_nope_head_dim=24, qk_rope_head_dim=8, head_dim=8, v_head_dim=32, moe_topk=3, n_routed_experts=8,
-        zero_expert_num=4, expert_ffn_hidden_size=64, max_position_embeddings=2048, pad_token_id=3, routed_scaling_factor=2.0,
-    )  # fmt: skip
-    vision = VISION | dict(
-        hidden_size=64,
-        intermediate_size=144,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        initializer_factor=1.0,
-        adaptor_dim=128,
-    )
-    audio = AUDIO | dict(
-        hidden_size=128, proj_size=64, vocab_size=8, nlayer=3, ndnn=1, num_right_layers=2, dropout=0.0
-    )  # fmt: skip
-    front = {
-        "fbank": {"freq": SAMPLE_RATE, "frame_length": 25, "frame_shift": 10, "num_mel_bins": 80, "low_freq": 20,
-                  "high_freq": 7800, "preemphasis": 0.97, "dither": 0.0},
-        "delta": {"delta_order": 0, "window_size": 2}, "cmvn": {"global_cmvn": "global_cmvn"},
-        "splice": {"left": 7, "right": 7, "stride": 8, "random_start": False, "seed": 0},
-    }  # fmt: skip
-    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in SPECIAL.items()}
-    plain_rows = (np.zeros(80), np.ones(80))
-    base = Base("", None, config, tokenizer, vision, audio, front, plain_rows, ids, CODEC_OFFSET + 64)
-    heard = [np.tile(say(str(rng.choice(NUMBERS)), rng.uniform(90, 190), rng), 3) for _ in range(32)]
-    rows = np.concatenate(
-        [speech_features(s + rng.normal(0, 0.003, len(s)), base)[:, 560:640] for s in heard]
-    )  # the middle frame
-    stats = np.stack([np.append(rows.sum(0), len(rows)), np.append((rows**2).sum(0), 0)])
-    torch.manual_seed(seed)
-    net = Omni(base)
-    for name, module in net.named_modules():  # 0.02 and the like are for models that are fifty times as wide
-        if isinstance(module, (nn.Linear, nn.Conv3d, nn.Conv1d)) and not name.startswith(
-            ("llm.", "audio_heads.")
-        ):
-            gain = 1.0 if isinstance(module, nn.Conv1d) else 2.0
-            nn.init.normal_(module.weight, std=(gain / module.weight[0].numel()) ** 0.5)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.3)
-    (folder / "audio").mkdir(parents=True)
-    kaldiio.save_mat(str(folder / "audio" / "global_cmvn"), stats.astype(np.float32))
-    write_omni(folder, dict(net.state_dict()), base)
-
-
 def lora_names(base: Base) -> dict[str, int]:
     """{name of a layer that LoRA can be given: parameters that it adds there for each unit of rank}, over the whole model"""
     with torch.device("meta"):
@@ -2668,8 +2494,11 @@ def predict(cfg: Config) -> None:
 def demo(cfg: Config) -> None:
     """A tiny model learns to speak; then, frozen, other words in another voice by LoRA. Both are runs as any other."""
     init_distributed()
-    tiny = on_rank0(lambda: tiny_model(cfg, __file__, build_tiny))
-    spoken, other = (on_rank0(functools.partial(make_data, cfg, adapted)) for adapted in (False, True))
+    speech = demo_module("speech")
+    build = functools.partial(speech.build_tiny, script=sys.modules[__name__])
+    tiny = on_rank0(lambda: tiny_model(cfg, __file__, build))
+    spoken = on_rank0(lambda: speech.make_data(cfg, adapted=False, write_wav=write_wav))
+    other = on_rank0(lambda: speech.make_data(cfg, adapted=True, write_wav=write_wav))
     base = train(dataclasses.replace(cfg, model=tiny), spoken, "base")
     if cfg.check:
         return

@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = [
 #   "av", "datasets", "deepspeed", "huggingface_hub", "matplotlib", "numpy", "opencv-python-headless", "peft", "pillow",
-#   "rouge-score", "sacrebleu", "tokenizers", "torch", "tqdm", "transformers", "tyro",
+#   "rouge-score", "sacrebleu", "torch", "tqdm", "transformers", "tyro",
 # ]
 # ///
 """Question and video metadata to text: NLLB-200 600M answers in any of its 202 languages what is known of a video as text.
@@ -69,6 +69,7 @@ from common import (
     check_weights,
     choose_layout,
     count_skipped,
+    demo_module,
     device_name,
     disk_free,
     ds_config,
@@ -240,80 +241,6 @@ DEMO = dict(
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------
-# Data: generated metadata
-# ---------------------------------------------------------------------------
-
-COLOURS = "red green blue yellow purple white black orange".split()
-THINGS = "ball car dog cat boat train bird robot".split()
-ACTIONS = {"left": "moves to the left", "right": "moves to the right", "jump": "jumps up and down", "spin": "spins in place",
-           "stop": "stands still", "chase": "chases a butterfly"}  # fmt: skip
-PLACES = "park street kitchen beach garden room".split()
-QUESTIONS = {
-    "What is in this video?": "There is a {colour} {thing} in the {place}.",
-    "What happens in this video?": "The {colour} {thing} {action} in the {place}.",
-    "Describe the video.": "A {colour} {thing} {action} in the {place} for {seconds} seconds.",
-    "How long is the video?": "The video lasts {seconds} seconds.",
-}
-
-
-def generated_rows(count: int, seed: int, held_out: bool) -> list[tuple[str, dict, str]]:
-    """Rows as all_rows gives them: tags in any order, duration, frames; a sentence as the answer. A ninth of the combinations of
-    colour, thing and action are never trained on: those are the held-out part."""
-    rng, rows = np.random.default_rng((seed, held_out)), []
-    while len(rows) < count:
-        places = [int(rng.integers(len(values))) for values in (COLOURS, THINGS, ACTIONS, PLACES, QUESTIONS)]
-        if ((7 * places[0] + 5 * places[1] + 3 * places[2]) % 11 == 0) != held_out:
-            continue
-        colour, thing, short, place, question = (
-            list(v)[i] for v, i in zip((COLOURS, THINGS, ACTIONS, PLACES, QUESTIONS), places)
-        )
-        seconds, tags = int(rng.integers(2, 31)), [colour, thing, short, place]
-        said = QUESTIONS[question].format(
-            colour=colour, thing=thing, action=ACTIONS[short], place=place, seconds=seconds
-        )
-        row = {
-            "question": question,
-            "answer": said,
-            "tags": [tags[i] for i in rng.permutation(4)],
-            "duration": seconds,
-        }
-        part = "held_out" if held_out else "train"
-        rows.append((f"generated {part} {len(rows)}", row | {"frames": 30 * seconds}, part))
-    return rows
-
-
-def build_tiny(folder: Path, seed: int) -> None:
-    """An NLLB of the real classes with 1 M random weights, and its tokenizer with a BPE trained on what the demo says, saved as
-    the real one is. It knows three languages."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import M2M100Config, M2M100ForConditionalGeneration, NllbTokenizer
-
-    rows = [row for _, row, _ in generated_rows(2000, 0, False)]
-    texts = [
-        text for row in rows for text in (source_of(row["question"], row, FIELDS.split(",")), row["answer"])
-    ]
-    bpe = Tokenizer(models.BPE(unk_token="<unk>"))
-    bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
-    special = ["<s>", "<pad>", "</s>", "<unk>"]
-    bpe.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=500, special_tokens=special, show_progress=False)
-    )
-    learned = json.loads(bpe.to_str())["model"]
-    tokenizer = NllbTokenizer(
-        vocab=learned["vocab"], merges=[tuple(pair) for pair in learned["merges"]], src_lang="eng_Latn", tgt_lang="eng_Latn",
-        extra_special_tokens=["eng_Latn", "fra_Latn", "deu_Latn"], model_max_length=256,
-    )  # fmt: skip
-    config = M2M100Config(
-        vocab_size=-(-len(tokenizer) // 64) * 64, d_model=128, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=512,
-        decoder_ffn_dim=512, encoder_attention_heads=4, decoder_attention_heads=4, max_position_embeddings=256, dropout=0.0,
-        attention_dropout=0.0, activation_dropout=0.0, encoder_layerdrop=0.0, decoder_layerdrop=0.0, decoder_start_token_id=2,
-    )  # fmt: skip
-    torch.manual_seed(seed)
-    M2M100ForConditionalGeneration(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-# ---------------------------------------------------------------------------
 # Data: questions and metadata
 # ---------------------------------------------------------------------------
 
@@ -347,8 +274,10 @@ def read_examples(cfg: Config) -> tuple[list[Example], list[str], list[dict]]:
     """-> (an example for each question, its part as split_of gives it, bad samples). Exit 2 when no row has a question, or
     a field that was asked for is nowhere."""
     if cfg.demo:
-        train = generated_rows(cfg.steps * cfg.batch_size * cfg.accum, cfg.seed, False)
-        rows, folder = train + generated_rows(cfg.eval_questions, cfg.seed, True), Path()
+        metadata = demo_module("metadata")
+        rows = metadata.generated_rows(cfg.steps * cfg.batch_size * cfg.accum, cfg.seed, held_out=False)
+        rows += metadata.generated_rows(cfg.eval_questions, cfg.seed, held_out=True)
+        folder = Path()
     else:
         rows, folder = all_rows(cfg, videos=False)
     default = cfg.question or (DEFAULT_QUESTION if cfg.video_dir else "")
@@ -971,7 +900,8 @@ def train(cfg: Config) -> None:
             on_rank0(lambda: hub_check(cfg.hub_dataset_id, cfg.public, create=False, kind="dataset"))
     cfg = dataclasses.replace(cfg, dtype=pick_dtype(cfg.dtype), model=cfg.model or BASE_MODEL)
     if cfg.demo:
-        cfg = dataclasses.replace(cfg, model=on_rank0(lambda: tiny_model(cfg, __file__, build_tiny)))
+        build = functools.partial(demo_module("metadata").build_tiny, source_of=source_of)
+        cfg = dataclasses.replace(cfg, model=on_rank0(lambda: tiny_model(cfg, __file__, build)))
     base = open_base(cfg.model)
     for code in (cfg.src_lang, cfg.tgt_lang):
         check_language(code, base)

@@ -27,6 +27,7 @@ captions shuffled. On a GPU: not yet measured.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -53,18 +54,15 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from common import (
     GB,
-    all_captions,
-    asked_is_made,
-    caption_of,
     card_parts,
     catch_signals,
     check_settings,
     choose_layout,
     count_skipped,
     decode_all,
+    demo_module,
     device_name,
     disk_free,
-    draw_clip,
     ds_config,
     epoch_order,
     finish,
@@ -73,7 +71,6 @@ from common import (
     gathered,
     hub_check,
     init_distributed,
-    is_held_out,
     is_url,
     learning_rate,
     leave_out,
@@ -103,7 +100,6 @@ from common import (
     summary,
     take_run_folder,
     tracker,
-    word_direction,
     world_size,
     write_grid,
     write_json,
@@ -115,8 +111,6 @@ from common import (
 TIMESTEPS = 1000  # of the diffusion, as DDPM has
 STAND_IN = "stand-in"  # for CLIP: see stand_in_text
 CURVES = ("loss", "held_out_loss")  # in loss.png
-SHAPES = ("circle", "square", "triangle")  # of generated clips
-NUM_GENERATED = 4096
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 # ---------------------------------------------------------------------------
@@ -315,6 +309,13 @@ def load_videos(cfg: Config) -> tuple[list[Path], list[tuple[str, ...]], list[di
 # ---------------------------------------------------------------------------
 
 
+@functools.cache
+def word_direction(word: str, width: int) -> np.ndarray:
+    """Where no text encoder is at hand: for each word a fixed random direction, normal numbers (width,)"""
+    seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "big")
+    return np.random.default_rng(seed).standard_normal(width)
+
+
 def stand_in_text(captions: list[str], width: int = 512) -> Tensor:
     """Instead of CLIP where there is no network: each word a fixed random direction, averaged. It knows words, not meaning.
     -> (N, width)"""
@@ -428,11 +429,8 @@ def load_data(cfg: Config, device: torch.device) -> Data:
             set(range(0, len(frames), 20)) if len(frames) >= 20 else set()
         )  # every 20th video, none of a handful
     else:
-        rng, attributes, bad = np.random.default_rng(cfg.seed), all_captions(SHAPES), []
-        drawn = [attributes[i] for i in rng.integers(len(attributes), size=NUM_GENERATED)]
-        frames = [draw_clip(a, cfg.frames, cfg.size, rng) for a in drawn]
-        captions = [(caption_of(a),) for a in drawn]
-        held_out = {i for i, a in enumerate(drawn) if is_held_out(a, SHAPES)}
+        shapes, bad = demo_module("shapes"), []
+        frames, captions, held_out = shapes.generated_clips(cfg.seed, cfg.frames, cfg.size)
     unique = {
         caption: row for row, caption in enumerate(dict.fromkeys(c for several in captions for c in several))
     }
@@ -762,11 +760,13 @@ def evaluate(model: UNet3DCond, data: Data, cfg: Config) -> dict:
             "controls": {},
             "held_out": loss,
         }
-    asked = [a for a in all_captions(SHAPES) if is_held_out(a, SHAPES)]
+    shapes = demo_module("shapes")
+    asked = shapes.held_out_captions(shapes.DDPM_SHAPES)
     asked = asked * max(1, 96 // len(asked))
     table = {caption: held_out.text[rows[0]] for (caption,), rows in zip(held_out.captions, held_out.rows)}
-    clips = sample_pixels(model, torch.stack([table[caption_of(a)] for a in asked]), cfg, cfg.seed)
-    made, other = asked_is_made(clips, asked, SHAPES), asked_is_made(clips, asked[7:] + asked[:7], SHAPES)
+    text = torch.stack([table[shapes.caption_of(a)] for a in asked])
+    clips = sample_pixels(model, text, cfg, cfg.seed)
+    made, other = shapes.score_and_control(clips, asked, shapes.DDPM_SHAPES)
     return {
         "score": made["all_five"],
         "score_is": f"asked = made for all five attributes, {len(asked)} clips of {len(table)} held-out captions",

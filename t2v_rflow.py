@@ -66,22 +66,18 @@ from common import (
     CONTAINERS,
     GB,
     BadSample,
-    all_captions,
     append_json,
-    asked_is_made,
     brief,
-    caption_of,
     card_parts,
     catch_signals,
     check_settings,
     check_weights,
     choose_layout,
     count_skipped,
+    demo_module,
     device_name,
     disk_free,
-    draw_clip,
     ds_config,
-    encode_clip,
     epoch_order,
     fetch_model,
     finish,
@@ -91,14 +87,12 @@ from common import (
     gathered,
     hub_check,
     init_distributed,
-    is_held_out,
     is_url,
     learning_rate,
     leave_out,
     load_engine,
     local_file,
     log,
-    made_once,
     memory_rows,
     numbered,
     on_rank0,
@@ -125,7 +119,6 @@ from common import (
     take_run_folder,
     tracker,
     upright,
-    word_direction,
     world_size,
     write_json,
     write_loss_curve,
@@ -298,49 +291,6 @@ RECIPES = {
         "3": dict(steps=15_000, lr=1e-4, warmup_steps=1000, mask_share=0.25),
     },
 }
-
-# ---------------------------------------------------------------------------
-# Data: generated clips
-# ---------------------------------------------------------------------------
-
-SHAPES = ("square", "pillar", "beam")
-NUM_GENERATED = 4096  # clips, of which a quarter goes to each of
-MADE = ((12, 4), (12, 6), (16, 4), (16, 6))  # height and width in pixels, frames
-
-
-def attributes_in(caption: str) -> dict[str, str]:
-    """The inverse of caption_of"""
-    found = re.match(
-        r"a (?P<size>\w+) (?P<colour>\w+) (?P<shape>\w+) moving (?P<move>\w+) (?P<speed>\w+)", caption
-    )
-    return found.groupdict() if found else {}
-
-
-def make_data(cfg: Config) -> Path:
-    """Rank 0: a manifest of captioned clips of two sizes and two lengths, lossless, made once; a shorter demo needs fewer."""
-    count = NUM_GENERATED if cfg.steps >= 100 else 192
-
-    def make(folder: Path) -> None:
-        rng, captions, lines = (
-            np.random.default_rng(cfg.seed),
-            all_captions(SHAPES),
-            ["path,text,num_frames,height,width,fps"],
-        )
-        for number in range(count):
-            size, frames = MADE[number % len(MADE)]
-            a = captions[rng.integers(len(captions))]
-            write_lossless(draw_clip(a, frames, size, rng), folder / f"{number:05d}.mkv", cfg.fps)
-            lines.append(f"{number:05d}.mkv,{caption_of(a)},{frames + 1},{size},{size},{cfg.fps}")
-        (folder / "clips.csv").write_text("\n".join(lines) + "\n")
-
-    name = f"{Path(__file__).stem}_demo_{cfg.seed}_{count}_2"  # 2: version of what is made
-    return made_once(cfg.cache_dir / name, make) / "clips.csv"
-
-
-def write_lossless(clip: np.ndarray, path: Path, fps: int) -> None:
-    """uint8 (F, H, W, 3) -> FFV1 with its last frame twice: a bucket takes clips that are longer than it"""
-    encode_clip(np.concatenate([clip, clip[-1:]]), path, fps, "ffv1", "bgr0", {}, {})
-
 
 # ---------------------------------------------------------------------------
 # Data: buckets
@@ -1537,6 +1487,13 @@ def noisy(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------
 
 
+@functools.cache
+def word_direction(word: str, width: int) -> np.ndarray:
+    """Where no text encoder is at hand: for each word a fixed random direction, normal numbers (width,)"""
+    seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "big")
+    return np.random.default_rng(seed).standard_normal(width)
+
+
 class Words:
     """Instead of T5 where there is no network: each word a fixed random direction. It knows words, not meaning."""
 
@@ -1663,11 +1620,13 @@ def load_data(cfg: Config) -> Data:
     """Rank 0. Exit 2 when there is nothing to train on."""
     if not (cfg.manifest or cfg.demo):
         refuse("--manifest: a CSV, parquet or JSON lines file with the columns path and text; or --demo")
-    rows, bad = read_manifest(manifest := cfg.manifest or make_data(cfg), cfg.videos)
+    manifest = cfg.manifest or demo_module("shapes").make_data(cfg)
+    rows, bad = read_manifest(manifest, cfg.videos)
     rows, table, unread = measure(rows, cfg.cache_dir, cfg.num_workers)
     leave_out(manifest, len(rows), bad := bad + unread, cfg.max_bad)
     if cfg.demo:  # combinations that are never trained on
-        held = [is_held_out(attributes_in(row.text), SHAPES) for row in rows]
+        shapes = demo_module("shapes")
+        held = [shapes.is_held_out(shapes.attributes_in(row.text), shapes.RFLOW_SHAPES) for row in rows]
         train, held = np.flatnonzero(~np.array(held)), np.flatnonzero(held)
     else:
         fraction = cfg.val_fraction if len(rows) >= 20 else 0
@@ -2137,14 +2096,14 @@ def evaluate(model: nn.Module, losses: dict[str, float], held: Source, held_out:
             "score": max(0.0, 1 - losses["loss"] / 2),  # v = x - noise has a power of 1 + 1 where latents are normalised
             "score_is": f"share of the target explained, {held.called}", "controls": {}, "held_out": losses,
         }  # fmt: skip
-    asked = [a for a in all_captions(SHAPES) if is_held_out(a, SHAPES)]
+    shapes = demo_module("shapes")
+    asked = shapes.held_out_captions(shapes.RFLOW_SHAPES)
+    captions = [shapes.caption_of(a) for a in asked]
     table, other = {}, {}
     for bucket in held_out.buckets:
-        clips = sample_pixels(model, [caption_of(a) for a in asked], bucket, held, cfg, bucket.frames)
+        clips = sample_pixels(model, captions, bucket, held, cfg, bucket.frames)
         name = f"{bucket.resolution}_{bucket.frames}"
-        table[name], other[name] = (
-            asked_is_made(clips, said, SHAPES) for said in (asked, asked[7:] + asked[:7])
-        )
+        table[name], other[name] = shapes.score_and_control(clips, asked, shapes.RFLOW_SHAPES)
     mean = {
         name: float(np.mean([row[name] for row in table.values()])) for name in next(iter(table.values()))
     }

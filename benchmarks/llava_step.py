@@ -50,6 +50,7 @@ from trl import SFTConfig, SFTTrainer
 
 import llava_vtt
 from common import device_name
+from demos.scenes import build_tiny, draw_scene, questions_of
 from llava_vtt import (
     Base,
     Batches,
@@ -67,7 +68,7 @@ QUESTIONS = 4  # a clip
 
 def build(folder: Path, args: argparse.Namespace) -> None:
     """llava_vtt.py's tiny LLaVA and its processor with other sizes."""
-    llava_vtt.build_tiny(folder, seed=0)
+    build_tiny(folder, 0, llava_vtt.TEMPLATE)
     processor, config = AutoProcessor.from_pretrained(folder), LlavaConfig.from_pretrained(folder)
     processor.image_processor.size, processor.patch_size = {"height": args.image, "width": args.image}, 14
     config.image_seq_length = (args.image // 14) ** 2
@@ -91,12 +92,13 @@ def build(folder: Path, args: argparse.Namespace) -> None:
 
 def make_clips(folder: Path, args: argparse.Namespace) -> list[Sample]:
     """Clips with four questions as llava_vtt.py caches them; one batch more than is trained on, for both loaders read ahead."""
-    scenes = (llava_vtt.draw_scene((0, number)) for number in itertools.count())
-    asked = (scene for scene in scenes if len(llava_vtt.questions_of(scene)) >= QUESTIONS)
+    scenes = (draw_scene((0, number)) for number in itertools.count())
+    asked = (scene for scene in scenes if len(questions_of(scene)) >= QUESTIONS)
     samples = []
     for number, scene in enumerate(itertools.islice(asked, args.clips * (args.steps + 1))):
-        np.save(folder / f"{number}.npy", llava_vtt.draw_clip_of(scene, args.frames, args.image))
-        samples.append(Sample(folder / f"{number}.npy", llava_vtt.questions_of(scene)[:QUESTIONS]))
+        np.save(folder / f"{number}.npy", scene.draw(args.frames, args.image))
+        qa = tuple(llava_vtt.QA(*one) for one in questions_of(scene)[:QUESTIONS])
+        samples.append(Sample(folder / f"{number}.npy", qa))
     return samples
 
 

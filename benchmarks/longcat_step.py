@@ -42,6 +42,7 @@ from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlas
 
 import longcat_vss
 from common import device_name, ds_config, init_distributed, quiet_libraries
+from demos import speech
 from longcat_vss import CODEBOOKS, Base, Config, Omni, with_adapter
 
 
@@ -176,7 +177,7 @@ def main() -> None:
     torch.set_num_threads(1)
     quiet_libraries()
     with tempfile.TemporaryDirectory() as folder:
-        longcat_vss.build_tiny(Path(folder) / "tiny", 0)
+        speech.build_tiny(Path(folder) / "tiny", 0, longcat_vss)
         tiny = longcat_vss.open_base(str(Path(folder) / "tiny"))
     base = sized(tiny, args, args.experts)
     net, theirs, batch = model(base), model(base, stock=True), batch_of(base, args.length)

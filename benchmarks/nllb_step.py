@@ -50,6 +50,7 @@ from transformers import (
 
 import nllb_vtt
 from common import GB, device_name, memory_plan, peak_memory_gb
+from demos import metadata
 from nllb_vtt import (
     Base,
     Batches,
@@ -68,7 +69,7 @@ MAX_SOURCE, MAX_TARGET = 1024, 128  # run_translation.py's defaults
 
 def build(folder: Path, args: argparse.Namespace) -> None:
     """nllb_vtt.py's tiny NLLB with other sizes."""
-    nllb_vtt.build_tiny(folder, seed=0)
+    metadata.build_tiny(folder, 0, nllb_vtt.source_of)
     config, width = M2M100Config.from_pretrained(folder), args.width
     config.vocab_size, config.d_model, config.encoder_layers, config.decoder_layers = (
         args.vocab,

@@ -57,6 +57,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import t2v_rflow as rflow
 from common import GB, device_name, ds_config, init_distributed, memory_rows, peak_memory_gb, quiet_libraries
+from demos.shapes import write_lossless
 
 DTYPE = "bf16" if CUDA else "fp32"
 PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}  # FLOP/s, bf16, dense
@@ -443,7 +444,7 @@ def write_clips(folder: Path, count: int, bucket: rflow.Bucket, words: list[str]
     for number in range(count):
         steps = np.arange(bucket.frames)[:, None, None, None] * rng.integers(1, 9, 3)
         clip = (rows[None, ..., None] * rng.integers(1, 4, 3) + columns[None, ..., None] + steps) % 256
-        rflow.write_lossless(clip.astype(np.uint8), folder / f"{number}.mkv", 24)
+        write_lossless(clip.astype(np.uint8), folder / f"{number}.mkv", 24)
         lines.append(
             f"{number}.mkv,{' '.join(rng.choice(words, many))},{bucket.frames + 1},{height},{width},24"
         )

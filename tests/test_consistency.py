@@ -3,16 +3,17 @@
 import ast
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, finish, start
 
 SCRIPTS = sorted(path for path in ROOT.glob("*_*.py") if path.read_text().startswith("# /// script"))
 # What each script has of its own under a name that all of them use.
 OWN = set(
-    "Config Data Base Batches Clip Collator Row Sizes build_tiny open_base open_codec load_data make_data read_manifest core "
+    "Config Data Base Batches Clip Collator Row Sizes open_base open_codec load_data read_manifest core "
     "layouts machine_table report curriculum get_batch load_weights lora_config with_adapter activation_bytes generate_answers "
     "scores answer_loss measure plan train train_steps save evaluate evaluate_at held_out_loss export publish show push_data "
     "write_card generate sample sample_pixels sample_prompt predict main".split()
@@ -51,7 +52,7 @@ def imported(path: Path) -> set[str]:
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             names.add(node.module.split(".")[0])
-    return names - set(sys.stdlib_module_names) - {"common"}
+    return names - set(sys.stdlib_module_names) - {"common", "demos"}
 
 
 def test_there_are_scripts():
@@ -86,6 +87,21 @@ def test_header_lists_what_a_lone_copy_imports(path):
         if line[:1].isalpha()
     }
     assert listed <= pinned
+    for world in (ROOT / "demos").glob(
+        "*.py"
+    ):  # a lone copy has none, so its header need not list what they import
+        assert {PACKAGES.get(name, name).lower() for name in imported(world)} <= pinned
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_a_lone_copy_says_what_its_demo_lacks(path, tmp_path):
+    for name in (path.name, "common.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    code, output = finish(start([sys.executable, path.name, "--demo", "--output_dir", "run"], tmp_path))
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(errors) == 1 and "Traceback" not in output, output
+    assert re.search(rf"/demos/\w+\.py is not there: .* folder demos/ .* {path.name} comes from", errors[0])
+    assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
 
 
 def test_common_has_only_what_scripts_use():

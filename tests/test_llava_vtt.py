@@ -38,6 +38,7 @@ from safetensors.torch import load_file
 
 import common
 import llava_vtt
+from demos import scenes
 from llava_vtt import QA, Collator, Config, Sample
 
 SCRIPT = "llava_vtt.py"
@@ -176,16 +177,16 @@ def test_scores():
 
 @pytest.mark.parametrize("seed", range(40))
 def test_the_questions_of_a_scene_tell_the_truth(seed):
-    scene = llava_vtt.draw_scene((7, seed))
-    answers = {qa.question: qa.answer for qa in llava_vtt.questions_of(scene)}
+    scene = scenes.draw_scene((7, seed))
+    answers = {question: answer for question, answer, _ in scenes.questions_of(scene)}
     way, moves, number = (
         answers[q]
         for q in ("Which way does the shape move?", "Does a shape move?", "How many shapes are there?")
     )
     colour = next((answer for question, answer in answers.items() if "colour" in question), None)
-    clip = llava_vtt.draw_clip_of(scene, 5, 64).astype(int)
+    clip = scene.draw(5, 64).astype(int)
     assert len({tuple(frame.ravel()) for frame in clip}) == 5, "noise differs"
-    rgb = np.array(llava_vtt.COLOURS[scene.colour]) * 255
+    rgb = np.array(scenes.COLOURS[scene.colour]) * 255
     seen = [np.argwhere((abs(frame - rgb) < 60).all(-1)) for frame in clip]
     (y0, x0), (y1, x1) = seen[0].mean(0), seen[-1].mean(0)
     if scene.other is None:  # else the moving one may cover the other, and both centres are seen

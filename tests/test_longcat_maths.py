@@ -27,6 +27,7 @@ from transformers.models.longcat_flash import modeling_longcat_flash as longcat_
 
 import common
 import longcat_vss as vss
+from demos import speech
 from longcat_vss import CODEC_EOS, CODEC_OFFSET, CODEC_PAD, BadSample, Config
 
 MLA = "q_a_proj,q_b_proj,kv_a_proj_with_mqa,kv_b_proj,o_proj"
@@ -36,7 +37,7 @@ NVME = Path("nvme")
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("longcat") / "tiny"
-    vss.build_tiny(folder, 0)
+    speech.build_tiny(folder, 0, vss)
     return folder
 
 
@@ -63,7 +64,7 @@ def clips(tmp_path_factory, base, cfg):
     root, rng, opened = tmp_path_factory.mktemp("data") / "train", np.random.default_rng(0), []
     for number in range(3):
         folder = root / f"{number + 1:02d}"
-        vss.make_clip(folder, number, False, False, 0)
+        speech.make_clip(folder, number, False, False, 0, vss.write_wav)
         if number == 1:
             vss.write_wav(folder / "in.wav", vss.read_speech(folder / "in.wav")[0][:19_200])
         if number == 2:
@@ -79,14 +80,14 @@ def clips(tmp_path_factory, base, cfg):
 @pytest.fixture
 def sample(tmp_path):
     """A folder with in.mp4, in.wav, out.wav and out.txt."""
-    vss.make_clip(tmp_path / "train" / "01", 7, False, False, 0)
+    speech.make_clip(tmp_path / "train" / "01", 7, False, False, 0, vss.write_wav)
     return tmp_path / "train" / "01"
 
 
 def said(seed: int, count: int, pitch: float = 115) -> list[tuple[str, np.ndarray]]:
     rng = np.random.default_rng(seed)
-    every = [*vss.WORDS.values(), *vss.NUMBERS]
-    return [(word := every[i % len(every)], vss.say(word, pitch, rng)) for i in range(count)]
+    every = [*speech.WORDS.values(), *speech.NUMBERS]
+    return [(word := every[i % len(every)], speech.say(word, pitch, rng)) for i in range(count)]
 
 
 def randomised(module: torch.nn.Module, seed: int) -> torch.nn.Module:
@@ -311,7 +312,7 @@ def test_features_are_normalised_by_the_statistics_in_the_kaldi_file(base, tiny)
     deviation = np.sqrt(squares[:-1] / sums[-1] - mean**2)
     rng, heard = np.random.default_rng(5), []
     for i in range(16):
-        sound = np.tile(vss.say(vss.NUMBERS[i % 4], rng.uniform(90, 190), rng), 3)
+        sound = np.tile(speech.say(speech.NUMBERS[i % 4], rng.uniform(90, 190), rng), 3)
         heard.append((sound + rng.normal(0, 0.003, len(sound))).astype(np.float32))
     wanted = (kaldi_energies(heard[0], base.front)[8] - mean) / deviation
     np.testing.assert_allclose(vss.speech_features(heard[0], base)[1, 560:640], wanted, atol=2e-3)
@@ -1322,7 +1323,7 @@ def test_samples_lie_under_train_and_beside_it_test(tmp_path, capsys):
 
 def test_data_are_split_as_their_folders_are_and_dull_speech_is_named(tmp_path, cfg, base):
     for number, name in enumerate(("train/01", "train/02", "test/01", "train/03")):
-        vss.make_clip(tmp_path / name, number, False, False, 0)
+        speech.make_clip(tmp_path / name, number, False, False, 0, vss.write_wav)
     write_sound(tmp_path / "train" / "02" / "in.wav", tone(2, 8_000), 8_000, "pcm_s16le")
     (tmp_path / "train" / "03" / "out.wav").unlink()
     data = vss.load_data(cfg, tmp_path, base)

@@ -28,6 +28,7 @@ from conftest import (
 )
 
 import longcat_vss
+from demos import speech
 
 SCRIPT = "longcat_vss.py"
 ZERO3 = ROOT / "ds_zero3_offload.json"
@@ -41,7 +42,7 @@ TINY_DEMO = "--demo --steps 4 --log_every 1 --save_every 2 --eval_every 2 --eval
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "omni"
-    longcat_vss.build_tiny(folder, 0)
+    speech.build_tiny(folder, 0, longcat_vss)
     return folder
 
 
@@ -50,9 +51,11 @@ def samples(tmp_path_factory):
     """data/train/01 to 08 and data/test/01 to 02, each in.mp4, in.wav, out.wav and out.txt"""
     folder = tmp_path_factory.mktemp("samples") / "data"
     for number in range(8):
-        longcat_vss.make_clip(folder / "train" / f"{number + 1:02d}", number, False, False, 0)
+        speech.make_clip(
+            folder / "train" / f"{number + 1:02d}", number, False, False, 0, longcat_vss.write_wav
+        )
     for number in range(2):
-        longcat_vss.make_clip(folder / "test" / f"{number + 1:02d}", number, True, False, 0)
+        speech.make_clip(folder / "test" / f"{number + 1:02d}", number, True, False, 0, longcat_vss.write_wav)
     return folder
 
 

@@ -34,6 +34,7 @@ from conftest import (
 
 import common
 import nllb_vtt
+from demos import metadata
 from nllb_vtt import Config, Example
 
 SCRIPT = "nllb_vtt.py"
@@ -46,7 +47,7 @@ SMALL += "--max_new_tokens 4 --num_beams 2 --val_fraction 0.25".split()
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "nllb"
-    nllb_vtt.build_tiny(folder, 0)
+    metadata.build_tiny(folder, 0, nllb_vtt.source_of)
     return folder
 
 
@@ -60,7 +61,7 @@ def manifest(tmp_path_factory):
     """24 rows about 12 videos: question, answer, tags, duration, frames"""
     rows = [
         row | {"video": f"clip_{i // 2:02d}.mp4"}
-        for i, (_, row, _) in enumerate(nllb_vtt.generated_rows(24, 5, False))
+        for i, (_, row, _) in enumerate(metadata.generated_rows(24, 5, False))
     ]
     return llava.write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", rows)
 

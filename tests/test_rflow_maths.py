@@ -21,9 +21,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import save_file
 from torch import nn
 
-import common
 import t2v_rflow as rflow
 from common import BadSample, write_mp4
+from demos import shapes
 
 # --- STDiT3: layout
 
@@ -859,10 +859,10 @@ def test_refusals(capsys):
 
 def test_demo_buckets():
     """Each generated clip, which has its last frame twice, goes where it was made for."""
-    table = table_of([(frames + 1, size, size) for size, frames in rflow.MADE] * 50)
+    table = table_of([(frames + 1, size, size) for size, frames in shapes.MADE] * 50)
     p = rflow.plan(table, rflow.BUCKETS["demo"], 0, 0, 2)
     for b, row in p.wanted():
-        assert (b.size, b.frames) == ((rflow.MADE[row % 4][0],) * 2, rflow.MADE[row % 4][1])
+        assert (b.size, b.frames) == ((shapes.MADE[row % 4][0],) * 2, shapes.MADE[row % 4][1])
     assert (
         len(p.buckets) == 4
         and sum(p.dropped.values()) == p.dropped["remainder of a batch"] + p.dropped["remainder of a step"]
@@ -1037,14 +1037,14 @@ def test_frames():
 
 
 def test_its_shapes_and_captions():
-    rng, asked = np.random.default_rng(0), common.all_captions(rflow.SHAPES)
-    assert set(rflow.SHAPES) == {"square", "pillar", "beam"}
-    assert [rflow.attributes_in(common.caption_of(a)) for a in asked] == asked and rflow.attributes_in(
+    rng, asked = np.random.default_rng(0), shapes.all_captions(shapes.RFLOW_SHAPES)
+    assert set(shapes.RFLOW_SHAPES) == {"square", "pillar", "beam"}
+    assert [shapes.attributes_in(shapes.caption_of(a)) for a in asked] == asked and shapes.attributes_in(
         "a cat"
     ) == {}
     for size, frames in itertools.product((12, 16), (4, 6)):
-        clips = np.stack([common.draw_clip(a, frames, size, rng) for a in asked])
-        turned = common.asked_is_made(clips.transpose(0, 1, 3, 2, 4), asked, rflow.SHAPES)["shape"]
+        clips = np.stack([shapes.draw_clip(a, frames, size, rng) for a in asked])
+        turned = shapes.asked_is_made(clips.transpose(0, 1, 3, 2, 4), asked, shapes.RFLOW_SHAPES)["shape"]
         assert turned == pytest.approx(1 / 3), "a pillar on its side is a beam"
 
 
@@ -1060,8 +1060,8 @@ def test_what_the_demo_trains_on_shows_its_captions(tmp_path):
         source = rflow.Source(cfg, [row], table_of([(frames, row.height, row.width)]), PIXELS, WORDS)
         clip = source.pixels(0, bucket, epoch=3)
         assert clip.shape == (frames - 1, row.height, row.width, 3) and (clip[0] != clip[-1]).any()
-        assert rflow.attributes_in(row.text) == common.read_clip(clip, rflow.SHAPES)
-    assert rflow.make_data(cfg).stat().st_mtime_ns == data.manifest.stat().st_mtime_ns, "made once"
+        assert shapes.attributes_in(row.text) == shapes.read_clip(clip, shapes.RFLOW_SHAPES)
+    assert shapes.make_data(cfg).stat().st_mtime_ns == data.manifest.stat().st_mtime_ns, "made once"
 
 
 # --- Frames
@@ -1070,7 +1070,7 @@ def test_what_the_demo_trains_on_shows_its_captions(tmp_path):
 def numbered_clip(folder, frames, size=(12, 16), name="a.mkv", fps=8):
     """Frame i has the grey 10 i; the last one comes twice."""
     clip = np.broadcast_to(10 * np.arange(frames, dtype=np.uint8)[:, None, None, None], (frames, *size, 3))
-    rflow.write_lossless(np.ascontiguousarray(clip), folder / name, fps)
+    shapes.write_lossless(np.ascontiguousarray(clip), folder / name, fps)
     return folder / name
 
 
@@ -1161,7 +1161,7 @@ class Named(SimpleNamespace):
 
 
 def batches_of(cache, seed=1, mask_share=0.5):
-    table = table_of([(frames + 1, size, size) for size, frames in rflow.MADE] * 30)
+    table = table_of([(frames + 1, size, size) for size, frames in shapes.MADE] * 30)
     table.fps[:] = np.arange(120)
     buckets = {r: {f: (0.6, 2 if f == 4 else 3) for f in of} for r, of in rflow.BUCKETS["demo"].items()}
     cfg = rflow.Config(seed=seed, cache=cache, mask_share=mask_share)

@@ -166,10 +166,17 @@ def test_help_is_the_manual_and_import_does_nothing(tmp_path):
     assert "Perhaps you meant" in run(SCRIPT, "--batch_sizes", 3, cwd=tmp_path, expect=2)
 
 
-def test_a_lone_copy_works_elsewhere(tmp_path):
+def test_a_lone_copy_works_elsewhere(tmp_path, clips_manifest):
+    """Without demos/: it trains on a manifest and says what clips of its own lack."""
     for name in (SCRIPT, "common.py", "ds_zero2.json", "ds_zero3_offload.json"):
         shutil.copy(ROOT / name, tmp_path)
-    code, output = finish(start([sys.executable, SCRIPT, *TINY, "--steps", "2"], tmp_path))
+    flags = [flag for flag in TINY if flag != "--demo"]
+    flags += "--size 16 --levels 2 --blocks 1 --text_encoder stand-in --report_to none --steps 2 --max_bad 0.2".split()
+    code, output = finish(start([sys.executable, SCRIPT, *flags], tmp_path))
+    assert code == 2 and "demos/shapes.py is not there" in output
+    code, output = finish(start([sys.executable, SCRIPT, *flags, "--manifest", clips_manifest[0]], tmp_path))
+    assert code == 0, output
+    code, output = finish(start([sys.executable, SCRIPT, "--prompt", "a dog"], tmp_path))
     assert code == 0, output
 
 

@@ -34,6 +34,7 @@ from safetensors.torch import load_file
 
 import common
 import t2v_rflow as rflow
+from demos import shapes
 
 SCRIPT = "t2v_rflow.py"
 TINY = "--demo --depth 1 --width 32 --heads 2 --sample_steps 1 --log_every 1 --save_every 2 --eval_every 4".split()
@@ -97,7 +98,7 @@ def test_run_folder_push_and_use(tmp_path, hub, monkeypatch):
     monkeypatch.chdir(tmp_path)
     clip = rflow.generate("a large red square moving left quickly", folder / "model", sample_steps=1)
     assert clip.shape == (6, 16, 16, 3)
-    rflow.write_lossless(np.full((5, 16, 16, 3), 200, np.uint8), tmp_path / "grey.mkv", 8)
+    shapes.write_lossless(np.full((5, 16, 16, 3), 200, np.uint8), tmp_path / "grey.mkv", 8)
     made = rflow.generate(
         "a small red beam moving up slowly", folder / "model", extend=tmp_path / "grey.mkv", sample_steps=1
     )
@@ -242,7 +243,7 @@ def test_one_rank_on_images_while_the_other_is_on_videos(tmp_path):
     for number in range(16):  # 3 batches of images, 5 of clips: one step of two has to have both
         clip = rng.integers(0, 256, (5, 12, 12, 3), dtype=np.uint8)
         name = f"{number}.{'png' if number < 6 else 'mkv'}"
-        Image.fromarray(clip[0]).save(tmp_path / name) if number < 6 else rflow.write_lossless(
+        Image.fromarray(clip[0]).save(tmp_path / name) if number < 6 else shapes.write_lossless(
             clip, tmp_path / name, 8
         )
         lines.append(f"{name},clip {number}")
