@@ -1796,8 +1796,7 @@ def hub_api(timeout: float):
         raise ValueError(f"HF_TOKEN is not set: export a token with write access ({TOKEN_PAGE})")
     # the HTTP library would quote it in its error
     if not re.fullmatch(r"[!-~]+", token):
-        has = f"{len(token)} characters, a space or a non-ASCII one among them"
-        raise ValueError(f"HF_TOKEN has {has}: copy it again")
+        raise ValueError("HF_TOKEN has a space or a non-ASCII character inside: copy it again")
 
     def client():
         made = default_client_factory()
@@ -1808,7 +1807,7 @@ def hub_api(timeout: float):
     return HfApi(token=token)
 
 
-def ask_hub(call: Callable[[], T], what: str, deadline: float) -> T:
+def ask_hub(what: str, call: Callable[[], T], deadline: float = 60.0) -> T:
     """retry(call), which a signal ends at once. OSError also for an answer that is no Hub's, where its client fails in odd ways."""
     try:
         return interruptible(lambda: retry(call, f"Hub, {what}", deadline=deadline))
@@ -1837,33 +1836,14 @@ def hub_check(repo_id: str, public: bool, create: bool, kind: str = "model", mus
 
 def find_repo(name: str, public: bool, create: bool, kind: str) -> str:
     """What hub_check promises for a Hub that answers; without an owner, `name` is the token's. Raises what ask_hub raises."""
-    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
-
     api = hub_api(timeout=30.0)
-
-    def ask(what: str, call: Callable[[], T]) -> T:
-        return ask_hub(call, what, deadline=60.0)  # short: nothing is lost yet
 
     def account() -> tuple[str, list[str]]:
         me = api.whoami()
         role = me.get("auth", {}).get("accessToken", {}).get("role", "")
         return role, [me["name"], *(org["name"] for org in me.get("orgs", []))]
 
-    def look():
-        try:
-            return api.repo_info(full, repo_type=kind)
-        except RepositoryNotFoundError:
-            return None
-
-    def make() -> None:
-        try:
-            api.create_repo(full, private=not public, repo_type=kind)
-        except HfHubHTTPError as error:
-            # made by an earlier try, whose answer was lost
-            if error.response.status_code != 409:
-                raise
-
-    role, owners = ask("whose token is HF_TOKEN", account)
+    role, owners = ask_hub("whose token is HF_TOKEN", account)
     if role == "read":
         refuse(f"HF_TOKEN of {owners[0]} has the role read: a push needs the role write ({TOKEN_PAGE})")
     full = name if "/" in name else f"{owners[0]}/{name}"
@@ -1871,19 +1851,22 @@ def find_repo(name: str, public: bool, create: bool, kind: str) -> str:
     if owner not in owners:
         writes = f"HF_TOKEN writes to {', '.join(owners)}, not to {owner}"
         refuse(f"{full}: {writes}: change HF_USER_ID or --hub_model_id")
-    info = ask(f"look up {full}", look)
-    if info is None and not create:
+    of_repo = {"repo_id": full, "repo_type": kind}
+    there = ask_hub(f"look up {full}", partial(api.repo_exists, **of_repo))
+    if not there and not create:
         log.info("Hub: would create %s (%s)", full, "public" if public else "private")
         return full
-    if info is None:
-        ask(f"create {full}", make)
-        info = ask(f"read back {full}", partial(api.repo_info, full, repo_type=kind))
+    if not there:
+        # exist_ok: the answer to the first try may be lost
+        make = partial(api.create_repo, private=not public, exist_ok=True, **of_repo)
+        ask_hub(f"create {full}", make)
+    info = ask_hub(f"read {full}", partial(api.repo_info, **of_repo))
     if not info.private and not public:
         refuse(f"{full} is public: add --public, make it private, or choose another --hub_model_id")
     if info.private and public:
         log.warning("Hub: %s is private and stays so; --public is for new repositories", full)
     # The role of a fineGrained token says nothing. The Hub asks here for the right that a commit needs.
-    ask(f"write to {full}", partial(api.auth_check, full, repo_type=kind, write=True))
+    ask_hub(f"write to {full}", partial(api.auth_check, write=True, **of_repo))
     if not create:
         log.info("Hub: would push to %s, which exists", full)
     return full
@@ -1908,7 +1891,7 @@ def hub_push(folder: Path, repo_id: str, message: str, kind: str = "model") -> s
         files = [CommitOperationAdd(name, folder / name) for name in names]
         api.create_commit(repo_id, files, commit_message=message, repo_type=kind, parent_commit=head)
 
-    ask_hub(push, f"push to {repo_id}", deadline=1800.0)
+    ask_hub(f"push to {repo_id}", push, deadline=1800.0)
     return f"{api.endpoint}/{'datasets/' if kind == 'dataset' else ''}{repo_id}"
 
 
@@ -2020,10 +2003,8 @@ def push_finished(folder: Path, repo: str, message: str, again: str) -> None:
     try:
         log.info(f"pushed {hub_push(folder, repo, message)}")
     except (OSError, RuntimeError, ValueError) as error:
-        log.warning(
-            f"error: trained, not pushed: {brief(error)}; {folder} is whole; the same command pushes it later:"
-        )
-        log.warning(f"    {again}")
+        whole = f"{folder} is whole; the same command pushes it later:\n    {again}"
+        log.warning(f"error: trained, not pushed: {brief(error)}; {whole}")
         raise SystemExit(3) from error
 
 
@@ -2073,11 +2054,10 @@ def check_weights(source: str) -> None:
 
 def check_loaded(report: dict, folder: Path) -> None:
     """End the run when from_pretrained left weights at random, or had some that fit nowhere."""
-    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
-    if wrong := sorted(str(name) for kind in kinds for name in report[kind]):
-        raise SystemExit(
-            f"error: {folder}: {len(wrong)} weights are missing or do not fit, {wrong[0]} among them"
-        )
+    names = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
+    if wrong := sorted(map(str, names)):
+        which = f"{len(wrong)} weights are missing or do not fit, {wrong[0]} among them"
+        raise SystemExit(f"error: {folder}: {which}")
 
 
 @functools.cache  # asked before each of config, weights' sizes and weights
@@ -2127,12 +2107,11 @@ def download(url: str, folder: Path, max_bytes: int = 2 * 2**30, timeout: float 
     # several ranks may want the same url
     part = target.with_name(f"{target.name}.{secrets.token_hex(4)}.part")
     session = requests.Session()
-    session.headers.update(
-        {"User-Agent": "Mozilla/5.0 (compatible; video training)", "Accept-Encoding": "identity"}
-    )
+    session.headers["User-Agent"] = "Mozilla/5.0 (compatible; video training)"
     proxies = requests.utils.get_environ_proxies(url)
     session.proxies = {scheme: proxy for scheme, proxy in proxies.items() if "@" not in proxy}
     session.trust_env = False
+    session.hooks["response"] = [drop_redirect]
     end = time.monotonic() + timeout
 
     def fetch() -> None:
@@ -2140,14 +2119,15 @@ def download(url: str, folder: Path, max_bytes: int = 2 * 2**30, timeout: float 
             answer.raise_for_status()
             if answer.headers.get("content-type", "").lower().startswith("text/html"):
                 raise ValueError(f"{shown}: a web page, not a file (moved, expired, or behind a login)")
-            length, size = int(answer.headers.get("content-length") or 0), 0
-            # iter_content() would wait for whole blocks of an answer that drips
-            while max(size, length) <= max_bytes and (block := answer.raw.read1(2**20, decode_content=True)):
-                size += file.write(block)
+            size = int(answer.headers.get("content-length") or 0)
+            # read1: iter_content() would wait for whole blocks of an answer that drips
+            while size <= max_bytes and (block := answer.raw.read1(2**20, decode_content=True)):
+                file.write(block)
+                size = max(size, file.tell())
                 if time.monotonic() > end:
-                    raise TimeoutError(f"{shown}: only {size} bytes in {timeout:.0f} s")
-            if max(size, length) > max_bytes:
-                raise ValueError(f"{shown}: {max(size, length)} bytes or more; the limit is {max_bytes}")
+                    raise TimeoutError(f"{shown}: only {file.tell()} bytes in {timeout:.0f} s")
+            if size > max_bytes:
+                raise ValueError(f"{shown}: {size} bytes or more; the limit is {max_bytes}")
             file.flush()
             os.fsync(file.fileno())  # a power cut must not leave an empty file under the final name
         part.replace(target)
@@ -2158,5 +2138,10 @@ def download(url: str, folder: Path, max_bytes: int = 2 * 2**30, timeout: float 
         raise OSError(f"{shown}: {brief(error)}") from error
     finally:
         part.unlink(missing_ok=True)
-        session.close()
     return target
+
+
+def drop_redirect(answer: Any, **_: Any) -> None:
+    """A hook of requests, which would read the body of a redirect, however long."""
+    if answer.is_redirect:
+        answer.close()

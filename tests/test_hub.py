@@ -549,13 +549,6 @@ def test_odd_answers_are_refused_in_one_line(hub, run, place, status, body):
     assert "--no_push_to_hub" in done.stderr.splitlines()[-1]
 
 
-def test_a_repo_that_is_there_already_without_a_url(hub, run):
-    """As when the answer to the first try was lost, from a Hub or a mirror that says less."""
-    hub.fault("POST /api/repos/create", kind="failed", status=409, body=b"{}")
-    done = run("print(hub_check('tester/clips', public=False, create=True))")
-    assert done.stdout.split() == ["tester/clips"], done.stderr
-
-
 def test_a_hub_that_never_answers_is_left(hub, run):
     hub.fault("whoami", kind="hang", seconds=5)
     code = (
@@ -572,7 +565,7 @@ hub_push(Path('model'), 'tester/clips', 'Trained')
 """
 PLACES = {  # request -> how often an untroubled check and push makes it
     "GET /api/whoami": 1,
-    "GET /api/models/[^/]+/[^/]+$": 3,
+    "GET /api/models/[^/]+/[^/]+$": 3,  # is it there, whose is it, what is its last commit
     "POST /api/repos/create": 1,
     "GET .*/auth-check/write": 1,
     "POST /api/validate-yaml": 1,
@@ -923,6 +916,8 @@ def test_download_ends_an_answer_that_does_not_end(web, tmp_path):
     with listener:
         with pytest.raises(ValueError, match="the limit is 1000000"):
             download(url + "fast", tmp_path, max_bytes=1_000_000)
+        with pytest.raises(ValueError, match="the limit is 1000000"):
+            download(url + "redirect", tmp_path, max_bytes=1_000_000)
         start = time.monotonic()
         with pytest.raises(ConnectionError, match="gave up.*bytes in 1 s"):
             download(url + "slow", tmp_path, timeout=0.6)
@@ -931,14 +926,15 @@ def test_download_ends_an_answer_that_does_not_end(web, tmp_path):
 
 
 def answer_without_end(listener: socket.socket) -> None:
-    """Serves one client after the other, each until it hangs up."""
-    for _ in range(2):
+    """Serves one client after the other, each until it hangs up; /redirect leads to /fast."""
+    for _ in range(4):
         connection, _ = listener.accept()
-        fast = b"/fast" in connection.recv(4096)
+        asked = connection.recv(4096)
+        head = b"302 Found\r\nLocation: /fast" if b"/redirect" in asked else b"200 OK"
         try:
-            connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+            connection.sendall(b"HTTP/1.1 %s\r\n\r\n" % head)
             while True:
-                connection.sendall(b"x" * (65536 if fast else 1))
-                time.sleep(0 if fast else 0.05)
+                connection.sendall(b"x" * (1 if b"/slow" in asked else 65536))
+                time.sleep(0.05 if b"/slow" in asked else 0)
         except ConnectionError:
             connection.close()
