@@ -1519,6 +1519,59 @@ def load_engine(engine: Any, checkpoint: Path, other_ranks: bool, frozen_left_ou
 # Retry
 # ---------------------------------------------------------------------------
 
+# What a vendor's tokens look like. They begin where a word does, or after the \n of a JSON string.
+TOKEN = re.compile(
+    r"""(?: (?<![A-Za-z0-9]) | (?<=\\[nrt]) ) (?:
+    hf_[A-Za-z0-9]{20,} | api_org_[A-Za-z0-9]{30,} | wandb_v1_\w{20,}
+    | (?:AKIA|ASIA)[A-Z0-9]{16}(?![A-Za-z0-9])
+    | gh[opsur]_[A-Za-z0-9]{30,} | github_pat_\w{30,} | glpat-[\w-]{20,} | xox[a-z]-[\w-]{15,}
+    | sk-(?=[\w-]*[0-9])(?=[\w-]*[A-Z])[\w-]{20,}
+    | AIza[\w-]{35}(?![\w-]) | ya29\.[\w-]{20,}
+    | eyJ[\w-]{10,}\.eyJ[\w-]{5,}\.[\w-]{5,}
+    | (?i:bearer|basic)\s+(?=[\w.~+/-]*[0-9])[\w.~+/-]{16,}=*
+    | -----BEGIN[ ][A-Z ]*PRIVATE[ ]KEY-----
+    )""",
+    re.VERBOSE | re.ASCII,
+)
+# (name=)(value) in the query of a signed url, or for a few names anywhere, and (://user:)(password) before a host.
+QUERY = re.compile(
+    r"""((?: (?:[?&;\#]|\\u0026) (?:[\w-]*[_-])? (?:token|secret|password|passwd|key|sig|signature|credential)
+    | [?&;] (?:apikey|accesskey|accountkey|AWSAccessKeyId|GoogleAccessId|policy|key-pair-id|auth)
+    | (?<!\S) (?:[\w-]*[_-])? (?:token|secret|password|api_?key)
+    ) =) ([^&\s"'<>#\\]+)""",
+    re.VERBOSE | re.ASCII | re.IGNORECASE,
+)
+LOGIN = re.compile(r"""(://[^\s/?#"'<>@:\\]{0,100}:)([^\s/?#"'<>\\]{1,200})(?=@)""")
+
+
+def own_secrets() -> list[str]:
+    values = [os.environ.get(name, "").strip() for name in ("HF_TOKEN", "WANDB_API_KEY")]
+    return [value for value in values if len(value) >= 8]
+
+
+def redact(text: str) -> str:
+    """`text` with *** for the values of HF_TOKEN and WANDB_API_KEY, other tokens, and the secrets of signed urls, whose addresses
+    stay readable."""
+    for value in own_secrets():
+        text = text.replace(value, "***")
+    return LOGIN.sub(r"\1***", QUERY.sub(r"\1***", TOKEN.sub("***", text)))
+
+
+def holds_secret(text: str) -> bool:
+    """Whether redact() would hide something that is not just the ?key=your_key of a document's example."""
+    if TOKEN.search(text) or any(value in text for value in own_secrets()):
+        return True
+    values = [found[2] for found in (*QUERY.finditer(text), *LOGIN.finditer(text))]
+    return any(re.fullmatch(r"(?=.*[0-9])[\w.~%+/=-]{16,}", value) for value in values)
+
+
+def hide_secrets(record: logging.LogRecord) -> bool:
+    """A filter for logging handlers: neither the line nor a traceback below it shows a secret."""
+    record.msg, record.args = redact(record.getMessage()), None
+    if record.exc_info:
+        record.exc_text = redact(logging.Formatter().formatException(record.exc_info))
+    return True
+
 
 def causes(error: BaseException | None) -> list[BaseException]:
     """`error` and what it came from, outermost first: libraries wrap the HTTP answer, sometimes twice."""
@@ -1530,48 +1583,48 @@ def causes(error: BaseException | None) -> list[BaseException]:
 
 
 def brief(error: BaseException) -> str:
-    """One line for people: the HTTP answer if there is one, without the secrets of a signed url or a token."""
+    """One line for people, without secrets: the HTTP answer if there is one."""
     told = next((e for e in causes(error) if getattr(e, "response", None) is not None), error)
-    text = re.sub(r"\?\S+", "?...", " ".join(f"{type(told).__name__}: {told}".split()))
-    if token := os.environ.get("HF_TOKEN", "").strip():
-        text = text.replace(token, "***")
-    return re.sub(r"hf_[A-Za-z0-9]{20,}", "***", text)[:400]
+    return redact(" ".join(f"{type(told).__name__}: {told}".split()))[:400]
 
 
 def passing(error: BaseException) -> tuple[bool, float]:
     """(can `error` pass by waiting, seconds the server asks for).
 
-    The first error in the chain that says something decides. Recognised by what they carry, not by their class: the
-    Hub's client changes its HTTP library with its major version, and all its HTTP errors are OSErrors.
+    The first error in the chain that says something decides. Recognised by what they carry, not by their class: the Hub's client
+    changes its HTTP library with its major version, and its errors, as those of requests, are all OSErrors.
     """
     for e in causes(error):
-        answer = e if isinstance(e, urllib.error.HTTPError) else getattr(e, "response", None)
-        status = getattr(answer, "status_code", None) or getattr(answer, "status", None)
-        headers = answer.headers if status else {}
+        answer = getattr(e, "response", None)
+        status = getattr(answer, "status_code", None)
+        # hf_xet: a builtin ConnectionError for every status, 401 too
         if text := re.search(r"HTTP status (?:client|server) error \((\d{3})", str(e)):
-            status = int(text[1])  # hf_xet: a builtin ConnectionError for every status, 401 too
+            status = int(text[1])
         if status:
-            after = re.fullmatch(r"\s*(\d+)\s*", headers.get("retry-after") or "")
-            window = re.search(
-                r"\br\s*=\s*0\s*;\s*t\s*=\s*(\d+)", headers.get("ratelimit") or ""
-            )  # "api";r=0;t=55
-            seconds = max(float(found[1]) if found else 0.0 for found in (after, window))
-            if status in (
-                409,
-                412,
-            ):  # another writer's commit came in between; anywhere else a conflict stays
-                return "/commit/" in str(getattr(answer, "url", "")), seconds
-            return status in (408, 429) or status >= 500, seconds
-        if type(e).__name__ == "OfflineModeIsEnabled":  # a ConnectionError, but the user asked for it
+            # another writer's commit came in between; anywhere else a conflict stays
+            conflict = status in (409, 412) and "/commit/" in str(getattr(answer, "url", ""))
+            return conflict or status in (408, 429) or status >= 500, asked_wait(answer)
+        # a ConnectionError, but the user asked for it
+        if type(e).__name__ == "OfflineModeIsEnabled":
             return False, 0.0
-        if isinstance(e, socket.gaierror):  # a name that does not exist now will not exist in a minute
+        # a name that does not exist now will not exist in a minute
+        if isinstance(e, socket.gaierror):
             return e.errno == socket.EAI_AGAIN, 0.0
+        # JSON: a gateway answered with its own page
         if isinstance(e, (ConnectionError, TimeoutError, http.client.IncompleteRead, json.JSONDecodeError)):
-            return True, 0.0  # JSON: a gateway answered with its own page
+            return True, 0.0
         names = {c.__name__ for c in type(e).__mro__ if c.__module__.startswith("httpx")}  # httpx, httpx2
         if names & {"TimeoutException", "NetworkError", "RemoteProtocolError", "ProxyError"}:
             return True, 0.0
     return False, 0.0
+
+
+def asked_wait(answer: Any) -> float:
+    """The seconds that an HTTP answer asks for, by Retry-After or as the Hub does: ratelimit: "api";r=0;t=55"""
+    headers = getattr(answer, "headers", {})
+    after = re.fullmatch(r"\s*(\d+)\s*", headers.get("retry-after") or "")
+    window = re.search(r"\br\s*=\s*0\s*;\s*t\s*=\s*(\d+)", headers.get("ratelimit") or "")
+    return max(float(found[1]) if found else 0.0 for found in (after, window))
 
 
 def retry(
@@ -1601,12 +1654,19 @@ def retry(
                 raise
             wait = max(min(base * 2**n, maximum), min(seconds, 600.0))
             if n + 1 >= attempts or clock() - start + wait > deadline:
-                tried = (
-                    f"gave up after {n + 1} attempts in {clock() - start:.0f} s (the next wait: {wait:.0f} s)"
-                )
-                raise ConnectionError(f"{what}: {tried}: {brief(error)}") from error
+                tried = f"{n + 1} attempts in {clock() - start:.0f} s (the next wait: {wait:.0f} s)"
+                raise ConnectionError(f"{what}: gave up after {tried}: {brief(error)}") from error
             log.warning("%s: %s; attempt %d of %d in %.0f s", what, brief(error), n + 2, attempts, wait)
         sleep(wait)
+
+
+def interruptible(call: Callable[[], T]) -> T:
+    """`call()` in a thread that is left behind when a signal handler raises: the Hub's client would first wait for its uploads."""
+    pool = ThreadPoolExecutor(1)
+    try:
+        return pool.submit(call).result()
+    finally:
+        pool.shutdown(wait=False)
 
 
 # ---------------------------------------------------------------------------
@@ -1615,10 +1675,10 @@ def retry(
 
 # What a finished model consists of; never optimizer state, logs, .env, or training_args.bin, which pickles the token.
 PUSHED = "*.safetensors *.json *.txt *.model *.jinja *.py README.md *.png *.gif *.mp4 *.wav".split()
-PUSHED += (
-    "language_model_embedding.pt vision/*.pt audio/*.pt audio/global_cmvn".split()
-)  # LongCat-Flash-Omni's parts
+# LongCat-Flash-Omni's parts
+PUSHED += "language_model_embedding.pt vision/*.pt audio/*.pt audio/global_cmvn".split()
 PUSHED_DATA = ["*.jsonl", "README.md", "videos/*"]
+NO_TEXT = set(".safetensors .pt .png .jpg .jpeg .webp .gif .mp4 .m4v .mov .mkv .avi .webm .wav .flac".split())
 TOKEN_PAGE = "https://huggingface.co/settings/tokens"
 
 
@@ -1633,10 +1693,9 @@ def hub_api(timeout: float):
     token = os.environ.get("HF_TOKEN", "").strip()
     if not token:
         raise ValueError(f"HF_TOKEN is not set: export a token with write access ({TOKEN_PAGE})")
-    if not re.fullmatch(r"[!-~]+", token):  # the HTTP library would quote it in its error
-        raise ValueError(
-            f"HF_TOKEN ({len(token)} characters) has a space or a non-ASCII one inside: copy it again"
-        )
+    # the HTTP library would quote it in its error
+    if not re.fullmatch(r"[!-~]+", token):
+        raise ValueError("HF_TOKEN has a space or a non-ASCII character inside: copy it again")
 
     def client():
         made = default_client_factory()
@@ -1647,74 +1706,68 @@ def hub_api(timeout: float):
     return HfApi(token=token)
 
 
-def hub_check(repo_id: str, public: bool, create: bool, kind: str = "model") -> str:
+def ask_hub(what: str, call: Callable[[], T], deadline: float = 60.0) -> T:
+    """retry(call), which a signal ends at once. OSError also for an answer that is no Hub's, where its client fails in odd ways."""
+    try:
+        return interruptible(lambda: retry(call, f"Hub, {what}", deadline=deadline))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise OSError(f"Hub, {what}: the answer is not a Hub's ({brief(error)})") from error
+
+
+def hub_check(repo_id: str, public: bool, create: bool, kind: str = "model", must_answer: bool = True) -> str:
     """The full name of the repo to push to, after making sure, before a GPU is paid for, that the push will work.
 
-    create=True makes the repo (private unless `public`) and proves write access; create=False changes nothing.
-    Ends the run with exit code 2 when the push could not work.
+    create=True makes the repo where there is none (private unless `public`); create=False changes nothing. Ends the run with exit
+    code 2 when the push could not work. must_answer=False is for a run that has a checkpoint to go on from: a Hub that is down
+    is then a warning, if the owner is known from `repo_id` or HF_USER_ID.
     """
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    def ask(what: str, call: Callable[[], T]) -> T:
-        try:
-            return retry(call, f"Hub, {what}", deadline=60.0)  # short: nothing is lost yet
-        except (OSError, ValueError, RuntimeError) as error:
-            move = f"check HF_TOKEN ({TOKEN_PAGE}), the name and the network, or use --no_push_to_hub"
-            refuse(f"Hub, {what}: {brief(error)}: {move}")
-
-    def look():
-        try:
-            return api.repo_info(full, repo_type=kind)
-        except RepositoryNotFoundError:
-            return None
-
+    owner = os.environ.get("HF_USER_ID", "").strip()
+    known = repo_id if "/" in repo_id else f"{owner}/{repo_id}" if owner else ""
     try:
-        api = hub_api(timeout=30.0)
-    except ValueError as error:
-        refuse(f"{error}, or use --no_push_to_hub")
-    me = ask("whose token is HF_TOKEN", api.whoami)
-    if me.get("auth", {}).get("accessToken", {}).get("role") == "read":  # fineGrained: the commit below tells
-        refuse(
-            f"HF_TOKEN of {me['name']} has the role read: a push needs one with the role write ({TOKEN_PAGE})"
-        )
-    full = (
-        repo_id if "/" in repo_id else f"{os.environ.get('HF_USER_ID', '').strip() or me['name']}/{repo_id}"
-    )
-    owner, names = full.split("/")[0], [me["name"], *(org["name"] for org in me.get("orgs", []))]
-    if owner not in names:
-        refuse(
-            f"{full}: HF_TOKEN writes to {', '.join(names)}, not to {owner}: change HF_USER_ID or --hub_model_id"
-        )
+        return find_repo(known or repo_id, public, create, kind)
+    except (OSError, ValueError, RuntimeError) as error:
+        if known and not must_answer and passing(error)[0]:
+            log.warning(f"{brief(error)}: the run goes on, and the push at its end will be to {known}")
+            return known
+        move = f"check HF_TOKEN ({TOKEN_PAGE}), the name and the network, or use --no_push_to_hub"
+        refuse(f"{brief(error)}: {move}")
 
-    info = ask(f"look up {full}", look)
-    if info is None:
-        if not create:
-            log.info("Hub: would create %s (%s)", full, "public" if public else "private")
-            return full
-        ask(
-            f"create {full}", lambda: api.create_repo(full, private=not public, exist_ok=True, repo_type=kind)
-        )
-        info = ask(f"read back {full}", lambda: api.repo_info(full, repo_type=kind))
+
+def find_repo(name: str, public: bool, create: bool, kind: str) -> str:
+    """What hub_check promises for a Hub that answers; without an owner, `name` is the token's. Raises what ask_hub raises."""
+    api = hub_api(timeout=30.0)
+
+    def account() -> tuple[str, list[str]]:
+        me = api.whoami()
+        role = me.get("auth", {}).get("accessToken", {}).get("role", "")
+        return role, [me["name"], *(org["name"] for org in me.get("orgs", []))]
+
+    role, owners = ask_hub("whose token is HF_TOKEN", account)
+    if role == "read":
+        refuse(f"HF_TOKEN of {owners[0]} has the role read: a push needs the role write ({TOKEN_PAGE})")
+    full = name if "/" in name else f"{owners[0]}/{name}"
+    owner = full.split("/")[0]
+    if owner not in owners:
+        writes = f"HF_TOKEN writes to {', '.join(owners)}, not to {owner}"
+        refuse(f"{full}: {writes}: change HF_USER_ID or --hub_model_id")
+    of_repo = {"repo_id": full, "repo_type": kind}
+    there = ask_hub(f"look up {full}", partial(api.repo_exists, **of_repo))
+    if not there and not create:
+        log.info("Hub: would create %s (%s)", full, "public" if public else "private")
+        return full
+    if not there:
+        # exist_ok: the answer to the first try may be lost
+        make = partial(api.create_repo, private=not public, exist_ok=True, **of_repo)
+        ask_hub(f"create {full}", make)
+    info = ask_hub(f"read {full}", partial(api.repo_info, **of_repo))
     if not info.private and not public:
-        refuse(
-            f"{full} is public: add --public, make it private on the Hub, or choose another --hub_model_id"
-        )
+        refuse(f"{full} is public: add --public, make it private, or choose another --hub_model_id")
     if info.private and public:
         log.warning("Hub: %s is private and stays so; --public is for new repositories", full)
+    # The role of a fineGrained token says nothing. The Hub asks here for the right that a commit needs.
+    ask_hub(f"write to {full}", partial(api.auth_check, write=True, **of_repo))
     if not create:
         log.info("Hub: would push to %s, which exists", full)
-        return full
-    if "README.md" in {file.rfilename for file in info.siblings or []}:
-        # The same card again makes no commit, but the Hub asks for the right to write before it compares.
-        card = ask(
-            f"read the card of {full}", lambda: Path(api.hf_hub_download(full, "README.md", repo_type=kind))
-        ).read_bytes()
-    else:
-        card = f"---\ntags:\n- video\n---\n# {full}\n\nThe {kind} and its card will follow.\n".encode()
-    write = partial(
-        api.upload_file, path_or_fileobj=card, path_in_repo="README.md", repo_id=full, repo_type=kind
-    )
-    ask(f"write to {full}", partial(write, commit_message="Start training"))
     return full
 
 
@@ -1724,36 +1777,54 @@ def hub_push(folder: Path, repo_id: str, message: str, kind: str = "model") -> s
     Raises ValueError if the folder must not be pushed, OSError or RuntimeError if the Hub did not take it; calling it
     again sends what is missing.
     """
-    from huggingface_hub.utils import filter_repo_objects
+    from huggingface_hub import CommitOperationAdd
 
     api = hub_api(timeout=120.0)
+    names = files_to_push(folder, kind)
+
+    def push() -> None:
+        # Made for sending again. The client leaves out files that the Hub has: after a lost answer that is all of them, and
+        # there is no second commit. A commit that is still on its way, or another writer's, makes this one a conflict, and the
+        # next try sees it. upload_folder would send a commit again without looking, and cut a large one in parts.
+        head = api.repo_info(repo_id, repo_type=kind).sha
+        files = [CommitOperationAdd(name, folder / name) for name in names]
+        api.create_commit(repo_id, files, commit_message=message, repo_type=kind, parent_commit=head)
+
+    ask_hub(f"push to {repo_id}", push, deadline=1800.0)
+    return f"{api.endpoint}/{'datasets/' if kind == 'dataset' else ''}{repo_id}"
+
+
+def files_to_push(folder: Path, kind: str) -> list[str]:
+    """The names of the files below `folder` that belong on the Hub; ValueError if there are none, or one must not be there."""
+    from huggingface_hub.utils import filter_repo_objects
+
     paths = sorted(path for path in folder.rglob("*") if path.is_file() or path.is_symlink())
     if links := [str(path) for path in paths if path.is_symlink()]:
-        raise ValueError(
-            f"{', '.join(links)}: the target of a link would be published: remove it or put a copy there"
-        )
+        raise ValueError(f"{', '.join(links)}: a link's target would be published: put a copy there")
     names = [path.relative_to(folder).as_posix() for path in paths]
-    chosen = {"allow_patterns": PUSHED if kind == "model" else PUSHED_DATA, "ignore_patterns": [".*", "*/.*"]}
-    pushed = list(filter_repo_objects(names, **chosen))
+    wanted = PUSHED if kind == "model" else PUSHED_DATA
+    pushed = list(filter_repo_objects(names, allow_patterns=wanted, ignore_patterns=[".*", "*/.*"]))
     if not pushed:
         raise ValueError(f"{folder}: no model files to push")
     if left := sorted(set(names) - set(pushed)):
         log.info("Hub: not part of a model, not pushed: %s", ", ".join(left))
     for path in map(folder.joinpath, pushed):
-        if path.stat().st_size <= 64 * 2**20:  # larger ones are weights and clips, not text
-            data = path.read_bytes()
-            if api.token.encode() in data or re.search(rb"hf_[A-Za-z0-9]{20,}", data):
-                raise ValueError(f"{path} contains a Hugging Face token: remove it there, then push again")
-    call = partial(
-        api.upload_folder,
-        repo_id=repo_id,
-        repo_type=kind,
-        folder_path=folder,
-        commit_message=message,
-        **chosen,
-    )
-    retry(call, f"Hub, push to {repo_id}")
-    return f"{api.endpoint}/{'datasets/' if kind == 'dataset' else ''}{repo_id}"
+        if path.suffix.lower() not in NO_TEXT and file_holds_secret(path):
+            raise ValueError(f"{path} contains a token or a signed url: remove it, then push again")
+    return pushed
+
+
+def file_holds_secret(path: Path) -> bool:
+    """holds_secret() for a text file of any size, in an 8-bit encoding, UTF-8 or UTF-16."""
+    before = ""
+    with path.open("rb") as file:
+        while block := file.read(2**24):
+            # without its NULs, UTF-16 reads as ASCII does
+            text = before + block.replace(b"\0", b"").decode("latin-1")
+            if holds_secret(text):
+                return True
+            before = text[-4096:]
+    return False
 
 
 def pushes_data(cfg: Any) -> bool:
@@ -1766,24 +1837,21 @@ def push_rows(
 ) -> None:
     """Rank 0: push the rows of each split, JSON lines in `folder` beside what lies there, with a card, as a data set that the
     script's --dataset takes. Exit 2 if that fails: nothing was trained yet."""
-    repo, parts = (
-        hub_check(repo_id, public, create=True, kind="dataset"),
-        {split: rows for split, rows in parts.items() if rows},
-    )
+    repo = hub_check(repo_id, public, create=True, kind="dataset")
+    parts = {split: list(map(redact_row, rows)) for split, rows in parts.items() if rows}
+    listed, table = [], []
     for split, rows in parts.items():
         write_lines(folder / f"{split}.jsonl", rows)
-    listed = "\n".join(f"  - split: {split}\n    path: {split}.jsonl" for split in parts)
-    table = "\n".join(
-        f"| {split} | {len({row.get('video') for row in rows})} | {len(rows)} |"
-        for split, rows in parts.items()
-    )
+        listed.append(f"  - split: {split}\n    path: {split}.jsonl")
+        table.append(f"| {split} | {len({row.get('video') for row in rows})} | {len(rows)} |")
+    lines = "\n".join
     (folder / "README.md").write_text(f"""---
 task_categories: [visual-question-answering]
 tags: [video]
 configs:
 - config_name: default
   data_files:
-{listed}
+{lines(listed)}
 ---
 # {repo.split("/")[-1]}
 
@@ -1791,7 +1859,7 @@ Questions about videos, as `{script}` trained on them; the splits share no video
 
 | split | videos | questions |
 |---|---|---|
-{table}
+{lines(table)}
 
 {about}
 
@@ -1804,6 +1872,10 @@ python {script} --dataset {repo}
     except (OSError, RuntimeError, ValueError) as error:
         refuse(f"Hub, push the data set to {repo}: {brief(error)}; run again, or use --no_push_to_hub")
     log.info(f"pushed {url}")
+
+
+def redact_row(row: dict) -> dict:
+    return {name: redact(value) if isinstance(value, str) else value for name, value in row.items()}
 
 
 def card_parts(folder: Path, numbers: dict[str, float | None], repo: str) -> tuple[str, str, str]:
@@ -1824,13 +1896,14 @@ def card_parts(folder: Path, numbers: dict[str, float | None], repo: str) -> tup
     return rows, snippet, made + (was["git_revision"] or "unknown") + "."
 
 
-def push_finished(folder: Path, repo: str, message: str) -> None:
-    """Rank 0, the last act of a run: push the finished model in `folder`. Exit 3 with the command for later when that fails."""
+def push_finished(folder: Path, repo: str, message: str, again: str) -> None:
+    """Rank 0, the last act of a run: push the finished model in `folder`. Exit 3 when that fails; `again`, the command that was
+    typed, pushes it later."""
     try:
         log.info(f"pushed {hub_push(folder, repo, message)}")
     except (OSError, RuntimeError, ValueError) as error:
-        log.warning(f"error: trained, not pushed: {error}\n{folder} is whole; push it later with")
-        log.warning(f"    hf upload {repo} {folder} .")
+        whole = f"{folder} is whole; the same command pushes it later:\n    {again}"
+        log.warning(f"error: trained, not pushed: {brief(error)}; {whole}")
         raise SystemExit(3) from error
 
 
@@ -1845,11 +1918,9 @@ def fetch_model(source: str, *patterns: str, flag: str = "--model") -> Path:
     try:
         local = offline(source)
         get = partial(snapshot_download, source, allow_patterns=list(patterns), local_files_only=local)
-        return Path(retry(get, f"download {source}"))
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # the Hub's errors are OSErrors; an impossible name is a ValueError
+        return Path(interruptible(lambda: retry(get, f"download {source}")))
+    # the Hub's errors are OSErrors; an impossible name is a ValueError
+    except (OSError, ValueError) as error:
         refuse(f"{flag} {source}: {brief(error)}; give a folder, or a Hub id that HF_TOKEN may read")
 
 
@@ -1862,33 +1933,30 @@ def check_weights(source: str) -> None:
         index = folder / "model.safetensors.index.json"
         wanted = set(read_json(index)["weight_map"].values()) if index.exists() else {"model.safetensors"}
         if missing := sorted(name for name in wanted if not (folder / name).is_file()):
-            refuse(
-                f"--model {source}: {len(missing)} of {len(wanted)} files of weights are missing, {missing[0]} among them"
-            )
-    elif not offline(source):
-        try:
-            files = retry(lambda: snapshot_download(source, dry_run=True), f"look up {source}", attempts=2)
-        except (OSError, ValueError) as error:
-            refuse(f"--model {source}: {brief(error)}")
-        need, cache = (
-            sum(file.file_size for file in files if file.will_download),
-            Path(constants.HF_HUB_CACHE),
-        )
-        log.info(f"download {need / GB:.2f} GB of {source} to {cache}, {disk_free(cache) / GB:.1f} GB free")
-        if need > disk_free(cache):
-            refuse(
-                f"--model {source}: {need / GB:.2f} GB to download, {disk_free(cache) / GB:.2f} GB free in {cache}: set HF_HOME"
-            )
+            short = f"{len(missing)} of {len(wanted)} files of weights are missing"
+            refuse(f"--model {source}: {short}, {missing[0]} among them")
+        return
+    if offline(source):
+        return
+    try:
+        files = retry(lambda: snapshot_download(source, dry_run=True), f"look up {source}", attempts=2)
+    except (OSError, ValueError) as error:
+        refuse(f"--model {source}: {brief(error)}")
+    need = sum(file.file_size for file in files if file.will_download)
+    cache = Path(constants.HF_HUB_CACHE)
+    free = disk_free(cache)
+    sizes = f"{need / GB:.2f} GB of {source} to {cache}, {free / GB:.2f} GB free"
+    if need > free:
+        refuse(f"--model {source}: no room to download {sizes}: set HF_HOME")
+    log.info(f"download {sizes}")
 
 
 def check_loaded(report: dict, folder: Path) -> None:
     """End the run when from_pretrained left weights at random, or had some that fit nowhere."""
-    if wrong := sorted(
-        map(str, [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]])
-    ):
-        raise SystemExit(
-            f"error: {folder}: {len(wrong)} weights are missing or do not fit, {wrong[0]} among them"
-        )
+    names = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
+    if wrong := sorted(map(str, names)):
+        which = f"{len(wrong)} weights are missing or do not fit, {wrong[0]} among them"
+        raise SystemExit(f"error: {folder}: {which}")
 
 
 @functools.cache  # asked before each of config, weights' sizes and weights
@@ -1898,7 +1966,7 @@ def offline(source: str) -> bool:
     One quick look-up, for transformers takes over a minute to find that there is no network. Raises RepositoryNotFoundError.
     """
     from huggingface_hub import model_info
-    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError
 
     if Path(source).is_dir():
         return True
@@ -1906,7 +1974,8 @@ def offline(source: str) -> bool:
         retry(lambda: model_info(source, timeout=10), f"look up {source}", attempts=2)
     except RepositoryNotFoundError:
         raise
-    except (HfHubHTTPError, OSError) as error:  # no network: perhaps an earlier run downloaded it
+    # no network: perhaps an earlier run downloaded it
+    except OSError as error:
         log.info(f"{source} cannot be looked up ({type(error).__name__}): trying the local cache")
         return True
     return False
@@ -1920,54 +1989,58 @@ def offline(source: str) -> bool:
 def download(url: str, folder: Path, max_bytes: int = 2 * 2**30, timeout: float = 600.0) -> Path:
     """The file behind an http(s) url, fetched once into `folder`; whole or absent, also after a crash.
 
-    By urllib and not by the Hub's client: it knows neither the token nor .netrc, and the urls of a manifest are
-    strangers. Raises OSError if the file cannot be had within `timeout` seconds, ValueError if it is none that we take.
+    Not by the Hub's client, for the urls of a manifest are strangers: no token, no .netrc, no proxy's password. Raises OSError if
+    the file cannot be had within `timeout` seconds, ValueError if it is none that we take.
     """
-    address = urllib.parse.urlsplit(url)
+    import requests
+    import urllib3
+
+    address, shown = urllib.parse.urlsplit(url), redact(url)
     if address.scheme not in ("http", "https"):
-        raise ValueError(f"{url}: only http and https are downloaded")
+        raise ValueError(f"{shown}: only http and https are downloaded")
     suffix = re.search(r"(\.[A-Za-z0-9]{1,8})?$", address.path)[0]
     target = folder / (hashlib.sha256(url.encode()).hexdigest()[:32] + suffix)
     if target.exists():
         return target
     folder.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(
-        f"{target.name}.{secrets.token_hex(4)}.part"
-    )  # several ranks may want the same url
-    opener = urllib.request.OpenerDirector()  # build_opener() would open ftp: too, after a redirect
-    for kind in ("ProxyHandler", "HTTPHandler", "HTTPSHandler", "HTTPRedirectHandler", "HTTPDefaultErrorHandler",
-                 "HTTPErrorProcessor", "UnknownHandler"):  # fmt: skip
-        opener.add_handler(getattr(urllib.request, kind)())
-    quoted = urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]")  # manifests have blanks and umlauts
-    request = urllib.request.Request(
-        quoted, headers={"User-Agent": "Mozilla/5.0 (compatible; video training)"}
-    )
+    # several ranks may want the same url
+    part = target.with_name(f"{target.name}.{secrets.token_hex(4)}.part")
+    session = requests.Session()
+    session.headers["User-Agent"] = "Mozilla/5.0 (compatible; video training)"
+    proxies = requests.utils.get_environ_proxies(url)
+    session.proxies = {scheme: proxy for scheme, proxy in proxies.items() if "@" not in proxy}
+    session.trust_env = False
+    session.hooks["response"] = [drop_redirect]
     end = time.monotonic() + timeout
 
     def fetch() -> None:
-        with opener.open(request, timeout=min(30.0, timeout)) as response, part.open("wb") as file:
-            if response.headers.get_content_type() == "text/html":
-                raise ValueError(f"{url}: a web page, not a file (moved, expired, or behind a login)")
-            length = int(response.headers.get("content-length") or -1)
-            size = 0
-            while max(size, length) <= max_bytes and (
-                block := response.read1(2**20)
-            ):  # read() would wait for 1 MiB
-                size += file.write(block)
+        with session.get(url, stream=True, timeout=min(30.0, timeout)) as answer, part.open("wb") as file:
+            answer.raise_for_status()
+            if answer.headers.get("content-type", "").lower().startswith("text/html"):
+                raise ValueError(f"{shown}: a web page, not a file (moved, expired, or behind a login)")
+            size = int(answer.headers.get("content-length") or 0)
+            # read1: iter_content() would wait for whole blocks of an answer that drips
+            while size <= max_bytes and (block := answer.raw.read1(2**20, decode_content=True)):
+                file.write(block)
+                size = max(size, file.tell())
                 if time.monotonic() > end:
-                    raise TimeoutError(f"{url}: only {size} bytes in {timeout:.0f} s")
-            if max(size, length) > max_bytes:
-                raise ValueError(f"{url}: {max(size, length)} bytes or more; the limit is {max_bytes}")
-            if size < length:
-                raise ConnectionError(f"{url}: ended after {size} of {length} bytes")
+                    raise TimeoutError(f"{shown}: only {file.tell()} bytes in {timeout:.0f} s")
+            if size > max_bytes:
+                raise ValueError(f"{shown}: {size} bytes or more; the limit is {max_bytes}")
             file.flush()
             os.fsync(file.fileno())  # a power cut must not leave an empty file under the final name
         part.replace(target)
 
     try:
-        retry(fetch, f"download {url}", attempts=5, deadline=timeout)
-    except http.client.HTTPException as error:  # an impossible url or answer
-        raise OSError(f"{url}: {brief(error)}") from error
+        retry(fetch, f"download {shown}", attempts=5, deadline=timeout)
+    except urllib3.exceptions.HTTPError as error:
+        raise OSError(f"{shown}: {brief(error)}") from error
     finally:
         part.unlink(missing_ok=True)
     return target
+
+
+def drop_redirect(answer: Any, **_: Any) -> None:
+    """A hook of requests, which would read the body of a redirect, however long."""
+    if answer.is_redirect:
+        answer.close()

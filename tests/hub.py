@@ -1,13 +1,13 @@
 """A Hugging Face Hub on 127.0.0.1 for tests: enough of the REST API for the real client, with faults on demand.
 
     with Hub() as hub:
-        environment = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": WRITE}
         hub.fault("POST .*/commit/", status=503, times=2)
-        subprocess.run([...], env=environment)
+        subprocess.run([...], env=hub.environment())
         hub.files("tester/model")  # {path: bytes}
 
-The client reads HF_ENDPOINT when it is imported: set it before, best for a process of its own. With xet it would
-send large files to a second server that does not exist here. `hub.static` serves anything under /files/.
+The client reads HF_ENDPOINT when it is imported: set it before, best for a process of its own. Large files come by git-lfs, or
+with environment(xet=True) by xet, as users send them: token, chunks and shards are spoken as the real client does, without
+compression and without deduplication against what is stored; downloads are plain ones. `hub.static` serves anything under /files/.
 """
 
 import base64
@@ -23,6 +23,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
 WRITE, READ, FINE, OTHER = (f"hf_{name}CanaryCanaryCanary" for name in ("write", "read", "fine", "other"))
+XET = "xetCanaryCanary"  # the token for its storage, which never sees the Hub's
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".parquet", ".mp4", ".gif", ".png", ".wav", ".model")
 
 
@@ -73,8 +74,9 @@ class Static:
 class Fault:
     """What to do to the requests whose "METHOD /path" matches, `times` times after letting `skip` pass.
 
-    kind: status (answer that), reset (before reading it), lost (do the work, then reset), hang (for `seconds`, then
-    reset), cut (half of the answer, then an orderly end), none (lets it pass: a gap before the next fault).
+    kind: status (answer that), reset (before reading it), lost (do the work, then reset), failed (do the work, then answer
+    `status`), hang (for `seconds`, then reset), late (hang, then do the work), cut (half of the answer, then an orderly end),
+    none (lets it pass: a gap before the next fault).
     """
 
     pattern: str
@@ -106,6 +108,7 @@ class Hub:
         }
         self.repos: dict[tuple[str, str], Repo] = {}
         self.blobs: dict[str, bytes] = {}  # git:SHA1 or lfs:SHA256 -> content
+        self.xorbs: dict[str, list[bytes]] = {}  # hash -> chunks that came by xet
         self.static: dict[str, Static] = {}  # path below /files/ -> what to answer
         self.faults: list[Fault] = []
         self.log: list[Request] = []
@@ -126,11 +129,12 @@ class Hub:
         self.server.shutdown()
         self.server.server_close()
 
-    def environment(self, token: str = WRITE) -> dict[str, str]:
+    def environment(self, token: str = WRITE, xet: bool = False) -> dict[str, str]:
         """What a process needs in order to take this for the Hub; it also needs an HF_HOME of its own."""
         return {
             "HF_ENDPOINT": self.url,
-            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_XET": "0" if xet else "1",
+            "HF_XET_DATA_XORB_COMPRESSION_POLICY": "none",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_TOKEN": token,
         }
@@ -207,7 +211,7 @@ class Handler(BaseHTTPRequestHandler):
             self.fault = self.hub.find_fault(line)
             kind = self.fault.kind if self.fault else None
             self.hub.log.append(Request(line, split.query, dict(self.headers), kind))
-        if kind == "hang":
+        if kind in ("hang", "late"):
             time.sleep(self.fault.seconds)
         if kind in ("hang", "reset"):
             self.reset()
@@ -244,6 +248,8 @@ class Handler(BaseHTTPRequestHandler):
         kind = self.fault.kind if self.fault else None
         if kind == "lost":
             self.reset()
+        if kind == "failed":
+            status, data, headers = self.fault.status, self.fault.body, self.fault.headers
         self.send_response(status)
         defaults = {"Content-Type": "application/json", "Content-Length": str(len(data))}
         for name, value in {**defaults, **(headers or {})}.items():
@@ -290,6 +296,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def page(self, kind: str, id: str) -> str:
         return f"{self.hub.url}/{'datasets/' if kind == 'datasets' else ''}{id}"
+
+    def auth_check(self, kind: str, id: str, write: str) -> None:
+        self.find(kind, id, write=bool(write))
+        self.reply(200, b"OK")
 
     # --- Account and repositories
 
@@ -452,7 +462,12 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(200 if "lfs:" + oid in self.hub.blobs else 404, {})
 
     def commit(self, kind: str, id: str, rev: str) -> None:
-        repo, last = self.find(kind, id, rev, write=True)
+        with self.hub.lock:
+            new = self.add_commit(*self.find(kind, id, rev, write=True))
+        url = f"{self.page(kind, id)}/commit/{new.sha}"
+        self.reply(200, {"success": True, "commitOid": new.sha, "commitUrl": url, "hookOutput": ""})
+
+    def add_commit(self, repo: Repo, last: Commit) -> Commit:
         files = dict(last.files)
         title = ""
         for line in self.body.splitlines():
@@ -476,10 +491,47 @@ class Handler(BaseHTTPRequestHandler):
                 files.pop(value["path"], None)
             else:
                 self.error(400, "BadRequest", f"the test Hub does not know the operation {operation['key']}")
-        with self.hub.lock:
-            new = repo.add(title, files)
-        url = f"{self.page(kind, id)}/commit/{new.sha}"
-        self.reply(200, {"success": True, "commitOid": new.sha, "commitUrl": url, "hookOutput": ""})
+        return repo.add(title, files)
+
+    # --- Xet (huggingface.co/docs/xet)
+
+    def xet_token(self, kind: str, id: str, rev: str) -> None:
+        self.find(kind, id, rev, write=True)
+        self.reply(200, {"casUrl": self.hub.url + "/cas", "exp": int(time.time()) + 3600, "accessToken": XET})
+
+    def xet_user(self) -> None:
+        if self.headers.get("Authorization") != f"Bearer {XET}":
+            self.error(401, "InvalidCredentials", "not a token for the storage")
+
+    def xorb(self, hash: str) -> None:
+        """A sequence of chunks, each behind a version (1 byte), its length (3), its compression (1) and its size (3)."""
+        self.xet_user()
+        chunks, at = [], 0
+        while at < len(self.body):
+            if self.body[at + 4]:
+                self.error(400, "BadRequest", "the test Hub cannot read compressed chunks")
+            end = at + 8 + int.from_bytes(self.body[at + 1 : at + 4], "little")
+            chunks.append(self.body[at + 8 : end])
+            at = end
+        self.hub.xorbs[hash] = chunks
+        self.reply(200, {"was_inserted": True})
+
+    def shard(self) -> None:
+        """Rows of 48 bytes. After the head, for each file: (hash, flags, number of segments), the segments (xorb, flags, size,
+        first chunk, end), rows that verify them and one about the file, where the flags say so. ff... ends the files."""
+        self.xet_user()
+        rows = iter([self.body[at : at + 48] for at in range(48, len(self.body), 48)])
+        while (file := next(rows))[:32] != b"\xff" * 32:
+            flags, count = struct.unpack("<II", file[32:40])
+            content = b""
+            for segment in [next(rows) for _ in range(count)]:
+                xorb = "".join(f"{number:016x}" for number in struct.unpack("<4Q", segment[:32]))
+                first, end = struct.unpack("<II", segment[40:48])
+                content += b"".join(self.hub.xorbs[xorb][first:end])
+            for _ in range(count * (flags >> 31) + (flags >> 30 & 1)):
+                next(rows)
+            self.hub.blobs["lfs:" + hashlib.sha256(content).hexdigest()] = content
+        self.reply(200, {"result": 1})
 
 
 API = r"/api/(?P<kind>models|datasets)/(?P<id>[^/]+/[^/]+)"
@@ -494,6 +546,10 @@ ROUTES = [
         ("POST", "/api/validate-yaml", Handler.validate_yaml),
         ("GET", API, Handler.info),
         ("GET", API + "/revision" + REV, Handler.info),
+        ("GET", API + "/auth-check(?P<write>/write)?", Handler.auth_check),
+        ("GET", API + "/xet-write-token" + REV, Handler.xet_token),
+        ("POST", "/cas/v1/xorbs/default/(?P<hash>[0-9a-f]{64})", Handler.xorb),
+        ("POST", "/cas/v1/shards", Handler.shard),
         ("GET", API + "/refs", Handler.refs),
         ("GET", API + "/commits" + REV, Handler.commits),
         ("GET", API + "/tree" + REV + "(?:/(?P<path>.*))?", Handler.tree),

@@ -1,12 +1,16 @@
-"""Retry, Hub checks, pushes and downloads: the real huggingface_hub client against the Hub of hub.py.
+"""Retry, secrets, Hub checks, pushes and downloads: the real huggingface_hub client against the Hub of hub.py.
 
-What talks to the Hub runs in a process of its own, whose sleeps are recorded instead of slept.
+What talks to the Hub runs in a process of its own, whose sleeps are recorded instead of slept. It sends large files by xet, as users
+do, and where it matters also by git-lfs. Of xet, hf_xet's real upload is covered (token, chunks, shards, and faults in each); not
+covered are compressed chunks, chunks that the storage has already, and xet downloads. hf_xet's own retries are cut to one.
 """
 
 import json
 import math
 import os
 import random
+import re
+import signal
 import socket
 import subprocess
 import sys
@@ -14,13 +18,13 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from urllib.error import HTTPError, URLError
 
 import pytest
+import requests
 from hub import FINE, OTHER, READ, WRITE, Hub, Static, User
 
 import common
-from common import download, passing, retry
+from common import download, passing, redact, retry
 
 PRELUDE = """
 import json, logging, sys, time
@@ -30,8 +34,10 @@ time.sleep = waits.append  # before the imports: it is a default of retry
 import common
 common.retry.__kwdefaults__["clock"] = lambda: monotonic() + sum(waits)
 logging.basicConfig(level=logging.INFO)
-from common import hub_api, hub_check, hub_push, passing
+from common import hub_api, hub_check, hub_push, passing, push_finished, push_rows
 """
+# hub_api's time-outs, for tests with an answer that does not come
+IMPATIENT = "patient = common.hub_api; common.hub_api = lambda timeout: patient(0.4)\n"
 CARD = b"---\ntags:\n- video\n---\n# a model\n"
 
 
@@ -45,24 +51,35 @@ def hub():
 
 @pytest.fixture
 def run(hub, tmp_path):
-    """run(code, NAME=value, ...) -> the finished process, which never shows a token; None removes a variable."""
+    """run(code, xet=False, NAME=value, ...) -> the finished process, which never shows a token; None removes a variable."""
 
-    def run(code: str, **changes: str | None) -> subprocess.CompletedProcess:
-        base = {
-            "PATH": os.environ["PATH"],
-            "PYTHONPATH": str(Path(common.__file__).parent),
-            "HF_HOME": str(tmp_path),
-        }
-        environment = {**base, "HOME": str(tmp_path), **hub.environment(), **changes}
-        environment = {name: value for name, value in environment.items() if value is not None}
-        command = [sys.executable, "-c", PRELUDE + code]
-        done = subprocess.run(
-            command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60
-        )
-        assert "Canary" not in done.stdout + done.stderr
-        return done
+    def run(code: str, xet: bool = True, **changes: str | None) -> subprocess.CompletedProcess:
+        process = start(code, hub.environment(xet=xet) | changes, tmp_path)
+        stdout, stderr = process.communicate(timeout=60)
+        assert "Canary" not in stdout + stderr
+        return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
     return run
+
+
+both = pytest.mark.parametrize("xet", [True, False], ids=["xet", "lfs"])
+
+
+def start(code: str, variables: dict[str, str | None], folder: Path) -> subprocess.Popen:
+    environment = {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": str(Path(common.__file__).parent),
+        "HF_HOME": str(folder),
+        "HOME": str(folder),
+        "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "1",
+        "HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms",
+        "HF_XET_CLIENT_READ_TIMEOUT": "1s",
+        **variables,
+    }
+    environment = {name: value for name, value in environment.items() if value is not None}
+    command = [sys.executable, "-c", PRELUDE + code]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=environment, cwd=folder, stdout=pipe, stderr=pipe, text=True)
 
 
 def make_model(folder: Path) -> dict[str, bytes]:
@@ -217,9 +234,10 @@ def test_passing_reads_what_errors_carry():
         ReadError(),
         json.JSONDecodeError("Expecting value", "<html>", 0),
         ConnectionError(xet.format("server", "503 Service Unavailable")),
-        wrapped(URLError("x"), ConnectionRefusedError()),
-        wrapped(URLError("x"), socket.gaierror(socket.EAI_AGAIN, "try again")),
-        HTTPError("http://x", 503, "x", {}, None),
+        wrapped(requests.ConnectionError("x"), ConnectionRefusedError()),
+        wrapped(requests.ReadTimeout("x"), TimeoutError()),
+        wrapped(requests.ConnectionError("x"), socket.gaierror(socket.EAI_AGAIN, "try again")),
+        requests.HTTPError("x", response=answer(503)),
     ]
     cannot = [
         wrapped(RuntimeError("Error while uploading"), http_error(403)),
@@ -232,12 +250,120 @@ def test_passing_reads_what_errors_carry():
         OSError(28, "No space left on device"),
         ValueError("bad repo id"),
         KeyError("a bug"),
-        wrapped(URLError("x"), socket.gaierror(socket.EAI_NONAME, "no such host")),
-        HTTPError("http://x", 404, "x", {}, None),
+        wrapped(requests.ConnectionError("x"), socket.gaierror(socket.EAI_NONAME, "no such host")),
+        requests.exceptions.InvalidSchema("ftp"),
+        requests.HTTPError("x", response=answer(404)),
     ]
     assert [error for error in can if not passing(error)[0]] == []
     assert [error for error in cannot if passing(error)[0]] == []
-    assert passing(HTTPError("http://x", 429, "x", {"retry-after": "7"}, None)) == (True, 7.0)
+    busy = answer(429)
+    busy.headers["Retry-After"] = "7"
+    assert passing(requests.HTTPError("x", response=busy)) == (True, 7.0)
+
+
+def answer(status: int) -> requests.Response:
+    made = requests.Response()
+    made.status_code = status
+    return made
+
+
+# --- Secrets
+
+LONG = "Ab3" * 20
+HIDDEN = {  # text -> how it reads
+    f"see hf_{LONG}.": "see ***.",
+    f'{{"text": "a\\nhf_{LONG}"}}': '{"text": "a\\n***"}',
+    f"AKIA{'A1' * 8} and ASIA{'A1' * 8}": "*** and ***",
+    f"ghp_{LONG} gho_{LONG} github_pat_{LONG} glpat-{LONG}": "*** *** *** ***",
+    f"xoxb-{LONG} sk-{LONG} sk-proj-{LONG} AIza{'a' * 35}": "*** *** *** ***",
+    f"eyJ{LONG}.eyJ{LONG}.{LONG}": "***",
+    f"Authorization: Bearer {LONG}==": "Authorization: ***",
+    "-----BEGIN RSA PRIVATE KEY-----": "***",
+    "https://s3/x.mp4?X-Amz-Credential=A%2Fs3&X-Amz-Date=1&X-Amz-Security-Token=q&X-Amz-Signature=c":
+        "https://s3/x.mp4?X-Amz-Credential=***&X-Amz-Date=1&X-Amz-Security-Token=***&X-Amz-Signature=***",
+    "https://gcs/x?X-Goog-Credential=a%40b&X-Goog-Signature=c": "https://gcs/x?X-Goog-Credential=***&X-Goog-Signature=***",
+    "https://az/x?sv=2022&sig=a%2Fb%3D": "https://az/x?sv=2022&sig=***",
+    "https://cf/x?Expires=1&Signature=a~b&Key-Pair-Id=K1&Policy=ey_": "https://cf/x?Expires=1&Signature=***&Key-Pair-Id=***&Policy=***",
+    "http://x/?token=a&access_token=b&api_key=c&key=d#access_token=e": "http://x/?token=***&access_token=***&api_key=***&key=***#access_token=***",
+    '"http://x/?v=1\\u0026sig=b"': '"http://x/?v=1\\u0026sig=***"',
+    "rtsp://me:pa55@host/x postgres://:p@ss@host": "rtsp://me:***@host/x postgres://:***@host",
+    "MY_API_KEY=abc password=def": "MY_API_KEY=*** password=***",
+}  # fmt: skip
+READABLE = [
+    "https://www.youtube.com/watch?v=dQw4w9WgXcQ&t=12s",
+    "https://host:8080/a@b/clip.mp4?monkey=1&design=2",
+    "hf_hub_download hf_xet sk-learn ask-me-anything-about-the-video-please eyJ AKIA",
+    "the bearer of this message is a basic-authentication-free-client",
+    "a" * 5000,
+]
+
+
+@pytest.mark.parametrize("text", HIDDEN)
+def test_secrets_are_hidden_and_addresses_stay_readable(text):
+    assert redact(text) == HIDDEN[text]
+    assert redact(HIDDEN[text]) == HIDDEN[text]
+
+
+@pytest.mark.parametrize("text", READABLE)
+def test_what_is_no_secret_stays(text):
+    assert redact(text) == text
+
+
+def test_no_line_of_a_log_shows_a_secret(monkeypatch, capsys):
+    import logging
+
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
+    handler = logging.StreamHandler(sys.stdout)
+    handler.addFilter(common.hide_secrets)
+    logger = logging.Logger("test")
+    logger.addHandler(handler)
+    logger.info("%s of %d", "0123456789abcdef", 2)
+    try:
+        raise ValueError(WRITE)
+    except ValueError:
+        logger.exception("failed")
+    output = capsys.readouterr().out
+    assert output.startswith("*** of 2\nfailed\nTraceback")
+    assert output.endswith("ValueError: ***\n")
+
+
+def test_our_own_files_and_tokenizers_raise_no_alarm(tmp_path):
+    """A push looks into them."""
+    letters = random.Random(0)
+    alphabet = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-=./?&:@+"
+    words = ["".join(letters.choices(alphabet, k=letters.randint(1, 24))) for _ in range(30_000)]
+    words += "hf_ sk- ?key= &token= Bearer AKIA eyJ :// @ https://user:password@host ?key=your_key".split()
+    vocabulary = {
+        "model": {"vocab": {word: n for n, word in enumerate(words)}, "merges": ["a b", "://u :p@"]}
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(vocabulary))
+    rows = [
+        {"video": f"https://host/clip{n}.mp4?v={n}", "answer": " ".join(words[n : n + 9])} for n in range(500)
+    ]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    root = Path(common.__file__).parent
+    ours = [path for path in root.iterdir() if path.is_file()]
+    assert len(ours) > 8
+    assert [str(path) for path in [*ours, *tmp_path.iterdir()] if common.file_holds_secret(path)] == []
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-16-be"])
+@pytest.mark.parametrize(
+    "secret", [f"hf_{LONG}", f"https://s3/x?X-Amz-Signature={LONG}", f"https://me:{LONG}@host"]
+)
+def test_a_secret_is_found_in_a_file(tmp_path, secret, encoding):
+    path = tmp_path / "notes.txt"
+    path.write_bytes(f"café: {secret}\n".encode(encoding))
+    assert common.file_holds_secret(path)
+    path.write_bytes(f"café: {secret[:12]}\n".encode(encoding))
+    assert not common.file_holds_secret(path)
+
+
+def test_a_secret_is_found_in_a_large_file_between_two_blocks(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(b"a word " * (2**26 // 7) + b" " * 20 + f"hf_{LONG}".encode())
+    assert path.stat().st_size > 2**26
+    assert common.file_holds_secret(path)
 
 
 @pytest.mark.parametrize("token", ["hf_" + "a" * 30, "other-secret", ""])
@@ -248,32 +374,35 @@ def test_messages_hold_no_secret(monkeypatch, token):
         "ValueError:",
         *["***"] * (1 + bool(token)),
         "hf_hub_download",
-        "https://s3/x?...",
+        "https://s3/x?X-Amz-Signature=***",
     ]
 
 
 # --- Check before training
 
 
-def test_check_then_push_then_download(hub, run, tmp_path):
+@both
+def test_check_then_push_then_download(hub, run, tmp_path, xet):
     wanted = make_model(tmp_path / "model")
     checked = run("print(hub_check('clips', public=False, create=True))", HF_USER_ID="tester")
     assert checked.stdout.split() == ["tester/clips"], checked.stderr
     assert hub.repo("tester/clips").private
-    assert list(hub.files("tester/clips")) == ["README.md"]
+    assert hub.titles("tester/clips") == [], "the Hub's own commit alone"
 
-    pushed = run("print(hub_push(Path('model'), 'tester/clips', 'Trained'))")
+    pushed = run("print(hub_push(Path('model'), 'tester/clips', 'Trained'))", xet)
     assert pushed.stdout.split() == [f"{hub.url}/tester/clips"], pushed.stderr
-    assert hub.titles("tester/clips") == ["Start training", "Trained"]
+    assert hub.titles("tester/clips") == ["Trained"]
     assert hub.files("tester/clips") == wanted
+    assert bool(hub.requests("/cas/v1/shards")) == xet
+    assert bool(hub.requests("PUT /lfs/")) != xet
 
     loaded = run("from huggingface_hub import snapshot_download; print(snapshot_download('tester/clips'))")
     folder = Path(loaded.stdout.strip())
     assert {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()} == wanted
 
-    again = run(CHECK_AND_PUSH)
+    again = run(CHECK_AND_PUSH, xet)
     assert again.returncode == 0, again.stderr
-    assert hub.titles("tester/clips") == ["Start training", "Trained"], "nothing new, no commit"
+    assert hub.titles("tester/clips") == ["Trained"], "nothing new, no commit"
     assert len(hub.requests("GET /api/whoami")) == 2, "rate-limited: once a check"
 
 
@@ -293,7 +422,7 @@ def test_public_and_organisation(hub, run):
     )
     assert done.returncode == 0, done.stderr
     assert not hub.repo("team/open").private
-    assert hub.titles("team/open") == ["Start training"]
+    assert hub.titles("team/open") == []
 
 
 REFUSED = {  # case -> (environment or repo_id, words of the message)
@@ -324,17 +453,100 @@ def test_refused_before_training(hub, run, case):
     assert hub.requests("POST|PUT|DELETE") == []
 
 
-@pytest.mark.parametrize("files", [{}, {"README.md": CARD}], ids=["empty repo", "repo with a card"])
-def test_a_fine_grained_token_is_proved_by_writing(hub, run, files):
-    hub.add_repo("tester/old", files=files)
-    code = "hub_check('tester/old', public=False, create=True)"
-    assert run(code, HF_TOKEN=FINE).returncode == 0
+RIGHTS = [  # (repo, token, may it write there)
+    ("tester/old", WRITE, True),
+    ("tester/old", FINE, True),
+    ("tester/old", "hf_weakCanaryCanaryCanary", False),
+    ("tester/old", READ, False),
+    ("tester/old", OTHER, False),
+    ("tester/public", OTHER, False),
+    ("team/old", WRITE, True),
+]
+
+
+@pytest.mark.parametrize("create", [True, False])
+@pytest.mark.parametrize("repo_id, token, may_write", RIGHTS)
+def test_the_right_to_write_is_proved_without_writing(hub, run, repo_id, token, may_write, create):
+    hub.users["hf_weakCanaryCanaryCanary"] = User("tester", "fineGrained", can_write=False)
+    for name in ("tester/old", "team/old", "tester/public"):
+        hub.add_repo(name, private=name != "tester/public")
+    asked = f"""
+try: hub_api(5).auth_check({repo_id!r}, write=True)
+except OSError as error: print(error.response.status_code)
+hub_check({repo_id!r}, public=False, create={create})"""
+    done = run(asked, HF_TOKEN=token)
+    assert (done.stdout == "") == may_write
+    assert done.returncode == (0 if may_write else 2), done.stderr
+    assert "Traceback" not in done.stderr
+    assert hub.requests("POST|PUT|DELETE") == []
+
+
+def test_a_new_repo_needs_the_right_too(hub, run):
     hub.users[FINE] = User("tester", "fineGrained", can_write=False)
-    hub.repos.clear()
-    hub.add_repo("tester/old", files=files)
-    done = run(code, HF_TOKEN=FINE)
+    done = run("hub_check('tester/new', public=False, create=True)", HF_TOKEN=FINE)
     assert done.returncode == 2
-    assert "write to tester/old" in done.stderr and "403" in done.stderr
+    assert "403" in done.stderr and "--no_push_to_hub" in done.stderr
+
+
+HTML = {"status": 200, "body": b"<html>log in to the hotel</html>", "headers": {"Content-Type": "text/html"}}
+DOWN = {
+    "throttled": {"status": 429, "headers": {"Retry-After": "9"}},
+    "broken": {"status": 503},
+    "reset": {"kind": "reset"},
+    "hanging": {"kind": "hang", "seconds": 1},
+    "web page": HTML,
+}
+
+
+@pytest.mark.parametrize(
+    "place", ["GET /api/whoami", "GET /api/models/tester/clips$", "POST /api/repos/create"]
+)
+@pytest.mark.parametrize("fault", DOWN)
+def test_a_hub_that_is_down_does_not_end_a_run_that_goes_on(hub, run, place, fault):
+    hub.fault(place, times=math.inf, **DOWN[fault])
+    code = IMPATIENT + "print(hub_check('clips', public=False, create=True, must_answer={}))"
+    done = run(code.format(False), HF_USER_ID="tester")
+    assert done.stdout.split() == ["tester/clips"], done.stderr
+    assert "goes on" in done.stderr.splitlines()[-1]
+    done = run(code.format(True), HF_USER_ID="tester")
+    assert done.returncode == 2
+    assert "attempt 2" in done.stderr and "--no_push_to_hub" in done.stderr.splitlines()[-1]
+
+
+REFUSED_ALL_THE_SAME = {
+    "no owner": ({"HF_USER_ID": ""}, {"status": 503}),
+    "unknown token": ({"HF_TOKEN": "hf_unknownCanaryCanaryCanary"}, None),
+    "read token": ({"HF_TOKEN": READ}, None),
+    "foreign token": ({"HF_TOKEN": OTHER}, None),
+    "no token": ({"HF_TOKEN": ""}, None),
+    "forbidden": ({}, {"status": 403}),
+    "offline": ({"HF_HUB_OFFLINE": "1"}, None),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_ALL_THE_SAME)
+def test_a_run_that_goes_on_needs_a_right_token_all_the_same(hub, run, case):
+    changes, fault = REFUSED_ALL_THE_SAME[case]
+    if fault:
+        hub.fault("GET /api/whoami", times=math.inf, **fault)
+    code = "hub_check('clips', public=False, create=True, must_answer=False)"
+    done = run(code, **{"HF_USER_ID": "tester", **changes})
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "status, body", [(409, b"{}"), (409, b"<html>"), (200, b"{}"), (200, b"[]"), (200, b"null")]
+)
+@pytest.mark.parametrize(
+    "place", ["GET /api/whoami", "GET /api/models/tester/clips$", "POST /api/repos/create"]
+)
+def test_odd_answers_are_refused_in_one_line(hub, run, place, status, body):
+    hub.fault(place, times=math.inf, status=status, body=body)
+    done = run("hub_check('tester/clips', public=False, create=True)")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "--no_push_to_hub" in done.stderr.splitlines()[-1]
 
 
 def test_a_hub_that_never_answers_is_left(hub, run):
@@ -353,10 +565,12 @@ hub_push(Path('model'), 'tester/clips', 'Trained')
 """
 PLACES = {  # request -> how often an untroubled check and push makes it
     "GET /api/whoami": 1,
+    "GET /api/models/[^/]+/[^/]+$": 3,  # is it there, whose is it, what is its last commit
     "POST /api/repos/create": 1,
-    "POST /api/validate-yaml": 2,
-    "POST .*/preupload/": 2,
-    "POST .*/commit/": 2,
+    "GET .*/auth-check/write": 1,
+    "POST /api/validate-yaml": 1,
+    "POST .*/preupload/": 1,
+    "POST .*/commit/": 1,
 }
 
 
@@ -380,7 +594,7 @@ print(json.dumps(waits))
     assert [fault.hits for fault in hub.faults] == [fault.times for fault in hub.faults]
     assert len(json.loads(done.stdout)) == 1 + 1 + 3 + 3, "one wait a fault"
     for repo in "abcd":
-        assert hub.titles(f"tester/{repo}") == ["Start training", "Trained"]
+        assert hub.titles(f"tester/{repo}") == ["Trained"]
         assert hub.files(f"tester/{repo}") == wanted
 
 
@@ -389,29 +603,153 @@ def test_faults_of_large_files_pass(hub, run, tmp_path):
     hub.fault("POST .*/objects/batch")
     hub.fault("PUT /lfs/", kind="reset", times=2)
     hub.fault("POST .*/verify", status=500)
-    assert run(CHECK_AND_PUSH).returncode == 0
-    assert hub.titles("tester/clips") == ["Start training", "Trained"]
+    assert run(CHECK_AND_PUSH, xet=False).returncode == 0
+    assert hub.titles("tester/clips") == ["Trained"]
     assert hub.files("tester/clips") == wanted
 
 
-@pytest.mark.parametrize("kind", ["lost", "reset"])
-@pytest.mark.parametrize("skip", [0, 1], ids=["first commit", "push"])
-def test_a_lost_answer_makes_no_second_commit(hub, run, tmp_path, kind, skip):
+@pytest.mark.parametrize("place", ["GET .*/xet-write-token", "POST /cas/v1/xorbs", "POST /cas/v1/shards"])
+@pytest.mark.parametrize("fault", ["broken", "throttled", "reset", "hanging"])
+def test_faults_of_xet_pass(hub, run, tmp_path, place, fault):
     wanted = make_model(tmp_path / "model")
-    injected = hub.fault("POST .*/commit/", kind=kind, skip=skip)
+    settings = DOWN[fault] | {"headers": {}, "seconds": 2}
+    hub.fault(place, times=3, **settings)
     done = run(CHECK_AND_PUSH)
     assert done.returncode == 0, done.stderr
-    assert injected.hits == skip + 1
-    assert hub.titles("tester/clips") == ["Start training", "Trained"]
+    assert hub.titles("tester/clips") == ["Trained"]
     assert hub.files("tester/clips") == wanted
-    assert len(hub.requests("PUT /lfs/")) == 4, "each large file is sent once"
 
 
-def test_another_writers_commit_in_between(hub, run, tmp_path):
+@pytest.mark.parametrize("place", ["GET .*/xet-write-token", "POST /cas/v1/xorbs"])
+@pytest.mark.parametrize("status", [401, 403])
+def test_what_xet_refuses_ends_the_push_at_once(hub, run, tmp_path, place, status):
     make_model(tmp_path / "model")
-    hub.fault("POST .*/commit/", status=412, skip=1)
+    hub.add_repo("tester/clips")
+    hub.fault(place, times=math.inf, status=status)
+    done = run("push_finished(Path('model'), 'tester/clips', 'Trained', again='python x.py')")
+    assert done.returncode == 3, done.stderr
+    assert str(status) in done.stderr and "Traceback" not in done.stderr
+    assert len(hub.requests(place)) <= 2
+    assert hub.titles("tester/clips") == []
+
+
+LOST = {  # what becomes of the answer to a commit
+    "lost": {"kind": "lost"},
+    "lost twice": {"kind": "lost", "times": 2},
+    "reset": {"kind": "reset"},
+    "cut": {"kind": "cut"},
+    "failed": {"kind": "failed", "status": 504, "body": b"<html>gateway</html>"},
+    "failed three times": {"kind": "failed", "status": 500, "times": 3},
+    "web page": {"kind": "failed", **HTML},
+    "hang": {"kind": "hang", "seconds": 0.8},
+    "late": {"kind": "late", "seconds": 0.8},
+    "late twice": {"kind": "late", "seconds": 0.8, "times": 2},
+}
+
+
+@both
+@pytest.mark.parametrize("case", LOST)
+def test_a_lost_answer_makes_no_second_commit(hub, run, tmp_path, case, xet):
+    wanted = make_model(tmp_path / "model")
+    hub.add_repo("tester/clips", files={"theirs.txt": b"stays"})
+    injected = hub.fault("POST .*/commit/", **LOST[case])
+    done = run(IMPATIENT + CHECK_AND_PUSH, xet)
+    assert done.returncode == 0, done.stderr
+    assert injected.hits >= 1
+    time.sleep(1 if "late" in case else 0)  # until the last late commit is refused
+    assert hub.titles("tester/clips") == ["Trained"]
+    assert hub.files("tester/clips") == wanted | {"theirs.txt": b"stays"}
+    if not xet:
+        assert len(hub.requests("PUT /lfs/")) == 4, "each large file is sent once"
+
+
+@pytest.mark.parametrize("kind", ["lost", "late", "failed"])
+def test_a_hub_that_never_confirms(hub, run, tmp_path, kind):
+    make_model(tmp_path / "model")
+    hub.fault("POST .*/commit/", kind=kind, times=math.inf, seconds=0.1)
     assert run(CHECK_AND_PUSH).returncode == 0
-    assert hub.titles("tester/clips") == ["Start training", "Trained"]
+    assert hub.titles("tester/clips") == ["Trained"]
+
+
+@both
+def test_more_files_than_the_client_puts_in_one_commit(hub, run, tmp_path, xet):
+    make_model(tmp_path / "model")
+    for n in range(300):
+        (tmp_path / f"model/part{n:03}.json").write_text(str(n))
+    hub.fault("POST .*/commit/", kind="lost")
+    done = run(CHECK_AND_PUSH, xet)
+    assert done.returncode == 0, done.stderr
+    assert hub.titles("tester/clips") == ["Trained"]
+    assert hub.files("tester/clips")["part299.json"] == b"299"
+
+
+@both
+def test_another_writers_commit_in_between(hub, run, tmp_path, xet):
+    wanted = make_model(tmp_path / "model")
+    repo = hub.add_repo("tester/clips")
+    hub.fault("POST .*/commit/", kind="late", seconds=1)
+
+    def write() -> None:
+        while not hub.requests("POST .*/commit/"):
+            time.sleep(0.01)
+        repo.add("theirs", {"theirs.txt": hub.store(b"stays")})
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    done = run(CHECK_AND_PUSH, xet)
+    writer.join()
+    assert done.returncode == 0, done.stderr
+    assert hub.titles("tester/clips") == ["theirs", "Trained"]
+    assert hub.files("tester/clips") == wanted | {"theirs.txt": b"stays"}
+
+
+@pytest.mark.parametrize("body", [b"{}", b"[]", b"<html>"])
+@pytest.mark.parametrize("place", ["GET /api/models/tester/clips$", "POST .*/preupload/", "POST .*/commit/"])
+def test_odd_answers_to_a_push(hub, run, tmp_path, place, body):
+    make_model(tmp_path / "model")
+    hub.add_repo("tester/clips")
+    hub.fault(place, times=math.inf, status=200, body=body)
+    done = run("push_finished(Path('model'), 'tester/clips', 'Trained', again='python x.py')")
+    assert done.returncode == 3, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+HANGING = [
+    (True, "POST .*/commit/"),
+    (True, "/cas/v1/xorbs"),
+    (False, "PUT /lfs/"),
+    (False, "POST .*/commit/"),
+]
+
+
+@pytest.mark.parametrize("xet, place", HANGING)
+def test_a_signal_ends_a_push_at_once(hub, tmp_path, xet, place):
+    make_model(tmp_path / "model")
+    hub.add_repo("tester/clips")
+    hub.fault(place, kind="hang", seconds=30, times=math.inf)
+    code = "common.run(lambda: hub_push(Path('model'), 'tester/clips', 'Trained'))"
+    variables = hub.environment(xet=xet) | {"HF_XET_CLIENT_READ_TIMEOUT": "30s"}
+    process = start(code, variables, tmp_path)
+    while not hub.requests(place):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    time.sleep(0.2)
+    sent = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == 143
+    assert time.monotonic() - sent < 3
+
+
+def test_the_command_that_was_typed_pushes_it_later(hub, run, tmp_path):
+    make_model(tmp_path / "model")
+    hub.add_repo("tester/clips")
+    hub.fault("POST .*/commit/", status=403, times=math.inf)
+    done = run("push_finished(Path('model'), 'tester/clips', 'x', again=\"python t2v.py --prompt 'a cat'\")")
+    assert done.returncode == 3
+    assert re.search(
+        "error: trained, not pushed: .*403.*; model is whole; the same command pushes it later:", done.stderr
+    )
+    assert done.stderr.splitlines()[-1].endswith("    python t2v.py --prompt 'a cat'")
 
 
 def test_a_push_to_a_gone_hub_raises_after_half_an_hour(hub, run, tmp_path):
@@ -440,8 +778,9 @@ for folder in sorted(Path("models").iterdir()):
 def test_nothing_is_pushed_from_a_folder_with_a_link_or_a_token(hub, run, tmp_path):
     hub.add_repo("tester/clips")
     models = tmp_path / "models"
-    for name in "abcd":
+    for name in "abcdf":
         make_model(models / name)
+    (models / "f/modeling.py").write_text(f"key = '{WRITE}'", encoding="utf-16")
     (models / "a/link.json").symlink_to("/etc/passwd")
     (models / "b/assets").symlink_to("/etc")
     (models / "c/notes.txt").write_text(f"use {WRITE} here")
@@ -454,10 +793,31 @@ def test_nothing_is_pushed_from_a_folder_with_a_link_or_a_token(hub, run, tmp_pa
         "c/notes.txt contains",
         "d/unet/config.json contains",
         "no model files",
+        "f/modeling.py contains",
     ]
     assert len(lines) == len(expected)
     assert all(words in line for words, line in zip(expected, lines, strict=True)), lines
     assert hub.requests("POST|PUT") == []
+
+
+def test_rows_are_pushed_without_secrets(hub, run, tmp_path):
+    """A signed url of the user's own data is cut; its name stays."""
+    (tmp_path / "data").mkdir()
+    url = f"https://s3/clip.mp4?v=1&X-Amz-Signature={LONG}"
+    rows = [
+        {"video": url, "question": "what?", "n": 1},
+        {"video": "b.mp4", "question": f"hf_{LONG}?", "n": 2},
+    ]
+    done = run(
+        f"push_rows(Path('data'), 'tester/clips', False, {{'train': {rows}, 'test': []}}, 'about', 'x.py')"
+    )
+    assert done.returncode == 0, done.stderr
+    files = hub.files("tester/clips", "datasets")
+    assert sorted(files) == ["README.md", "train.jsonl"]
+    pushed = [json.loads(line) for line in files["train.jsonl"].splitlines()]
+    assert pushed[0] == {"video": "https://s3/clip.mp4?v=1&X-Amz-Signature=***", "question": "what?", "n": 1}
+    assert pushed[1]["question"] == "***?"
+    assert "| train | 2 | 2 |" in files["README.md"].decode()
 
 
 # --- Download
@@ -508,6 +868,24 @@ def test_download_follows_http_and_quotes(web, tmp_path):
     assert download(web.url + "/files/café x.mp4", tmp_path).read_bytes() == b"y"
 
 
+def test_download_sends_no_secret(web, tmp_path, monkeypatch, caplog):
+    """No password of a proxy or of .netrc; a plain proxy is used; an url's own signature stays out of the messages."""
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password Canary\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    web.static["x"] = Static(b"x")
+    download(web.url + "/files/x", tmp_path)
+    assert "Authorization" not in web.log[0].headers
+    monkeypatch.delenv("no_proxy")
+    gone = f"http://127.0.0.1:{closed_port()}/files/x?sig=Canary"
+    monkeypatch.setenv("http_proxy", web.url)
+    assert download(gone, tmp_path).read_bytes() == b"x"
+    monkeypatch.setenv("http_proxy", web.url.replace("//", "//me:Canary@"))
+    with pytest.raises(ConnectionError, match="sig=...: gave up") as caught:
+        download(gone + "2", tmp_path)
+    assert "Canary" not in str(caught.value) + caplog.text
+    assert len(web.log) == 2
+
+
 def test_download_refuses(web, tmp_path):
     web.static["big"] = Static(b"x" * 2001)
     web.static["page"] = Static(b"<html>log in</html>", headers={"Content-Type": "text/html; charset=utf-8"})
@@ -516,7 +894,7 @@ def test_download_refuses(web, tmp_path):
     cases = [
         (web.url + "/files/big", ValueError, "the limit is 2000"),
         (web.url + "/files/page", ValueError, "a web page"),
-        (web.url + "/files/to_file", OSError, "not allowed"),
+        (web.url + "/files/to_file", OSError, "file:///etc/passwd"),
         (web.url + "/files/to_ftp", OSError, "ftp"),
         (web.url + "/files/gone", OSError, "404"),
         (web.url.replace("http:", "file:") + "/files/big", ValueError, "only http"),
@@ -538,6 +916,8 @@ def test_download_ends_an_answer_that_does_not_end(web, tmp_path):
     with listener:
         with pytest.raises(ValueError, match="the limit is 1000000"):
             download(url + "fast", tmp_path, max_bytes=1_000_000)
+        with pytest.raises(ValueError, match="the limit is 1000000"):
+            download(url + "redirect", tmp_path, max_bytes=1_000_000)
         start = time.monotonic()
         with pytest.raises(ConnectionError, match="gave up.*bytes in 1 s"):
             download(url + "slow", tmp_path, timeout=0.6)
@@ -546,14 +926,15 @@ def test_download_ends_an_answer_that_does_not_end(web, tmp_path):
 
 
 def answer_without_end(listener: socket.socket) -> None:
-    """Serves one client after the other, each until it hangs up."""
-    for _ in range(2):
+    """Serves one client after the other, each until it hangs up; /redirect leads to /fast."""
+    for _ in range(4):
         connection, _ = listener.accept()
-        fast = b"/fast" in connection.recv(4096)
+        asked = connection.recv(4096)
+        head = b"302 Found\r\nLocation: /fast" if b"/redirect" in asked else b"200 OK"
         try:
-            connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+            connection.sendall(b"HTTP/1.1 %s\r\n\r\n" % head)
             while True:
-                connection.sendall(b"x" * (65536 if fast else 1))
-                time.sleep(0 if fast else 0.05)
+                connection.sendall(b"x" * (1 if b"/slow" in asked else 65536))
+                time.sleep(0.05 if b"/slow" in asked else 0)
         except ConnectionError:
             connection.close()
