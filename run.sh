@@ -7,7 +7,6 @@
 #   ./run.sh t2v_ddpm.py                          on every GPU that is visible, pushes to the Hub at the end
 #   ./run.sh t2v_ddpm.py 4 --steps 2000           on 4 GPUs
 #   ./run.sh t2v_ddpm.py --demo                   minutes, tiny, also without a GPU (there GPUS counts processes)
-#   ./run.sh llava_vtt.py 4                       fine-tunes on four public clips: a first look
 #   ./run.sh t2v_ddpm.py --help                   the script's own manual
 #   DRY_RUN=1 ./run.sh t2v_ddpm.py 4              set-up and checks, prints the command, starts nothing
 #   CUDA_VISIBLE_DEVICES=2,3 ./run.sh t2v_ddpm.py
@@ -15,319 +14,323 @@
 # First use makes .venv beside this file (PYTHON=/path/to/python uses that one and installs nothing).
 # A run pushes, so it needs HF_USER_ID and HF_TOKEN; --demo, --check, --predict, --prompt and --no_push_to_hub do not.
 # runs/ and logs/ lie in the current directory; logs/latest.log is the newest log and ends with SUCCESS, FAILED or STOPPED.
-# Ctrl-C or SIGTERM once: every rank saves a checkpoint and ends (give it time); the third one kills.
-# --hostfile: start it on the first machine listed, same paths on all; ssh carries no HF_* variables, so set them there.
+# Ctrl-C or SIGTERM once: every rank saves a checkpoint and ends, however long it takes; the third one kills.
+# A rank that crashes ends the others: SIGTERM, and SIGKILL after GRACE=60 seconds. If run.sh is killed (-9) the ranks go on alone.
+# --hostfile: DeepSpeed's launcher, from the first machine listed, same paths on all; ssh carries no HF_* variables: set them there.
 # Exit: 0 done, 2 a check failed, 3 trained but not pushed, 4 diverged, 130/143 stopped with a checkpoint, else a crash.
 
-set -euo pipefail
+# shellcheck disable=SC2329  # quit, ask and finish are called by traps
+[ -n "${BASH_VERSION:-}" ] || { command -v bash >/dev/null && exec bash "$0" "$@"; echo "run.sh: install bash" >&2; exit 2; }  # sh run.sh
+set +o posix -euo pipefail
 
-TORCH=2.13.0       # for machines that bring no CUDA torch of their own
-GRACE=${GRACE:-60} # seconds for ranks that outlive their launcher, before SIGTERM and again before SIGKILL
-here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
-venv=$here/.venv
+TORCH=2.13.0  # for machines that bring no CUDA torch of their own
+GRACE=${GRACE:-60}
+here=$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")
+venv=$here/.venv warnings=''
 
-warnings=''
 say() { printf 'run.sh: %s\n' "$*"; }
 warn() { say "warning: $*" >&2; warnings+="warning: $*"$'\n'; }
 die() { say "$*" >&2; exit 2; }
 usage() { sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
-quoted() { printf '%q ' "$@"; }
+scripts() { grep -l '^# /// script' "$here"/*_*.py 2>/dev/null | sed 's|.*/||'; }
+quoted() { printf '%q ' "$@" | sed 's/\\,/,/g'; }
+
+quit() {  # on a signal before the run; a set-up ends too, with its pip
+  for job in $(jobs -p); do say "set-up stopped; the same command again takes it up"; kill -- "-$job"; wait "$job"; done 2>/dev/null || true
+  exit "$1"
+}
+trap 'quit 130' INT
+trap 'quit 143' TERM HUP
+((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || die "this is bash $BASH_VERSION: install 4.4 or newer"
 
 # --- Environment
 
-works() { command -v "$1" >/dev/null && "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
-
 has_cuda_torch() {
-  "$1" -c 'import sys, torch
-sys.exit(torch.version.cuda is None or tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6))' 2>/dev/null
+  "$1" -c 'import sys, torch as t; sys.exit(not t.version.cuda or [*map(int, t.__version__.split(".")[:2])] < [2, 6])' 2>/dev/null
 }
 
-find_python() {  # one with a CUDA torch (rented images bring it), else the first that is new enough
-  local candidate first=''
-  for candidate in python3 python python3.13 python3.12 python3.11 python3.10; do
-    works "$candidate" || continue
-    if has_cuda_torch "$candidate"; then echo "$candidate"; return; fi
-    first=${first:-$candidate}
+find_python() {  # sets base: one with a CUDA torch (rented images bring it), else the first that is new enough
+  local candidate; base=''
+  for candidate in python3 python python3.13 python3.12 python3.11; do
+    "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue
+    if has_cuda_torch "$candidate"; then base=$candidate; break; fi
+    base=${base:-$candidate}
   done
-  echo "$first"
+  [[ -n $base ]] || die "Python 3.11 or newer is needed, and none is in PATH; install one, or PYTHON=/path/to/python ./run.sh ..."
 }
 
-stamp() {  # what the finished .venv was made from
-  { cat "$here/requirements.txt"; echo "$TORCH"; readlink -f "$venv/bin/python"; } | sha256sum
-}
-
+stamp() { { cat "$here/requirements.txt"; echo "$TORCH"; readlink -f "$venv/bin/python"; } | sha256sum; }  # what .venv was made from
 is_ready() { [[ -f $venv/.ready && $(<"$venv/.ready") == "$(stamp)" ]]; }
 
 make_venv() {
-  local base
-  base=$(find_python)
-  [[ -n $base ]] || die "Python 3.10 or newer is needed, and none is in PATH; install one, or PYTHON=/path/to/python ./run.sh ..."
-  mkdir "$venv"
-  touch "$venv/.made_by_run_sh"
-  if ! has_cuda_torch "$base"; then
-    say "making $venv with $("$base" --version); once, some minutes"
-    "$base" -m venv "$venv"
-    return
-  fi
-  say "making $venv on top of the CUDA torch of $(command -v "$base")"
+  local site='import sysconfig; print(sysconfig.get_path("purelib"))'
+  say "making $venv with $("$base" --version); once, some minutes"
+  if ! has_cuda_torch "$base"; then "$base" -m venv "$venv"; return; fi
+  say "it stands on top of the CUDA torch of $(command -v "$base")"
   "$base" -m venv --system-site-packages "$venv"
-  has_cuda_torch "$venv/bin/python" && return
-  # $base is a virtual environment itself: a venv made from it sees only the interpreter below
-  "$base" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
-    >"$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/image.pth"
+  # if $base is a virtual environment itself, a venv made from it sees only the interpreter below
+  has_cuda_torch "$venv/bin/python" || "$base" -c "$site" >"$("$venv/bin/python" -c "$site")/image.pth"
 }
 
-pip_install() {
-  # DeepSpeed comes as source; without its operators, in an isolated build, it needs neither compiler nor CUDA
-  DS_BUILD_OPS=0 "$venv/bin/python" -m pip install --disable-pip-version-check --use-pep517 "$@"
-}
-
-install_packages() {
-  if ! grep -q 'include-system-site-packages = true' "$venv/pyvenv.cfg"; then
-    if nvidia-smi -L >/dev/null 2>&1; then
-      pip_install --no-deps "torch==$TORCH"
-    else  # PyPI's build would pull gigabytes of CUDA; few retries, for machines that reach a mirror only
-      pip_install --no-deps --retries 2 "torch==$TORCH" --extra-index-url https://download.pytorch.org/whl/cpu
-    fi
-  fi
+install_packages() {  # DeepSpeed comes as source; without its operators, in an isolated build, it needs neither compiler nor CUDA
+  local index=() pip=(env DS_BUILD_OPS=0 "$venv/bin/python" -m pip install --disable-pip-version-check --use-pep517)
+  list_gpus  # without a GPU PyPI's build would pull gigabytes of CUDA; few retries, for machines that reach a mirror only
+  [[ -n $gpu_table ]] || index=(--retries 2 --extra-index-url https://download.pytorch.org/whl/cpu)
+  grep -q 'include-system-site-packages = true' "$venv/pyvenv.cfg" || "${pip[@]}" --no-deps "torch==$TORCH" "${index[@]}"
   "$venv/bin/python" -c 'from importlib.metadata import distributions
 print(*{f"{d.name}=={d.version}" for d in distributions() if d.name.startswith("torch")}, sep="\n")' >"$venv/constraints.txt"
-  pip_install -r "$here/requirements.txt" -c "$venv/constraints.txt"
-  if nvidia-smi -L >/dev/null 2>&1 &&
-    ! env -u CUDA_VISIBLE_DEVICES "$venv/bin/python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  "${pip[@]}" -r "$here/requirements.txt" -c "$venv/constraints.txt"
+  [[ -z $gpu_table ]] || env -u CUDA_VISIBLE_DEVICES "$venv/bin/python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
     warn "torch does not see the GPU: is the driver too old for its CUDA? An older torch (>=2.6): PYTHON=/its/python ./run.sh ..."
-  fi
 }
 
-set_up() (  # in a subshell: the lock ends with it
+set_up() {  # in a process of its own, which holds the lock
+  local mark=$venv/.made_by_run_sh lock='import fcntl; fcntl.flock(9, fcntl.LOCK_EX'
   exec 9>>"$here/.venv.lock"
-  flock -n 9 || { say "another set-up of $venv is running: waiting for it"; flock 9; }
-  is_ready && return
-  trap '(($? == 0)) || die "set-up failed, the reason stands above; the same command again takes it up"' EXIT
-  rm -rf "$venv.unfinished"
-  rmdir "$venv" 2>/dev/null || true
-  if [[ -e $venv && ! -e $venv/.made_by_run_sh ]]; then
+  "$base" -c "$lock | fcntl.LOCK_NB)" 2>/dev/null || { say "another set-up of $venv is running: waiting for it"; "$base" -c "$lock)"; }
+  if is_ready; then return; fi
+  [[ -e $mark || -z $(ls -A "$venv" 2>/dev/null) ]] ||
     die "$venv was not made by run.sh: move it away, or use it as it is with PYTHON=$venv/bin/python"
-  fi
-  if [[ -e $venv && ! -e $venv/.ready ]]; then  # begun and never finished: renamed first, so that a kill here is harmless
-    mv "$venv" "$venv.unfinished"
-    rm -rf "$venv.unfinished"
+  if [[ ! -e $venv/.ready ]]; then  # else the requirements have changed
+    mkdir -p "$venv" && touch "$mark"
+    find "$venv" -mindepth 1 ! -path "$mark" -delete  # begun and not finished
+    make_venv
   fi
   rm -f "$venv/.ready"
-  [[ -e $venv ]] || make_venv
   install_packages
   stamp >"$venv/.ready"
-)
+}
 
 choose_python() {
+  python=$venv/bin/python
   if [[ -n ${PYTHON:-} ]]; then
     python=$(realpath -s "$(command -v "$PYTHON")" 2>/dev/null) || die "PYTHON=$PYTHON: no such program"
-  else
-    if ! is_ready; then set_up; fi  # not "||": that would switch set -e off inside
-    python=$venv/bin/python
+  elif ! is_ready; then
+    find_python
+    [[ -w $here ]] || die "$here is read-only, .venv cannot be made in it: copy it, or PYTHON=/path/to/python ./run.sh ..."
+    set -m  # a process group of its own, so that quit() ends all of it
+    set_up </dev/null &
+    set +m
+    wait $! || die "set-up failed, the reason stands above; the same command again takes it up"
   fi
   PATH=$(dirname "$python"):$PATH  # ninja, for the operators that DeepSpeed compiles at run time
 }
 
+# --- GPUs
+
+ask_driver() {  # nvidia-smi's answer and "exit N"; a broken driver can make it unkillable, so nothing waits for its end
+  local answer
+  IFS= read -r -d '' -t 12 answer < <(timeout 10 nvidia-smi "$@" 2>&1; echo "exit $?") || (($? < 128)) || answer='exit 124'
+  echo "${answer/%exit 124*/no answer in 10 seconds}"
+}
+
+list_gpus() {  # sets gpu_table, a line for each GPU: index, UUID, name; a slice of one (MIG) has "mig" for an index
+  local answer odd known='^GPU [0-9]+:.*\(UUID: GPU-|^ +MIG .*\(UUID: MIG-|^exit 0$|^$'
+  gpu_table=''
+  command -v nvidia-smi >/dev/null || return 0
+  answer=$(ask_driver -L)
+  odd=$(grep -vE "$known" <<<"$answer") && warn "nvidia-smi -L says: ${odd%%$'\n'*}"
+  [[ $answer != *"exit 0" ]] || gpu_table=$(sed -nE 's/^GPU ([0-9]+): (.*) \(UUID: ([^)]+).*/\1 \3 \2/p
+    s/^ +(MIG .*): \(UUID: ([^)]+).*/mig \2 \1/p' <<<"$answer")
+}
+
+choose_gpus() {  # sets devices: what CUDA_VISIBLE_DEVICES names, by index or (the beginning of) UUID, else all; and their uuids
+  local all value values uuid
+  all=$(awk '$1 == "mig" { all = $2; exit } NF { all = all $1 "," } END { print all }' <<<"$gpu_table")
+  IFS=', ' read -ra values <<<"${CUDA_VISIBLE_DEVICES-$all}"
+  for value in "${values[@]}"; do
+    case $value in -1 | NoDevFiles) break ;; esac  # the rest is hidden
+    uuid=$(awk -v v="$value" 'v ~ /^[0-9]+$/ && $1 == v || v ~ /^(GPU|MIG)-/ && index($2, v) == 1 { print $2 }' <<<"$gpu_table")
+    [[ $uuid =~ ^[^[:space:]]+$ && " ${uuids[*]} " != *" $uuid "* ]] ||
+      die "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES: '$value' is not one GPU of this machine (nvidia-smi -L), or is there twice"
+    if [[ $uuid == MIG-* ]]; then devices=("$value") uuids=("$uuid"); return; fi  # CUDA shows one slice, and nothing beside it
+    devices+=("$value") uuids+=("$uuid")
+  done
+}
+
+warn_of_busy_gpus() {
+  local i uuid pid memory
+  while IFS=', ' read -r uuid pid memory; do
+    for i in "${!devices[@]}"; do
+      if [[ $uuid == "${uuids[i]}" ]]; then warn "GPU ${devices[i]} is in use: pid $pid holds $memory"; fi
+    done
+  done < <(ask_driver --query-compute-apps=gpu_uuid,pid,used_memory --format=csv,noheader)
+}
+
 # --- Checks
 
-scripts() { grep -l '^# /// script' "$here"/*_*.py 2>/dev/null | sed 's|.*/||'; }
-
 given() {  # is one of these flags among the script's? underscore and hyphen spell the same flag
-  local flag name
-  for flag in ${flags[@]+"${flags[@]}"}; do
-    flag=${flag%%=*}
-    for name in "$@"; do [[ ${flag//-/_} == "__$name" ]] && return; done
+  local flag names=" $* "
+  for flag in "${flags[@]%%=*}"; do
+    flag=${flag//-/_}
+    if [[ $flag == __* && $names == *" ${flag#__} "* ]]; then return; fi
   done
   return 1
 }
 
-check_hub() {
-  if ! given push_to_hub; then
-    if given demo check predict prompt no_push_to_hub; then return; fi
-    flags+=(--push_to_hub)
-  fi
-  # presence only: the value must not show, also under bash -x
+check_hub() {  # presence only: the token must not show, also under bash -x
   local missing=''
+  if ! given push_to_hub && given demo check predict prompt no_push_to_hub; then return; fi
   [[ -n ${HF_USER_ID:+set} ]] || missing+=' HF_USER_ID'
   [[ -n ${HF_TOKEN:+set} ]] || missing+=' HF_TOKEN'
   [[ -z $missing ]] || die "not set:$missing. The run pushes its model: export$missing, or add --no_push_to_hub"
+  given push_to_hub || flags+=(--push_to_hub)
 }
 
-count_gpus() {  # sets have, devices (their indices, comma between) and gpu_table (index, uuid, name)
-  local index
-  gpu_table=$(nvidia-smi --query-gpu=index,uuid,name --format=csv,noheader 2>/dev/null) || gpu_table=''
-  have=$(grep -c . <<<"$gpu_table") || true
-  devices=$(seq -s, 0 $((have - 1)))
-  if [[ -z ${CUDA_VISIBLE_DEVICES+x} ]]; then return; fi
-  devices=${CUDA_VISIBLE_DEVICES// /}
-  devices=${devices%%-1*}
-  devices=${devices%,}
-  for index in ${devices//,/ }; do
-    [[ $index =~ ^[0-9]+$ ]] || die "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES: DeepSpeed takes indices only (nvidia-smi -L shows them)"
-    ((have == 0 || index < have)) || die "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES: this machine has $have GPUs, 0 is the first"
-  done
-  have=$(tr ',' '\n' <<<"$devices" | grep -c .) || true
-}
-
-warn_of_busy_gpus() {
-  local uuid pid memory index
-  while IFS=, read -r uuid pid memory; do
-    index=$(awk -F', ' -v uuid="$uuid" '$2 == uuid { print $1 }' <<<"$gpu_table")
-    if [[ -n $index && ,$devices, == *,$index,* ]]; then warn "GPU $index is in use: pid$pid holds$memory"; fi
-  done < <(nvidia-smi --query-compute-apps=gpu_uuid,pid,used_memory --format=csv,noheader 2>/dev/null)
-}
-
-check_gpus() {  # sets placement, the launcher's arguments about GPUs
-  local cores
-  count_gpus
+check_gpus() {  # sets world, the number of ranks, and settings, the variables that all of them get
+  local cores most what devices=() uuids=()
   cores=$(env -u OMP_NUM_THREADS nproc)
-  if ((have == 0)); then
+  choose_gpus
+  most=${#devices[@]} what="GPUs asked for, ${#devices[@]} visible"
+  if ((most == 0)); then
     given demo check predict prompt ||
       die "no GPU is visible (CUDA_VISIBLE_DEVICES, nvidia-smi). On the CPU: ./run.sh $name --demo; to debug: python $name ..."
-    if [[ -n ${CUDA_VISIBLE_DEVICES+x} ]]; then hidden=1; fi
-    gpus=${gpus:-1}
-    if ((gpus > cores)); then warn "$gpus processes asked for, this machine has $cores cores: taking $cores"; gpus=$cores; fi
-    say "no GPU is visible: running on the CPU, processes: $gpus"
-    settings=(DS_ACCELERATOR=cpu)
-    placement=(--num_gpus "$gpus")
-  else
-    gpus=${gpus:-$have}
-    if ((gpus > have)); then warn "$gpus GPUs asked for, $have visible: taking $have"; gpus=$have; fi
-    devices=$(cut -d, -f"1-$gpus" <<<"$devices")
-    if [[ -n ${CUDA_VISIBLE_DEVICES+x} ]]; then
-      settings=("CUDA_VISIBLE_DEVICES=$devices")  # DeepSpeed obeys it only when --num_gpus is absent
-      placement=()
-    else
-      placement=(--num_gpus "$gpus")
-    fi
-    warn_of_busy_gpus
+    most=$cores gpus=${gpus:-1} what="processes asked for, this machine has $cores cores"
+    settings+=(DS_ACCELERATOR=cpu)
   fi
-  settings+=("OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores / gpus > 0 ? cores / gpus : 1))}")
+  world=${gpus:-$most}
+  if ((world > most)); then warn "$world $what: taking $most"; world=$most; fi
+  devices=("${devices[@]:0:world}")
+  settings+=("CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${devices[*]}")")
+  settings+=("OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > world ? cores / world : 1))}")
+  if ((${#devices[@]} > 0)); then warn_of_busy_gpus; else say "no GPU is visible: running on the CPU, processes: $world"; fi
 }
 
-check_deepspeed() {  # sets versions and port; metadata only, since importing torch takes seconds
-  local facts
-  facts=$("$python" -c '
+check_deepspeed() {  # sets port and versions; metadata only, since importing torch takes seconds
+  { read -r port && read -r versions; } < <("$python" -c '
 import importlib.util as u, platform, socket
 from importlib.metadata import version
 assert u.find_spec("deepspeed") and u.find_spec("torch")
 print(socket.create_server(("", 0)).getsockname()[1])
 print("python", platform.python_version(), "torch", version("torch"), "deepspeed", version("deepspeed"))' 2>/dev/null) ||
     die "$python cannot import torch and deepspeed: install requirements.txt there, or without PYTHON= remove $venv and repeat"
-  { read -r port; read -r versions; } <<<"$facts"
 }
 
 # --- Run
 
-open_log() {  # sets log; its name has a second's resolution, so a second run in that second adds its pid
-  mkdir -p logs
-  log=logs/$(date +%Y%m%d_%H%M%S)_${name%.py}.log
-  (umask 077; set -C; : >"$log") 2>/dev/null || { log=${log%.log}_$$.log; (umask 077; : >"$log"); }
-  ln -sfn "$(basename "$log")" logs/latest.log
-  export PYTHON_RUN_STATUS=$PWD/${log%.log}.status  # rank 0 writes its exit code there; DeepSpeed hands PYTHON* to other hosts
-  {
-    echo "given:    $as_given"
-    echo "command:  $shown"
-    echo "revision: $(git -C "$here" describe --always --dirty 2>/dev/null || echo none)"
-    echo "versions: $versions"
-    echo "gpus:     $(grep . <<<"${gpu_table:-}" | sed 's/, [^,]*,//' | paste -sd';' || true)"
-    echo "host:     $(uname -n), started $(date '+%F %T %z')"
-    printf '%s\n' "$warnings"
-  } >>"$log"
-  say "log $log"
+open_log() {  # sets log, and status, the file for rank 0's exit code; a second run in the same second adds its pid
+  local stem
+  stem=logs/$(date +%Y%m%d_%H%M%S)_${name%.py}
+  mkdir -p logs 2>/dev/null || true
+  for log in "$stem.log" "${stem}_$$.log"; do
+    status=$PWD/${log%.log}.status
+    (umask 077; set -C; printf '%s\n' "given:    $as_given" "command:  $shown" "versions: $versions" \
+      "revision: $(git -C "$here" describe --always --dirty 2>/dev/null || echo none)" \
+      "gpus:     $(cut -d' ' -f1,3- <<<"$gpu_table" | paste -sd';')" \
+      "host:     $(uname -n), started $(date '+%F %T %z')" "$warnings" >"$log") 2>/dev/null || continue
+    ln -sfn "${log##*/}" logs/latest.log 2>/dev/null || true  # some network disks know no links
+    say "log $log"
+    return
+  done
+  die "cannot write $PWD/$log: start where you may write, with room on the disk, and where logs is a folder"
 }
 
 note() { say "$*" | (trap '' INT TERM HUP PIPE; tee -a "$log") || true; }
-
-children() { grep -slE "^PPid:\s+$1\$" /proc/[0-9]*/status | cut -d/ -f3 || true; }
-
-survivors() { grep -slE "\) [^ZX] [0-9]+ [0-9]+ $job " /proc/[0-9]*/stat | cut -d/ -f3 || true; }  # the job's session
-
-forward() {  # to the ranks alone: told itself, the launcher would kill them after 30 s, whether they have saved or not
-  local signal=$1 whom='the ranks: they save and end; the third signal kills them' launcher targets=''
-  signals=$((signals + 1))
-  if [[ -z $job ]]; then return; fi
-  for launcher in $(children "$job"); do targets+=" $(children "$launcher")"; done
-  if [[ -n $hostfile || -z ${targets// /} ]]; then targets=$(survivors); fi  # DeepSpeed passes it on to other machines
-  if ((signals >= 3)); then signal=KILL whom='every process of the run' targets=$(survivors); fi
-  note "$signal goes to $whom"
-  # shellcheck disable=SC2086  # a list of pids
-  kill "-$signal" $targets 2>/dev/null || true
+pause() { read -r -t 0.1 -u "$never" || true; }  # a sleep that a signal ends at once
+is_alive() { kill -0 -- "$1" 2>/dev/null; }
+processes() {  # of this run, on this machine, found by a variable that no other run has; $1: one that they must have too
+  grep -slFxz "PYTHON_RUN_STATUS=$status" /proc/[0-9]*/environ | xargs -r grep -slFxz "${1:-PYTHON_RUN_STATUS=$status}" | cut -d/ -f3 || true
 }
 
-launch() {  # sets rc, the launcher's exit code
-  # A session of its own: the terminal's Ctrl-C and a signal to our group come to the ranks through forward() only.
-  # (bash starts background jobs with SIGINT ignored; python with SIGPIPE ignored: both back to normal.)
-  local out tee detach='import os, signal, sys
-os.setsid()
+launch() {  # starts the ranks, each in a session of its own, where the terminal's Ctrl-C does not reach it
+  # bash starts background jobs deaf to SIGINT, and SIGPIPE is ignored here: both back to normal, and only then the new session
+  local rank pid place=() alone='import os, signal, sys
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+os.setsid()
 os.execvp(sys.argv[1], sys.argv[1:])'
-  job='' signals=0 left_behind=0
-  trap 'forward INT' INT
-  trap 'forward TERM' TERM HUP
+  exec {never}<> <(:)
   exec {out}> >(trap '' INT TERM HUP PIPE; exec tee -a "$log")
   tee=$!
-  env PYTHONUNBUFFERED=1 ${settings[@]+"${settings[@]}"} "$python" -c "$detach" "${command[@]}" >&"$out" 2>&1 </dev/null {out}>&- &
-  job=$!
-  exec {out}>&-
-  if ((signals > 0)); then forward TERM; fi
-  local seen=-1
-  while ((seen < signals)); do seen=$signals rc=0; wait "$job" || rc=$?; done  # a trapped signal ends wait early
-  empty_session
-  for _ in {1..50}; do kill -0 "$tee" 2>/dev/null || break; sleep 0.2 || true; done
-  kill -KILL "$tee" 2>/dev/null || true
-}
-
-empty_session() {  # a launcher that ended is no proof: DeepSpeed's can leave its ranks behind
-  local signal=TERM deadline=$((SECONDS + GRACE)) left
-  while left=$(survivors); [[ -n $left ]]; do
-    if ((SECONDS >= deadline)); then
-      note "the launcher has ended, these processes have not; $signal goes to: $(echo "$left" | paste -sd' ')"
-      # shellcheck disable=SC2086  # a list of pids
-      kill "-$signal" $left 2>/dev/null || true
-      left_behind=1 signal=KILL deadline=$((SECONDS + GRACE))
-    fi
-    sleep 0.2 || true
+  for ((rank = 0; rank < world && signals == 0; rank++)); do
+    [[ -n $hostfile ]] || place=("RANK=$rank" "LOCAL_RANK=$rank")
+    env "${settings[@]}" "${place[@]}" "PYTHON_RUN_STATUS=$status" "$python" -IS -c "$alone" "${command[@]}" >&"$out" 2>&1 </dev/null {out}>&- &
+    ranks[rank]=$!
   done
+  exec {out}>&-
+  for pid in "${ranks[@]}"; do while is_alive "$pid" && ! is_alive "-$pid"; do pause; done; done  # until then it would lose a signal
 }
 
-exit_code() {  # from the launcher's code and from what rank 0 wrote: torchrun turns 3 into 1, deepspeed 143 into 1
-  local status=''
-  if [[ -f $PYTHON_RUN_STATUS ]]; then status=$(<"$PYTHON_RUN_STATUS"); fi
-  case $rc/$status in
-    0/0) code=0 ;;
-    */[234]) code=$status ;;
-    [1-9]*/130 | [1-9]*/143) code=$((signals > 0 ? status : rc)) ;;  # unasked, 143 only means that another rank crashed
-    0/*) code=1; note "the launcher reports success, rank 0 does not" ;;
-    # a rank that died of signal n comes up as 256-n; a shell calls that 128+n
-    241/* | 245/* | 247/* | 250/* | 254/*) code=$((384 - rc)) ;;
-    *) code=$rc ;;
+tell() {  # sends the signal $1 to the ranks, or, when they have ended or must, to every process of the run
+  local pids=("${ranks[@]}")
+  if [[ $1 == KILL || ${#ranks[@]} == 0 ]]; then
+    mapfile -t -O "${#ranks[@]}" pids < <(processes)
+  elif [[ -n $hostfile ]]; then  # told itself, the launcher would kill its ranks after 30 s, saved or not; rank 0 stops them all
+    mapfile -t pids < <(processes RANK=0 | sort -n | head -n 1)
+  fi
+  ((${#pids[@]} > 0)) || pids=("${ranks[@]}")
+  note "SIG$1 goes to ${pids[*]}, $2"
+  kill "-$1" "${pids[@]}" 2>/dev/null || true
+}
+
+reap() {  # takes the exit code of rank $1, which has ended
+  local rc seen
+  for ((seen = -1; seen < signals; )); do seen=$signals rc=0; wait "${ranks[$1]}" || rc=$?; done  # a signal ends wait early
+  unset "ranks[$1]"
+  codes[$1]=$rc
+  if ((rc == 0 || asked)) || [[ -n $first ]]; then return; fi
+  note "rank $1 ended with exit code $rc"
+  case $rc in
+    130 | 143) asked=1 told=-1 ;;  # somebody asked this rank alone: the others may save too
+    [234]) first=$rc due=$((SECONDS + GRACE)) ;;  # an end that all ranks come to
+    *) first=$rc due=$SECONDS ;;
   esac
-  case $code in 130 | 143) [[ $status == "$code" ]] || note "stopped before rank 0 could report a checkpoint" ;; esac
-  case $code in 0 | 130 | 143) code=$((left_behind ? 1 : code)) ;; esac
-  rm -f "$PYTHON_RUN_STATUS"
 }
 
-finish() {
+watch() {  # until the ranks, and after them all that they started, have ended
+  local rank
+  while true; do
+    for rank in "${!ranks[@]}"; do is_alive "${ranks[rank]}" || reap "$rank"; done
+    if ((${#ranks[@]} == 0)); then
+      if [[ -z $(processes) ]]; then break; fi
+      due=${due:-$((SECONDS + GRACE))}
+    elif ((told < signals && signals < 3)); then
+      told=$signals
+      tell "$signal" "the ranks: they save and end, give them time; the third signal kills them"
+    fi
+    if [[ -n $due ]] && ((SECONDS >= due)); then
+      if [[ -n $hostfile && ${#ranks[@]} == 0 ]]; then first=${first:-1}; fi  # the launcher ended before its ranks, maybe with 0
+      tell "$next" "what is left of the run"
+      next=KILL due=$((SECONDS + GRACE))
+    fi
+    pause
+  done
+  for _ in {1..99}; do is_alive "$tee" || return 0; pause; done
+  kill -KILL "$tee"
+}
+
+exit_code() {  # sets code: 2, 3 or 4 if rank 0 wrote that, else that of the first rank that failed unasked, else rank 0's
+  local word='' rc
+  if [[ -f $status ]]; then word=$(<"$status"); fi
+  code=${codes[0]:-$((128 + $(kill -l "$signal")))}  # a signal came before the ranks
+  if [[ -n $hostfile ]]; then code=${word:-$code}; fi  # the launcher makes 1 of 143
+  for rc in "${codes[@]}"; do if ((code == 0)); then code=$rc; fi; done
+  code=${first:-$code}
+  if [[ $word == [234] ]]; then code=$word; fi
+  if [[ -n $hostfile ]] && ((code > 192)); then code=$((384 - code)); fi  # and 256 - n, not 128 + n, of signal n
+  if [[ $code == 0 && $word != 0 ]]; then code=1; note "no rank failed, and yet rank 0 did not report success"; fi
+  if [[ $code == 130 || $code == 143 ]] && [[ $word != "$code" ]]; then note "stopped before rank 0 could report a checkpoint"; fi
+}
+
+finish() {  # on every way out: the last line, on the terminal and in the log
   local word=FAILED
   case $code in 0) word=SUCCESS ;; 130 | 143) word=STOPPED ;; esac
   printf '%s exit=%s seconds=%s\n' "$word" "$code" "$SECONDS" | (trap '' INT TERM HUP PIPE; tee -a "$log") || true
+  rm -f "$status"
   exit "$code"
-}
-
-run_tests() {  # a process for each core, 4 at most; the demos one after the other, for they have threads of their own
-  local cores=$(($(nproc) < 4 ? $(nproc) : 4)) parallel=()
-  choose_python
-  cd "$here"
-  if [[ " $* " != *" --demos "* ]]; then parallel=(-n "$cores" --dist loadfile --no-loadscope-reorder); fi
-  exec "$python" -m pytest tests ${parallel[@]+"${parallel[@]}"} "$@"
 }
 
 # --- Main
 
-as_given=$(quoted "$0" "$@") hostfile='' gpus='' hidden='' settings=()
+run_tests() {  # a process for each core, 4 at most; the demos one after the other, for they have threads of their own
+  local parallel=(-n $(($(nproc) < 4 ? $(nproc) : 4)) --dist loadfile --no-loadscope-reorder)
+  if [[ " $* " == *" --demos "* ]]; then parallel=(); fi
+  choose_python
+  cd "$here"
+  exec "$python" -m pytest tests "${parallel[@]}" "$@"
+}
+
+as_given=$(quoted "$0" "$@") hostfile='' gpus='' settings=(PYTHONUNBUFFERED=1)
 if [[ ${1:-} == --hostfile ]]; then
   hostfile=${2:-}
   [[ -f $hostfile ]] || die "--hostfile $hostfile: no such file"
@@ -339,9 +342,8 @@ case ${1:-} in
   tests) run_tests "${@:2}" ;;
 esac
 name=${1##*/}
-if ! scripts | grep -qxF -- "$name" || ! [[ $1 == "$name" || $1 -ef $here/$name ]]; then
+scripts | grep -qxF -- "$name" && [[ $1 -ef $here/$name || $1 == "$name" ]] ||
   die "no script '$1'; there are: $(scripts | paste -sd' ')"
-fi
 shift
 if [[ ${1:-} =~ ^[0-9]+$ ]]; then
   gpus=$((10#$1))
@@ -352,22 +354,29 @@ flags=("$@")
 if given help || [[ ${1:-} == -h ]]; then choose_python; exec "$python" "$here/$name" --help; fi
 
 check_hub
-if [[ -n $hostfile ]]; then  # its slots say how many GPUs each machine has
-  placement=(--hostfile "$hostfile" ${gpus:+--num_gpus "$gpus"})
-else
-  check_gpus
-fi
+list_gpus
+[[ -n $hostfile ]] || check_gpus
 choose_python
 check_deepspeed
-
-launcher=("$python" -m deepspeed.launcher.runner -q ${placement[@]+"${placement[@]}"} --master_port "$port")
-command=("${launcher[@]}" "$here/$name" ${flags[@]+"${flags[@]}"})
-if [[ -n $hidden ]]; then  # DeepSpeed overwrites CUDA_VISIBLE_DEVICES and so would show the GPUs that the user hid
-  command=("${launcher[@]}" --no_python --no_local_rank env CUDA_VISIBLE_DEVICES= "$python" -u "$here/$name" ${flags[@]+"${flags[@]}"})
+command=("$python" "$here/$name" "${flags[@]}")
+if [[ -n $hostfile ]]; then  # its slots say how many GPUs each machine has
+  world=1  # process to start here
+  command=("$python" -m deepspeed.launcher.runner -q --hostfile "$hostfile" ${gpus:+--num_gpus "$gpus"} --master_port "$port" "${command[@]:1}")
+  shown=$(quoted "${settings[@]}" "${command[@]}")
+else
+  export PYTHON_RUN_COMMAND=${as_given% }  # what to type again, for the script's messages
+  settings+=("WORLD_SIZE=$world" "LOCAL_WORLD_SIZE=$world" "LOCAL_SIZE=$world" MASTER_ADDR=127.0.0.1 "MASTER_PORT=$port")
+  shown="for i in {0..$((world - 1))}; do RANK=\$i LOCAL_RANK=\$i $(quoted "${settings[@]}" "${command[@]}")& done; wait"
 fi
-shown=$(quoted ${settings[@]+"${settings[@]}"} "${command[@]}")
 if [[ -n ${DRY_RUN:-} ]]; then echo "$shown"; exit 0; fi
+
+ranks=() codes=() first='' code=1     # pids and exit codes by rank; the code of the first that failed unasked
+signals=0 told=0 asked=0 signal=TERM  # how many came, how many of them the ranks know; was the run, or a rank, asked to stop
+due='' next=TERM                      # when which signal goes out unasked
+ask() { signals=$((signals + 1)) asked=1 signal=$1; if ((signals >= 3)); then due=$SECONDS next=KILL; fi; }
+trap 'ask INT' INT
+trap 'ask TERM' TERM HUP
+trap '' PIPE  # a closed terminal ends no training
 open_log
-launch
-exit_code
-finish
+trap finish EXIT
+launch; watch; exit_code; exit  # on one line: bash reads as it goes, and an update of this file must not change the run
