@@ -1,7 +1,7 @@
-"""What the scripts of this folder share: flags, run folder, frames, DeepSpeed, checkpoints, Hub.
+"""What the scripts share: flags, ranks, run folder, frames, DeepSpeed, checkpoints, Hub, and the run itself.
 
-Copying one script into another project? Take this file and the JSON files with it, and demos/ for its --demo. Functions only;
-each needs just what it imports inside, so a script that never opens a video needs no OpenCV.
+Copying one script into another project? Take this file and the JSON files with it. Functions and a few
+records; each function imports what it alone needs, so a script that never opens a video needs no OpenCV.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ import atexit
 import contextlib
 import csv
 import dataclasses
+import errno
 import fcntl
 import functools
 import hashlib
 import http.client
+import importlib
 import importlib.util
 import itertools
 import json
@@ -30,30 +32,40 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+import typing
 import urllib.error
 import urllib.parse
 import urllib.request
 import warnings
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import numpy as np
 
 T = TypeVar("T")
 HERE = Path(__file__).absolute().parent  # not resolved: the Hub's cache links each file to another folder
 GB = 1e9  # memory is printed in units of 10^9 bytes, as GPU vendors do
+CURVES = ("loss", "held_out_loss")  # of metrics.jsonl in loss.png
 
 log = logging.getLogger("video")
 
 # ---------------------------------------------------------------------------
-# Start and end of a run
+# Flags, and the end of a process
 # ---------------------------------------------------------------------------
+
+# What a run that goes on may change, marked at the field of its Config: anything (Free), or to a lower number
+# (Lower). Every other field makes it another run. `log_every: Free[int] = 20`
+Free = Annotated[T, "free"]
+Lower = Annotated[T, "lower"]
 
 
 def rank() -> int:
@@ -65,48 +77,76 @@ def world_size() -> int:
 
 
 def refuse(message: str) -> NoReturn:
-    """A check failed: say it once, with value and next move, and end with exit code 2 before anything is written."""
+    """A check failed: say it once, with value and next move, and end with exit code 2 before anything is
+    written."""
     if rank() == 0:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        print(f"error: {redact(message)}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
 def read_flags(
     config: type[T], doc: str, demo: dict, variables: dict[str, str], preset: dict | None = None
 ) -> T:
-    """The command line as a `config` dataclass: defaults < `preset` or --demo < environment variables < flags.
+    """The command line as a `config` dataclass: defaults < `preset` or --demo < environment variables <
+    flags.
 
-    `demo` holds the fields that --demo sets, `variables` maps an environment variable to the flag it stands for. Accepts the
-    --local_rank=N that the deepspeed launcher adds. A bad value or flag ends the process with exit code 2.
+    `demo` holds the fields that --demo sets, `variables` maps an environment variable to the flag it stands
+    for. Accepts the --local_rank=N that the deepspeed launcher adds. A bad value or flag ends the process
+    with exit code 2.
     """
     import tyro
 
     flags = [flag for flag in sys.argv[1:] if not re.match("--local[_-]rank=", flag)]
-    given = [
-        part for name, flag in variables.items() if os.environ.get(name) for part in (flag, os.environ[name])
-    ]
+    from_environment = []
+    for name, flag in variables.items():
+        if os.environ.get(name):
+            from_environment += [flag, os.environ[name]]
     default = config(**demo) if "--demo" in flags else config(**preset or {})
-    return tyro.cli(config, args=given + flags, default=default, description=doc, use_underscores=True)
+    return tyro.cli(
+        config, args=from_environment + flags, default=default, description=doc, use_underscores=True
+    )
+
+
+def check_settings(
+    cfg: Any, at_least_1: str = "", above_0: str = "", shares: str = "", at_least_0: str = ""
+) -> None:
+    """ValueError for a field of these names that is out of range (`shares`: from 0 to below 1), for a
+    DeepSpeed JSON that is not there, and for a tracker that is not installed."""
+    ranges = (
+        (at_least_1, lambda value: value >= 1, "at least 1"),
+        (at_least_0, lambda value: value >= 0, "at least 0"),
+        (above_0, lambda value: value > 0, "above 0"),
+        (shares, lambda value: 0 <= value < 1, "from 0 to below 1"),
+    )
+    for names, holds, wanted in ranges:
+        for name in names.split():
+            value = getattr(cfg, name)
+            if value is not None and not holds(value):
+                raise ValueError(f"--{name} {value}: {wanted}")
+    if cfg.deepspeed != "auto" and not Path(cfg.deepspeed).is_file():
+        raise ValueError(f"--deepspeed {cfg.deepspeed}: no such file; auto takes what fits")
+    if cfg.report_to != "none" and not importlib.util.find_spec(cfg.report_to):
+        raise ValueError(f"--report_to {cfg.report_to}: pip install {cfg.report_to}, or --report_to none")
 
 
 def run(main: Callable[[], Any]) -> NoReturn:
-    """Run `main`, then end with the exit code that all scripts share (see README.md) and leave no process group behind.
+    """Run `main`, then end with the exit code that all scripts share (see README.md) and leave no process
+    group behind.
 
-    Under run.sh, rank 0 also writes the code to the file $PYTHON_RUN_STATUS: launchers do not hand codes on reliably.
+    Under run.sh, rank 0 also writes the code to the file $PYTHON_RUN_STATUS: launchers do not hand codes on
+    reliably.
     """
     quiet_libraries()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(
-            number, lambda n, _: sys.exit(128 + n)
-        )  # the training loop replaces this by a checkpoint
+    for number in SIGNALS:
+        signal.signal(number, lambda n, _: sys.exit(128 + n))  # inside signals_wait it only takes note
     code = 1
     try:
         main()
         code = 0
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
-        if isinstance(stop.code, str):
-            print(stop.code, file=sys.stderr, flush=True)
+        if isinstance(stop.code, str) and rank() == 0:
+            print(redact(stop.code), file=sys.stderr, flush=True)
     finally:
         end_distributed(agreed=code in (0, 3))
         if rank() == 0 and os.environ.get("PYTHON_RUN_STATUS"):
@@ -114,29 +154,21 @@ def run(main: Callable[[], Any]) -> NoReturn:
     atexit._run_exitfuncs()  # W&B ends its run there
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(
-        code
-    )  # not sys.exit: about 1 finished run in 30 then aborts in torch's C++ destructors, and counts as failed
+    # Not sys.exit: about 1 finished run in 30 then aborts in torch's C++ destructors, and counts as failed.
+    os._exit(code)
 
 
 def quiet_libraries() -> None:
-    """Plain lines on stdout from rank 0, only warnings from the others; no library chatter that a user cannot act on."""
+    """Plain lines on stdout from rank 0, only warnings from the others; no library chatter that a user cannot
+    act on."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s" if rank() == 0 else f"[rank {rank()}] %(message)s"))
+    handler.addFilter(hide_secrets)
     log.handlers, log.propagate = [handler], False  # libraries may put a handler on the root
     log.setLevel(logging.INFO if rank() == 0 else logging.WARNING)
     libraries = "torch|transformers|deepspeed|huggingface_hub|matplotlib|accelerate|trl|peft|datasets"
     warnings.filterwarnings("ignore", module=rf"({libraries})\b")
-    for name in (
-        "DeepSpeed",
-        "transformers",
-        "huggingface_hub",
-        "httpx2",
-        "httpx",
-        "accelerate",
-        "datasets",
-        "absl",
-    ):
+    for name in "DeepSpeed transformers huggingface_hub httpx2 httpx accelerate datasets absl".split():
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
@@ -152,7 +184,8 @@ def quiet_libraries() -> None:
 def init_distributed(timeout_minutes: float = 30):
     """Join the other ranks under deepspeed, torchrun or plain python -> this rank's torch.device.
 
-    A collective that waits longer than `timeout_minutes` ends the run: a hung rank must not hold the machine for ever.
+    A collective that waits longer than `timeout_minutes` ends the run: a hung rank must not hold the machine
+    for ever.
     """
     import torch
 
@@ -160,9 +193,8 @@ def init_distributed(timeout_minutes: float = 30):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))  # a free port, so that two debug runs can share the machine
             port = free.getsockname()[1]
-        os.environ.update(
-            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-        )
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(alone, MASTER_PORT=str(port))
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -173,9 +205,8 @@ def init_distributed(timeout_minutes: float = 30):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     else:
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
-            False  # gloo does; else the first run compiles C++
-        )
+        # gloo does; else the first run compiles C++
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), verbose=False)
     control_group()
     return device
@@ -183,16 +214,24 @@ def init_distributed(timeout_minutes: float = 30):
 
 @functools.cache
 def control_group():
-    """A gloo group for small messages between hosts' CPUs. It waits for a day: rank 0 may be decoding or downloading."""
+    """A gloo group for small messages between hosts' CPUs. It waits for a day: rank 0 may be decoding or
+    downloading."""
     import torch.distributed as dist
 
     return dist.new_group(backend="gloo", timeout=timedelta(days=1))
 
 
-def end_distributed(agreed: bool) -> None:
-    """Leave the process group; `agreed`: all ranks get here, so wait for them (else a rank may abort after its work)."""
+def is_distributed() -> bool:
     dist = sys.modules.get("torch.distributed")
-    if dist and dist.is_available() and dist.is_initialized():
+    return bool(dist and dist.is_available() and dist.is_initialized())
+
+
+def end_distributed(agreed: bool) -> None:
+    """Leave the process group; `agreed`: all ranks get here, so wait for them (else a rank may abort after
+    its work)."""
+    if is_distributed():
+        import torch.distributed as dist
+
         if agreed:
             barrier()
         dist.destroy_process_group()
@@ -205,13 +244,13 @@ def barrier() -> None:
 
 
 def over_ranks(value: float, how: str) -> float:
-    """The "max" or "mean" of a number over all ranks, the same on each."""
+    """The "max", "mean" or "sum" of a number over all ranks, the same on each."""
     import torch
     import torch.distributed as dist
 
     box = torch.tensor(float(value), dtype=torch.float64)
     dist.all_reduce(box, op=dist.ReduceOp.MAX if how == "max" else dist.ReduceOp.SUM, group=control_group())
-    return box.item() if how == "max" else box.item() / world_size()
+    return box.item() / (world_size() if how == "mean" else 1)
 
 
 def from_all_ranks(value: T) -> list[T]:
@@ -223,54 +262,106 @@ def from_all_ranks(value: T) -> list[T]:
     return values
 
 
-def on_rank0(call: Callable[[], T]) -> T:
-    """call() on rank 0 alone; its result, or its refusal, on every rank."""
-    import torch.distributed as dist
+def merged_over_ranks(part: dict) -> dict:
+    """Every rank's entries in one dict, sorted by key: the same on each rank, and for any number of ranks."""
+    together: dict = {}
+    for entries in from_all_ranks(part):
+        together |= entries
+    return dict(sorted(together.items()))
 
-    if not dist.is_initialized():
-        return call()
-    outcome: list = [None, None]
-    if rank() == 0:
+
+def rounds(count: int, size: int) -> Iterator[list[int]]:
+    """Every rank: which of `count` items it does next, at most `size` at a time, until all are done.
+
+    Equally often on each rank, since under ZeRO-3 all go through the model together: a rank for which nothing
+    is left does an item that another does too, so results are kept by item (merged_over_ranks). Between two
+    rounds a signal ends it, see stop_if_asked.
+    """
+    for start in range(0, count, size * world_size()):
+        stop_if_asked()
+        yield list(range(start + rank(), min(start + size * world_size(), count), world_size())) or [start]
+
+
+_rank0_alone = False  # inside on_rank0: no other rank would answer
+
+
+def on_rank0(call: Callable[..., T]) -> Callable[..., T]:
+    """Decorator: the function runs on rank 0 alone; every rank gets its result, or ends with its exit code.
+
+    Inside, others so decorated are plain calls.
+    """
+
+    @functools.wraps(call)
+    def on_one(*args: Any, **named: Any) -> T:
+        global _rank0_alone
+        if _rank0_alone or world_size() == 1 or not is_distributed():
+            return call(*args, **named)
+        import torch.distributed as dist
+
+        outcome: list = [None, 1]  # result, exit code: 1 where rank 0 dies of an error
         try:
-            outcome[0] = call()
+            if rank() == 0:
+                _rank0_alone = True
+                outcome = [call(*args, **named), None]
         except SystemExit as stop:
             outcome[1] = stop.code
-    dist.broadcast_object_list(outcome, src=0, group=control_group())
-    if outcome[1] is not None:
-        raise SystemExit(outcome[1])
-    return outcome[0]
+            raise
+        finally:
+            _rank0_alone = False
+            dist.broadcast_object_list(outcome, src=0, group=control_group())
+        if outcome[1] is not None:
+            raise SystemExit(outcome[1])
+        return outcome[0]
+
+    return on_one
+
+
+# ---------------------------------------------------------------------------
+# Signals
+# ---------------------------------------------------------------------------
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOPPED = tuple(128 + number for number in SIGNALS)  # exit codes
+_signals: list[int] = []  # that came inside signals_wait
 
 
 @contextlib.contextmanager
-def catch_signals() -> Iterator[list[int]]:
-    """Inside, SIGINT, SIGTERM and SIGHUP only add their number to the list, for the loop to look at between two steps."""
-    caught: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = [signal.signal(number, lambda n, _: caught.append(n)) for number in numbers]
+def signals_wait() -> Iterator[None]:
+    """Inside, where a step or a save must not be broken off, a signal waits until stop_if_asked; elsewhere it
+    ends the process at once."""
+    before = [signal.signal(number, lambda n, _: _signals.append(n)) for number in SIGNALS]
     try:
-        yield caught
+        yield
     finally:
-        for number, handler in zip(numbers, before):
+        for number, handler in zip(SIGNALS, before):
             signal.signal(number, handler)
+
+
+def asked_to_stop() -> int:
+    """Every rank, or rank 0 alone inside on_rank0: the number of a signal that came to any of them, else
+    0."""
+    number = max(_signals, default=0)
+    return number if _rank0_alone or world_size() == 1 else int(over_ranks(number, "max"))
+
+
+def stop_if_asked() -> None:
+    """Between two batches of what takes long. Every rank, equally often: ends with 128 + n after signal n."""
+    if number := asked_to_stop():
+        raise SystemExit(128 + number)
 
 
 # ---------------------------------------------------------------------------
 # Run folder
 # ---------------------------------------------------------------------------
 
-# A run may go on with other values of these; any other difference makes it another run.
-MAY_CHANGE = set(
-    "output_dir cache_dir check prompt steps epochs lr clip log_every eval_every save_every keep resume push_to_hub hub_model_id "
-    "public report_to num_workers max_bad deepspeed gradient_checkpointing predict attn compile eval_questions max_new_tokens "
-    "hub_dataset_id push_videos num_beams metadata max_cut nvme_path out max_reply repetition_penalty eval_samples speak".split()
-)
-
 
 def write_text(path: Path, text: str) -> None:
-    """Whole or not at all: written aside, then renamed."""
+    """Whole or not at all, also after a power cut: written aside, flushed, then renamed."""
     aside = path.with_name(f".{path.name}.partial")
     aside.write_text(text)
+    sync(aside)
     os.replace(aside, path)
+    sync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -286,74 +377,165 @@ def append_json(path: Path, row: dict) -> None:
         file.write(json.dumps(row, default=str) + "\n")
 
 
-def take_run_folder(cfg: Any) -> None:
-    """Rank 0: `cfg.output_dir` is this run's until the process ends; exit 2 if another run has it, or it holds another
-    configuration."""
-    folder = cfg.output_dir
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        refuse(f"another run is writing to {folder}; wait for it, or give another --output_dir")
-    except OSError as error:
-        refuse(f"--output_dir {folder}: {error.strerror}")
-    if (folder / "config.json").exists():
-        was = json.loads((folder / "config.json").read_text())
-        other = {k: f"{k}: {was.get(k)} there, {v} here" for k, v in settings(cfg).items() if was.get(k) != v}
-        if refused := "\n  ".join(text for name, text in other.items() if name not in MAY_CHANGE):
-            refuse(
-                f"{folder} holds a run with another configuration:\n  {refused}\n"
-                "give the same flags to go on with it, or another --output_dir to start anew"
-            )
-        if other:
-            log.info(f"goes on with other settings than before: {'; '.join(other.values())}")
-
-
-def check_settings(cfg: Any, at_least_1: str = "", above_0: str = "", shares: str = "") -> None:
-    """ValueError for a field of these names that is out of range (`shares`: from 0 to below 1), for a DeepSpeed JSON that is not
-    there, and for a tracker that is not installed."""
-    for name in at_least_1.split():
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"--{name} {getattr(cfg, name)}: at least 1")
-    for name in above_0.split():
-        if not getattr(cfg, name) > 0:
-            raise ValueError(f"--{name} {getattr(cfg, name)}: above 0")
-    for name in shares.split():
-        if not 0 <= getattr(cfg, name) < 1:
-            raise ValueError(f"--{name} {getattr(cfg, name)}: from 0 to below 1")
-    if cfg.deepspeed != "auto" and not Path(cfg.deepspeed).is_file():
-        raise ValueError(f"--deepspeed {cfg.deepspeed}: no such file; auto takes what fits")
-    if cfg.report_to != "none" and not importlib.util.find_spec(cfg.report_to):
-        raise ValueError(f"--report_to {cfg.report_to}: pip install {cfg.report_to}, or --report_to none")
-
-
 def settings(cfg: Any) -> dict:
     """The configuration as JSON has it: paths are strings."""
     return json.loads(json.dumps(dataclasses.asdict(cfg), default=str))
 
 
-def prepare_run_folder(cfg: Any, script: str, step: int, bad: list[dict], config: dict) -> None:
-    """Rank 0: write what makes this run (settings, versions, DeepSpeed config, the code itself, what was left out), and forget
-    the metrics of steps after `step`, from which it goes on, and results that are not of that step."""
-    folder = cfg.output_dir
-    (folder / "SUCCESS").unlink(missing_ok=True)
-    (folder / "samples").mkdir(exist_ok=True)
-    write_json(folder / "config.json", settings(cfg))
-    write_json(folder / "environment.json", environment())
-    write_json(folder / "deepspeed.json", config)
-    write_lines(folder / "bad_samples.jsonl", bad)
-    shutil.copyfile(script, folder / Path(script).name)
-    metrics = folder / "metrics.jsonl"
-    rows = (
-        [json.loads(line) for line in metrics.read_text().splitlines() if line.endswith("}")]
-        if metrics.exists()
-        else []
+def fingerprint(rows: Iterable[Any]) -> str:
+    """Of rows of data, or a table: the same content has the same, wherever its file lies."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr(row).encode(errors="replace") + b"\n")
+    return digest.hexdigest()[:32]
+
+
+_lock: dict[Path, int] = {}  # open for as long as the process lives
+
+
+def lock_folder(folder: Path, pids: list[int]) -> None:
+    """Rank 0: `folder`, made if need be, is this run's until the process ends. Exit 2, with host and pids,
+    when another run has it: its ranks may have outlived the run.sh that started them."""
+    if folder in _lock:
+        return
+    path = folder / ".lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _lock[folder] = lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        refuse(f"another run is writing to {folder}: {holder_of(path)}; or give another --output_dir")
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            refuse(f"--output_dir {folder}: {error.strerror}")
+        lock_without_flock(path)
+    os.truncate(lock, 0)
+    os.pwrite(lock, json.dumps({"host": socket.gethostname(), "pids": pids}).encode(), 0)
+
+
+def holder_of(lock: Path) -> str:
+    try:
+        holder = json.loads(lock.read_text())
+        return f"on {holder['host']}; stop it there with: kill {' '.join(map(str, holder['pids']))}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "its lock does not say where"
+
+
+def lock_without_flock(path: Path) -> None:
+    """On a file system without flock (Lustre, some NFS) the file's content is the lock."""
+    log.warning(
+        f"warning: {path.parent} lies on a file system without flock: its lock is a file with host and pid"
     )
-    write_lines(metrics, [row for row in rows if row["step"] <= step])
-    results = folder / "results.json"
-    if results.exists() and json.loads(results.read_text())["steps"] != step:
-        results.unlink()
+    try:
+        holder = json.loads(path.read_text() or "{}")
+    except ValueError:
+        holder = {}
+    mine = holder.get("host") == socket.gethostname()
+    if holder and not (mine and not any(Path(f"/proc/{pid}").exists() for pid in holder["pids"])):
+        refuse(f"another run is writing to {path.parent}: {holder_of(path)}; if it is gone, delete {path}")
+    atexit.register(lambda: os.truncate(path, 0))
+
+
+def check_same_run(cfg: Any) -> None:
+    """Rank 0: exit 2 when cfg.output_dir holds a run that differs in more than Free and Lower fields
+    allow."""
+    path = cfg.output_dir / "config.json"
+    try:
+        was = json.loads(path.read_text())
+        assert isinstance(was, dict)
+    except FileNotFoundError:
+        return
+    except (ValueError, AssertionError):
+        log.warning(f"warning: {path} is broken, after a power cut perhaps: not compared")
+        return
+    marks = typing.get_type_hints(type(cfg), include_extras=True)
+    refused, changed = [], []
+    for name, now in settings(cfg).items():
+        before = was.get(name)
+        if before == now:
+            continue
+        mark = getattr(marks[name], "__metadata__", ())
+        allowed = "free" in mark or ("lower" in mark and isinstance(before, int) and now < before)
+        (changed if allowed else refused).append(f"{name}: {before} there, {now} here")
+        if "lower" in mark and not allowed:
+            refused[-1] += " (it may only go down)"
+        elif "lower" in mark:
+            changed[-1] += (
+                " (from here on batches are cut anew: some samples of this epoch come twice, others not)"
+            )
+    if refused:
+        listed = "\n  ".join(refused)
+        refuse(
+            f"{cfg.output_dir} holds a run with another configuration:\n  {listed}\n"
+            "give the same flags to go on with it, or another --output_dir to start anew"
+        )
+    if changed:
+        log.info(f"goes on with other settings than before: {'; '.join(changed)}")
+
+
+def environment() -> dict:
+    """What a reader needs to repeat the run: versions, device, revision, command. No variables: they hold
+    secrets."""
+    import torch
+
+    versions = {}
+    for (
+        name
+    ) in "torch deepspeed transformers huggingface_hub safetensors numpy opencv-python-headless av".split():
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    revision = ""
+    if shutil.which("git"):
+        git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=12"]
+        revision = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    cuda = torch.cuda.is_available()
+    return {
+        "command": redact(command_line()),
+        "python": platform.python_version(),
+        "versions": versions,
+        "device": torch.cuda.get_device_name() if cuda else f"CPU ({platform.machine()})",
+        "world_size": world_size(),
+        "git_revision": revision,
+    }
+
+
+def command_line() -> str:
+    """What was typed: run.sh says how it was called."""
+    return os.environ.get("PYTHON_RUN_COMMAND") or shlex.join(
+        ["python", Path(sys.argv[0]).name, *sys.argv[1:]]
+    )
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The lines of metrics.jsonl; one that a crash cut off is left out."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def read_results(folder: Path) -> dict:
+    """results.json, {} where there is none that is whole"""
+    try:
+        return dict(json.loads((folder / "results.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def write_loss_curve(folder: Path, ylabel: str) -> None:
+    """loss.png: the curves of metrics.jsonl."""
+    from matplotlib.figure import Figure
+
+    rows = read_metrics(folder)
+    axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
+    for name in CURVES:
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        marker = "o" if len(points) == 1 else None
+        axes.plot(
+            *zip(*points) if points else ((), ()), label=name.replace("_", "-"), linewidth=1, marker=marker
+        )
+    axes.set(xlabel="step", ylabel=ylabel, yscale="log")
+    axes.legend()
+    figure.savefig(folder / "loss.png", dpi=100)
 
 
 def disk_free(folder: Path) -> int:
@@ -361,113 +543,43 @@ def disk_free(folder: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-def environment() -> dict:
-    """What a reader needs to repeat the run: versions, device, revision, command. No variables: they hold secrets."""
-    import torch
-
-    def version(name: str) -> str | None:
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            return None
-
-    names = "torch deepspeed transformers huggingface_hub safetensors numpy opencv-python-headless av".split()
-    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=12"]
-    revision = (
-        subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-        if shutil.which("git")
-        else ""
-    )
-    return {
-        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "python": platform.python_version(),
-        "versions": {name: found for name in names if (found := version(name))},
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"CPU ({platform.machine()})",
-        "world_size": world_size(),
-        "git_revision": revision,
-    }
-
-
-def record(folder: Path, row: dict, track: Callable) -> None:
-    """Rank 0: one line of metrics.jsonl; a number that is not finite is null there, as JSON has no word for it."""
-    if rank() == 0:
-        row = {name: value if math.isfinite(value) else None for name, value in row.items()}
-        append_json(folder / "metrics.jsonl", row)
-        track(row, row["step"])
-
-
-def write_loss_curve(folder: Path, names: tuple[str, ...], ylabel: str) -> None:
-    """loss.png: the curves of these names in metrics.jsonl."""
-    from matplotlib.figure import Figure
-
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
-    for name in names:
-        points = [(row["step"], row[name]) for row in rows if name in row]
-        axes.plot(*zip(*points) if points else ((), ()), label=name.replace("_", "-"), linewidth=1)
-    axes.set(xlabel="step", ylabel=ylabel, yscale="log")
-    axes.legend()
-    figure.savefig(folder / "loss.png", dpi=100)
-
-
-def summary(folder: Path, step: int) -> dict:
-    rows = [
-        row
-        for line in (folder / "metrics.jsonl").read_text().splitlines()
-        if "loss" in (row := json.loads(line))
-    ]
-    speeds, peak = [row["samples_per_s"] for row in rows], max(row["peak_memory_gb"] for row in rows)
-    return {
-        "steps": step,
-        "final_loss": rows[-1]["loss"],
-        "samples_per_s": float(np.median(speeds)),
-        "peak_memory_gb": peak,
-    }
-
-
-def finish(folder: Path) -> None:
-    """Rank 0: SUCCESS, the very last file of a run."""
-    (folder / "SUCCESS").write_text(time.strftime("%Y-%m-%dT%H:%M:%S%z\n"))
-
-
 def tracker(
     report_to: str, folder: Path, name: str, shared: bool = False, primary: bool = True
 ) -> Callable[[dict, int | None], Any]:
-    """-> log(values, step) for `none`, `tensorboard` or `wandb`; rank 0 alone. A value may be the path of a video. A resumed run
-    goes on in the same W&B run. `shared`: several processes write into it, of which one is `primary`."""
+    """-> log(values, step) for `none`, `tensorboard` or `wandb`; rank 0 alone. A value may be the path of a
+    video.
+
+    A resumed run goes on in the same W&B run. `shared`: several processes write into it, of which one is
+    `primary`.
+    """
     if report_to == "wandb":
         import wandb
 
         if not (known := folder / "wandb_id").exists():
             known.write_text(hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12])
-        several = wandb.Settings(mode="shared", x_primary=primary, x_label="train" if primary else "watch")
-        settings_are = (
-            several if shared and not os.environ.get("WANDB_MODE") else None
-        )  # offline is not shared
+        how = None
+        if shared and not os.environ.get("WANDB_MODE"):  # a run that is offline cannot be shared
+            how = wandb.Settings(mode="shared", x_primary=primary, x_label="train" if primary else "watch")
         wandb.init(
-            project=name,
-            name=folder.name,
-            dir=folder,
-            id=known.read_text(),
-            resume="allow",
-            settings=settings_are,
+            project=name, name=folder.name, dir=folder, id=known.read_text(), resume="allow", settings=how
         )
 
         def write(values: dict, step: int | None) -> None:
-            wandb.log(
-                {k: wandb.Video(str(v)) if isinstance(v, Path) else v for k, v in values.items()}, step=step
-            )
+            shown = {k: wandb.Video(str(v)) if isinstance(v, Path) else v for k, v in values.items()}
+            wandb.log(shown, step=step)
 
         return write
     if report_to == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(folder / "tensorboard")
-        return lambda values, step: [
-            writer.add_scalar(k, v, step) for k, v in values.items() if isinstance(v, (int, float))
-        ]
+
+        def add(values: dict, step: int | None) -> None:
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    writer.add_scalar(name, value, step)
+
+        return add
     return lambda values, step: None
 
 
@@ -477,7 +589,8 @@ def tracker(
 
 
 def read_json_lines(path: Path) -> list[tuple[int, dict]]:
-    """[(line number, object)] of a file of JSON lines, blank lines skipped; exit 2 with the number of a line that is none."""
+    """[(line number, object)] of a file of JSON lines, blank lines skipped; exit 2 with the number of a line
+    that is none."""
     rows = []
     for number, line in enumerate(
         path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), 1
@@ -509,8 +622,8 @@ VIDEO_SUFFIXES = {".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif"}
 
 
 def read_rows(source: Path) -> list[tuple[str, dict]]:
-    """[(where, row)] of a file of JSON lines, CSV or parquet, or of a folder of x.mp4 beside x.json (the row is the JSON and the
-    video's name). Exit 2 if it is missing, empty or none of these."""
+    """[(where, row)] of a file of JSON lines, CSV or parquet, or of a folder of x.mp4 beside x.json (the row
+    is the JSON and the video's name). Exit 2 if it is missing, empty or none of these."""
     if source.is_dir():
         videos = sorted(path for path in source.iterdir() if path.suffix.lower() in VIDEO_SUFFIXES)
         sides = [video.with_suffix(".json") for video in videos]
@@ -556,7 +669,8 @@ def leave_out(source: Any, good: int, bad: list[dict], max_bad: float) -> None:
         refuse(f"{source}: none of {len(bad)} samples is usable:{first}")
     if len(bad) > max_bad * (good + len(bad)):
         refuse(
-            f"{source}: {len(bad)} of {good + len(bad)} samples are bad, more than --max_bad {max_bad}:{first}"
+            f"{source}: {len(bad)} of {good + len(bad)} samples are bad, more than --max_bad "
+            f"{max_bad}:{first}"
         )
     if bad:
         log.warning(f"warning: {len(bad)} of {good + len(bad)} samples are left out:{first}")
@@ -590,7 +704,8 @@ def sample_rows() -> list[tuple[str, dict, str]]:
 
 
 def split_of(name: str) -> str:
-    """The part that a split's name means: "held_out" (validation, test and the like), "train" (others), or "" for no name"""
+    """The part that a split's name means: "held_out" (validation, test and the like), "train" (others), or ""
+    for no name"""
     return (
         "held_out" if name.startswith(("held_out", "val", "test", "eval", "dev")) else "train" if name else ""
     )
@@ -599,8 +714,9 @@ def split_of(name: str) -> str:
 def split_clips(
     videos: list[str], parts: list[str], fraction: float, seed: int
 ) -> tuple[list[int], list[int]]:
-    """Indices of rows to (train on, hold out), by video and never by row: the data set's own split (`parts`, as split_of gives
-    them; a video that lies in both is trained on), else a random `fraction` of the videos, at least one of two."""
+    """Indices of rows to (train on, hold out), by video and never by row: the data set's own split (`parts`,
+    as split_of gives them; a video that lies in both is trained on), else a random `fraction` of the videos,
+    at least one of two."""
     if "held_out" in parts:
         trained = {video for video, part in zip(videos, parts) if part != "held_out"}
         held_out = {video for video in videos if video not in trained}
@@ -613,7 +729,8 @@ def split_clips(
 
 
 def dataset_rows(source: str, cache: Path, videos: bool) -> list[tuple[str, dict, str]]:
-    """(where, row, split) of a Hub id or folder that the library datasets loads. A video is a path, a URL, or the file itself."""
+    """(where, row, split) of a Hub id or folder that the library datasets loads. A video is a path, a URL, or
+    the file itself."""
     from huggingface_hub import hf_hub_download
 
     try:
@@ -666,8 +783,9 @@ def dataset_rows(source: str, cache: Path, videos: bool) -> list[tuple[str, dict
 
 
 def all_rows(cfg: Any, videos: bool) -> tuple[list[tuple[str, dict, str]], Path]:
-    """What --manifest, --video_dir, --dataset, or none of them, give. `videos`: whether the files of a data set are wanted.
-    -> (rows as (where, row, split), the folder that relative paths start from). Exit 2 if there are none."""
+    """What --manifest, --video_dir, --dataset, or none of them, give. `videos`: whether the files of a data
+    set are wanted. -> (rows as (where, row, split), the folder that relative paths start from). Exit 2 if
+    there are none."""
     if cfg.dataset:
         return dataset_rows(cfg.dataset, cfg.cache_dir, videos), Path()
     if source := cfg.manifest or cfg.video_dir:
@@ -679,7 +797,8 @@ def all_rows(cfg: Any, videos: bool) -> tuple[list[tuple[str, dict, str]], Path]
 
 
 def without_mark(question: str) -> str:
-    """Without the "<image>" or "<video>" that LLaVA's own data sets put in front: the frames' place is known."""
+    """Without the "<image>" or "<video>" that LLaVA's own data sets put in front: the frames' place is
+    known."""
     return re.sub(r"^(\s*<(image|video)>)+", "", question).strip()
 
 
@@ -687,7 +806,7 @@ def words(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
 
 
-def plain(text: str) -> str:
+def normalized(text: str) -> str:
     """Without case, blanks too many and a full stop at the end: what exact match compares."""
     return " ".join(text.lower().split()).rstrip(".")
 
@@ -703,13 +822,20 @@ def pad(rows: list[list[int]], value: int, left: bool = False) -> Any:
 
 
 def made_once(folder: Path, make: Callable[[Path], Any]) -> Path:
-    """Rank 0: a folder of the cache, whole or absent: `make(path)` fills it aside when it is not there."""
-    if not folder.exists():
-        aside = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+    """Rank 0: a folder of the cache, whole or absent: `make(path)` fills it aside when it is not there. Of
+    two runs that make it at once, one comes first, and both use that."""
+    if folder.exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
         make(aside)
         aside.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     return folder
 
 
@@ -717,8 +843,8 @@ def demo_module(name: str) -> Any:
     """demos/<name>.py, which makes up what --demo trains on. Exit 2 where a script was copied without it."""
     if not (HERE / "demos" / f"{name}.py").is_file():
         refuse(
-            f"{HERE}/demos/{name}.py is not there: --demo and generated clips need the folder demos/ of the repository that "
-            f"{Path(sys.argv[0]).name} comes from, beside the script"
+            f"{HERE}/demos/{name}.py is not there: --demo and generated clips need the folder demos/ of the "
+            f"repository that {Path(sys.argv[0]).name} comes from, beside the script"
         )
     return importlib.import_module(f"demos.{name}")
 
@@ -733,7 +859,8 @@ def tiny_model(cfg: Any, script: str, build: Callable[[Path, int], None]) -> str
 
 
 MAX_PIXELS = 8192 * 4320  # a header can declare any picture and so claim all memory: refused before decoding
-# Only real containers are opened: ffmpeg's playlist formats (hls, concat, dash, sdp) would open other files and URLs.
+# Only real containers are opened: ffmpeg's playlist formats (hls, concat, dash, sdp) would open other files
+# and URLs.
 CONTAINERS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,h264,hevc,m4v,gif,flv,asf,ogg,ivf"
 
 
@@ -742,7 +869,8 @@ class BadSample(ValueError):
 
 
 def frame_indices(total: int, k: int) -> list[int]:
-    """k evenly spaced frames of total: floor((total - 1) * j / (k - 1)), both ends included; k = 1: the middle one.
+    """k evenly spaced frames of total: floor((total - 1) * j / (k - 1)), both ends included; k = 1: the
+    middle one.
 
     Raises ValueError for k < 1 or total < 0, BadSample for total < k: a frame is never repeated.
     """
@@ -754,7 +882,8 @@ def frame_indices(total: int, k: int) -> list[int]:
 
 
 def fitted(frame: np.ndarray, size: tuple[int, int] | None, crop: bool = True) -> np.ndarray:
-    """frame (H, W, 3) -> (h, w, 3): the largest centred crop of that shape, or all of it, scaled; size None: as it is."""
+    """frame (H, W, 3) -> (h, w, 3): the largest centred crop of that shape, or all of it, scaled; size None:
+    as it is."""
     import cv2
 
     if size is None:
@@ -768,9 +897,9 @@ def fitted(frame: np.ndarray, size: tuple[int, int] | None, crop: bool = True) -
 
 
 @contextlib.contextmanager
-def opened(path: str | Path, formats: str) -> Iterator[tuple[Any, Any]]:
-    """PyAV's (container, first video stream) of a file in one of ffmpeg's `formats`, closed afterwards; no other file or URL is
-    opened by way of it. Raises BadSample, also for what ffmpeg finds wrong inside."""
+def open_video(path: str | Path, formats: str) -> Iterator[tuple[Any, Any]]:
+    """PyAV's (container, first video stream) of a file in one of ffmpeg's `formats`, closed afterwards; no
+    other file or URL is opened by way of it. Raises BadSample, also for what ffmpeg finds wrong inside."""
     import av
 
     options = {"format_whitelist": formats, "protocol_whitelist": "file"}
@@ -793,7 +922,8 @@ def upright(frame: Any) -> np.ndarray:
 
 
 def _grabs(cap) -> Iterator[float]:
-    """Grab to the end; yields times in ms. A damaged frame fails and the next may be whole: 64 failures are the end."""
+    """Grab to the end; yields times in ms. A damaged frame fails and the next may be whole: 64 failures are
+    the end."""
     failed = 0
     while failed < 64:
         failed = 0 if cap.grab() else failed + 1
@@ -822,7 +952,7 @@ def _av_frames(path: str, fit: Callable) -> Iterator[Callable]:
     """The same with PyAV, which does not turn the picture by itself."""
     import av
 
-    with opened(path, CONTAINERS) as (container, stream):
+    with open_video(path, CONTAINERS) as (container, stream):
         for packet in container.demux(stream):
             try:
                 decoded = packet.decode()
@@ -833,7 +963,8 @@ def _av_frames(path: str, fit: Callable) -> Iterator[Callable]:
 
 
 def _all_frames(read: Callable, path: str, k: int, fit: Callable, total: int) -> list | None:
-    """The k frames by one full pass, by a second one if `total` was a wrong guess; None when nothing decodes."""
+    """The k frames by one full pass, by a second one if `total` was a wrong guess; None when nothing
+    decodes."""
     for _ in range(2):
         wanted, frames, count = set(frame_indices(total, k) if total >= k else ()), [], 0
         for convert in read(path, fit):
@@ -852,9 +983,11 @@ def _all_frames(read: Callable, path: str, k: int, fit: Callable, total: int) ->
 def _seek_frames(
     path: str, k: int, fit: Callable, times: list[float], keys: list[int], has_index: bool
 ) -> list | None:
-    """The k frames by seeking; None as soon as the decoder's times are not the packets' times (edit list, damage, ...).
+    """The k frames by seeking; None as soon as the decoder's times are not the packets' times (edit list,
+    damage, ...).
 
-    Every frame grabbed must be the next of `times`; the first and the last are among them and nothing may follow.
+    Every frame grabbed must be the next of `times`; the first and the last are among them and nothing may
+    follow.
     """
     import cv2
 
@@ -865,8 +998,9 @@ def _seek_frames(
     fps, header_count = cap.get(cv2.CAP_PROP_FPS), cap.get(cv2.CAP_PROP_FRAME_COUNT)
     frames, current, wanted = {}, -1, frame_indices(len(times), k)
     for target in sorted({0, *wanted, len(times) - 1}):
-        # set(n) goes to a keyframe at or before n - 16 and decodes up to n - 1, a frame's number being its time * fps:
-        # ask for 16 past the keyframe that we want, and expect to be as many frames after it (or an earlier one).
+        # set(n) goes to a keyframe at or before n - 16 and decodes up to n - 1, a frame's number being its
+        # time * fps: ask for 16 past the keyframe that we want, and expect to be as many frames after it (or
+        # an earlier one).
         key = max((i for i in keys if i + 16 <= target), default=0)
         number = int(np.ceil(times[key] * fps / 1000 - 1e-3)) + 16
         if has_index and key > current >= 0 and number <= header_count:
@@ -887,11 +1021,12 @@ def _seek_frames(
 def extract_frames(
     path: str | Path, k: int, size: tuple[int, int] | None = None, crop: bool = True
 ) -> np.ndarray:
-    """K evenly spaced frames of a video file -> (K, H, W, 3) RGB uint8, upright; exact on the frames that decode.
+    """K evenly spaced frames of a video file -> (K, H, W, 3) RGB uint8, upright; exact on the frames that
+    decode.
 
-    size (h, w) scales the short side and crops the centre, or squeezes without `crop`, with cv2 INTER_AREA, as each frame is
-    decoded. One thread: loaders have workers. Raises BadSample with the reason, ValueError for k < 1; no
-    frame is repeated or dropped.
+    size (h, w) scales the short side and crops the centre, or squeezes without `crop`, with cv2 INTER_AREA,
+    as each frame is decoded. One thread: loaders have workers. Raises BadSample with the reason, ValueError
+    for k < 1; no frame is repeated or dropped.
     """
     # Read when cv2 loads: no warning for each bad clip, none of ffmpeg's chatter about damaged frames.
     os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
@@ -907,7 +1042,8 @@ def extract_frames(
         head = file.read(1024)
     if b"\0" not in head:  # every container has zero bytes in its header
         raise BadSample("text or HTML, not a video" if head else "empty file")
-    # MP4, MOV, Matroska and WebM list their keyframes; elsewhere (MPEG-TS) a seek can land in the middle of a group.
+    # MP4, MOV, Matroska and WebM list their keyframes; elsewhere (MPEG-TS) a seek can land in the middle of a
+    # group.
     has_index = head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free") or head.startswith(
         b"\x1a\x45\xdf\xa3"
     )
@@ -941,10 +1077,12 @@ def local_file(video: str, cache: Path) -> Path:
 
 
 def cached_frames(video: str, frames: int, size: int, cache: Path, crop: bool = True) -> Path:
-    """Decode once: a .npy file of uint8 (F, size, size, 3) frames of a path or URL, cropped or squeezed. Raises BadSample."""
+    """Decode once: a .npy file of uint8 (F, size, size, 3) frames of a path or URL, cropped or squeezed.
+    Raises BadSample."""
     path = local_file(video, cache)
     stat = path.stat()
-    key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{frames}|{size}|{crop}|1"  # 1: version of the reader
+    # 1: version of the reader
+    key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{frames}|{size}|{crop}|1"
     target = cache / "frames" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
     if not target.exists():
         save_array(target, extract_frames(path, frames, (size, size), crop))
@@ -954,7 +1092,8 @@ def cached_frames(video: str, frames: int, size: int, cache: Path, crop: bool = 
 def decode_all(
     rows: list, frames: int, size: int, cache: Path, workers: int, crop: bool = True
 ) -> tuple[list[Path | None], list]:
-    """-> (the cached frames of each row's video or None, bad samples). A row has the fields `video` and `where`."""
+    """-> (the cached frames of each row's video or None, bad samples). A row has the fields `video` and
+    `where`."""
     from tqdm import tqdm
 
     def decode(row: Any) -> Path | dict:
@@ -963,8 +1102,11 @@ def decode_all(
         except BadSample as error:
             return {"where": row.where, "video": row.video, "reason": str(error)}
 
-    with ThreadPoolExecutor(workers) as pool:  # the decoders release the GIL
+    pool = ThreadPoolExecutor(workers)  # the decoders release the GIL
+    try:
         results = list(tqdm(pool.map(decode, rows), "decode", len(rows), unit="clip", disable=None))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # a signal ends it at once
     return [None if isinstance(r, dict) else r for r in results], [r for r in results if isinstance(r, dict)]
 
 
@@ -985,7 +1127,8 @@ def save_array(target: Path, array: np.ndarray) -> None:
 def encode_clip(
     clip: np.ndarray, path: Path, fps: int, codec: str, pix_fmt: str, options: dict, container: dict
 ) -> None:
-    """uint8 (F, H, W, 3) -> a video without sound; options: the codec's and the container's, as ffmpeg names them"""
+    """uint8 (F, H, W, 3) -> a video without sound; options: the codec's and the container's, as ffmpeg names
+    them"""
     import av
 
     with av.open(str(path), "w", options=container) as file:
@@ -1002,7 +1145,8 @@ def write_mp4(clip: np.ndarray, path: Path, fps: int) -> None:
 
 
 def enlarge(clip: np.ndarray, least: int = 256) -> np.ndarray:
-    """Whole-numbered enlargement of uint8 (F, H, W, 3) to at least `least` pixels, with even sides as H.264 wants them."""
+    """Whole-numbered enlargement of uint8 (F, H, W, 3) to at least `least` pixels, with even sides as H.264
+    wants them."""
     factor = max(1, -(-least // clip.shape[1]))
     clip = clip.repeat(factor, 1).repeat(factor, 2)
     return clip[:, : clip.shape[1] // 2 * 2, : clip.shape[2] // 2 * 2]
@@ -1027,9 +1171,8 @@ def write_grid(clips: np.ndarray, captions: list[str], path: Path) -> None:
     figure.get_layout_engine().set(rect=(0, 0, 1, 1 - 0.15 / rows))  # room for the first caption
     for axes_row, clip, caption in zip(figure.subplots(rows, columns, squeeze=False), clips, captions):
         shown = caption if len(caption) < 18 * columns else caption[: 18 * columns] + "..."
-        axes_row[0].text(
-            0, 1.06, shown, transform=axes_row[0].transAxes, fontsize=9, in_layout=False
-        )  # runs over all columns
+        # runs over all columns
+        axes_row[0].text(0, 1.06, shown, transform=axes_row[0].transAxes, fontsize=9, in_layout=False)
         for axes, picture in zip(axes_row, clip):
             axes.imshow(picture, interpolation="nearest")
             axes.set_axis_off()
@@ -1039,31 +1182,155 @@ def write_grid(clips: np.ndarray, captions: list[str], path: Path) -> None:
 
 
 def write_samples(clips: np.ndarray, captions: list[str], path: Path, fps: int = 8, every: int = 1) -> None:
-    """uint8 (N, F, H, W, 3) -> path.png, a row a clip, one of `every` frames; path.mp4 and path.gif, the clips side by side"""
+    """uint8 (N, F, H, W, 3) -> path.png, a row a clip, one of `every` frames; path.mp4 and path.gif, the
+    clips side by side"""
     write_grid(clips[:, ::every], captions, path.with_suffix(".png"))
     write_video(np.concatenate(list(clips), axis=2), path, fps)
 
 
 # ---------------------------------------------------------------------------
-# DeepSpeed
+# Memory and DeepSpeed
 # ---------------------------------------------------------------------------
 
 
-def ds_config(source: Path | dict, batch_size: int, accum: int, clip: float, dtype: str) -> dict:
-    """A DeepSpeed JSON, or a plan's dict, with every "auto" filled in; exit 2 for one that nobody would fill in.
+@dataclass(frozen=True)
+class Layout:
+    """Where weights, gradients and optimizer states lie, and what that takes."""
 
-    DeepSpeed drops "auto" without a word (bf16 "auto" trains in fp32) and ignores keys that it does not know: both are refused.
+    stage: int  # of ZeRO
+    offload: str  # to RAM: "", "optimizer" or "all"; longcat_vss.py has layouts with "nvme" as well
+    checkpointing: bool
+    gpu_gb: float  # of each GPU
+    host_gb: float  # of this machine's RAM
+    config: dict  # DeepSpeed's
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        where = {"": "", "optimizer": ", optimizer on CPU", "all": ", all on CPU"}.get(
+            self.offload, f", {self.offload}"
+        )
+        return f"ZeRO-{self.stage}{where}{', checkpointing' if self.checkpointing else ''}"
+
+    def fits(self, gpu_gb: float, ram_gb: float, ranks: int) -> bool:
+        """In GPUs of this size, or on a CPU (gpu_gb 0), where everything lies in RAM, once for each rank."""
+        if not gpu_gb:
+            return self.host_gb + self.gpu_gb * ranks < 0.9 * ram_gb
+        return self.host_gb < 0.9 * ram_gb and self.gpu_gb < 0.92 * gpu_gb
+
+
+# what --gradient_checkpointing allows
+CHECKPOINTING = {
+    "auto": (False, True),
+    "on": (True,),
+    "off": (False,),
+}
+
+
+def memory_layouts(
+    trained: int,
+    frozen: int,
+    kept: dict[bool, int],
+    dtype: str,
+    devices: int,
+    local: int | None = None,
+    leaf: int = 0,
+) -> list[Layout]:
+    """Least offloading first, each without gradient checkpointing, then with it, as far as `kept` has them.
+
+    trained: parameters; frozen: bytes of weights. kept: {with checkpointing: bytes that one micro-batch keeps
+    for backward on one GPU}. devices: GPUs in all; local: those of this machine, which host_gb counts. leaf:
+    bytes of the largest module that ZeRO-3 gathers at once. Adam in mixed precision keeps fp32 master weights
+    and two moments: 12 bytes a parameter. The formulas are those of ZeRO (Rajbhandari et al. 2020, section 3)
+    plus DeepSpeed's reduce bucket.
+    """
+    low = 4 if dtype == "fp32" else 2
+    zero2, zero3 = (json.loads((HERE / f"ds_{name}.json").read_text()) for name in ("zero2", "zero3_offload"))
+    local = local or min(
+        devices, int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or devices)
+    )
+
+    def with_offload(config: dict, *what: str) -> dict:
+        zero = {k: v for k, v in config["zero_optimization"].items() if not k.startswith("offload_")}
+        zero |= {f"offload_{name}": {"device": "cpu", "pin_memory": True} for name in what}
+        return config | {"zero_optimization": zero}
+
+    weights, gradients, states = low * trained + frozen, low * trained, 12 * trained
+    live = min(weights, max(leaf, low * 1e9))  # ZeRO-3 keeps up to stage3_max_live_parameters gathered
+    bucket = 2 * low * min(trained, int(zero2["zero_optimization"]["reduce_bucket_size"]))
+    # (stage, what lies in RAM, config, bytes on a GPU, bytes in RAM for each GPU)
+    table = [
+        (2, "", zero2, weights + (gradients + states) / devices, 0),
+        (2, "optimizer", with_offload(zero2, "optimizer"), weights + gradients / devices, states / devices),
+        (3, "", with_offload(zero3), (weights + gradients + states) / devices + live, 0),
+        (
+            3,
+            "optimizer",
+            with_offload(zero3, "optimizer"),
+            (weights + gradients) / devices + live,
+            states / devices,
+        ),
+        (3, "all", zero3, gradients / devices + live, (weights + states) / devices),
+    ]
+    layouts = []
+    for stage, offload, config, gpu, host in table:
+        for checkpointing, activations in sorted(kept.items()):
+            on_gpu = (gpu + bucket + activations) / GB
+            layouts.append(Layout(stage, offload, checkpointing, on_gpu, host * local / GB, config))
+    return layouts
+
+
+def memory_here() -> tuple[float, float]:
+    """(GB of the smallest visible GPU, 0 without one; GB of host RAM that this container may use)."""
+    import torch
+
+    gpus = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
+    ram = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # cgroup 2 and 1: a container often has less than its host
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):
+        path = Path("/sys/fs/cgroup") / limit
+        if path.exists() and (text := path.read_text().strip()).isdigit():
+            ram = min(ram, int(text))
+    return min(gpus, default=0) / GB, ram / GB
+
+
+def choose_layout(layouts: list[Layout], deepspeed: str, advice: str) -> tuple[str, Layout]:
+    """-> (the table of all layouts as text, the first that fits this machine). Of a JSON file, which then is
+    the `config`, the layout that it asks for, whether it fits or not. Exit 2 with `advice` when auto finds
+    none."""
+    (gpu, ram), world = memory_here(), world_size()
+    usable = layouts
+    if deepspeed != "auto":
+        config = read_json(Path(deepspeed))
+        zero = config.get("zero_optimization", {})
+        offload = "all" if "offload_param" in zero else "optimizer" if "offload_optimizer" in zero else ""
+        usable = [x for x in layouts if x.stage == zero.get("stage") and x.offload == offload] or layouts[:1]
+    taken = next((x for x in usable if x.fits(gpu, ram, world)), usable[-1] if deepspeed != "auto" else None)
+    per_gpu = f"{gpu:.1f} GB per GPU and " if gpu else ""
+    lines = [f"estimated; there are {per_gpu}{ram:.1f} GB of RAM"]
+    for layout in layouts:
+        notes = [layout.note] if layout.note else []
+        if layout is taken:
+            notes.append(f"<- {'auto' if deepspeed == 'auto' else deepspeed} takes this")
+        elif not layout.fits(gpu, ram, world):
+            notes.append("does not fit")
+        needs = (
+            f"{layout.gpu_gb:8.2f} GB per {'GPU' if gpu else 'CPU process'}{layout.host_gb:8.2f} GB of RAM"
+        )
+        lines.append(f"  {layout.name:<40}{needs}  {'; '.join(notes)}")
+    if not taken:
+        refuse("\n".join(["memory " + lines[0], *lines[1:], "no memory layout fits this machine", advice]))
+    return "\n".join(lines), taken if deepspeed == "auto" else dataclasses.replace(taken, config=config)
+
+
+def ds_config(source: dict, name: str, batch_size: int, accum: int, clip: float, dtype: str) -> dict:
+    """A DeepSpeed configuration with every "auto" filled in; exit 2 for one that nobody would fill in.
+
+    DeepSpeed drops "auto" without a word (bf16 "auto" trains in fp32) and ignores keys that it does not know:
+    both are refused. `name`: what messages call it.
     """
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    if isinstance(source, dict):
-        config, name = json.loads(json.dumps(source)), "DeepSpeed config"
-    else:
-        name = str(source)
-        try:
-            config = json.loads(source.read_text())
-        except (OSError, ValueError) as error:
-            refuse(f"--deepspeed {source}: {error}")
     numbers = {
         "train_micro_batch_size_per_gpu": batch_size,
         "gradient_accumulation_steps": accum,
@@ -1073,24 +1340,23 @@ def ds_config(source: Path | dict, batch_size: int, accum: int, clip: float, dty
         "fp16.enabled": dtype == "fp16",
     }
 
-    def fill(value: Any, key: str) -> Any:
+    def filled(value: Any, key: str) -> Any:
         if isinstance(value, dict):
-            return {k: fill(v, f"{key}.{k}".lstrip(".")) for k, v in value.items()}
-        if value == "auto":
-            return (
-                numbers[key]
-                if key in numbers
-                else refuse(f'{name}: "{key}": "auto" has no value here; write a number')
-            )
-        return value
+            return {k: filled(v, f"{key}.{k}".lstrip(".")) for k, v in value.items()}
+        if value != "auto":
+            return value
+        return (
+            numbers[key]
+            if key in numbers
+            else refuse(f'{name}: "{key}": "auto" has no value here; write a number')
+        )
 
-    config = fill(config, "")
+    config = filled(source, "")
     zero = config.get("zero_optimization", {})
     if zero.get("stage") not in (1, 2, 3):
         refuse(f"{name}: zero_optimization.stage {zero.get('stage')}; take 1, 2 or 3")
-    known = set(DeepSpeedZeroConfig.model_fields) | {
-        f.alias for f in DeepSpeedZeroConfig.model_fields.values() if f.alias
-    }
+    fields = DeepSpeedZeroConfig.model_fields
+    known = set(fields) | {one.alias for one in fields.values() if one.alias}
     if unknown := sorted(set(zero) - known):
         refuse(f"{name}: this DeepSpeed does not know zero_optimization.{unknown[0]} and would ignore it")
     for key, number in numbers.items():
@@ -1098,152 +1364,14 @@ def ds_config(source: Path | dict, batch_size: int, accum: int, clip: float, dty
         place = config.setdefault(section[0], {}) if section else config
         if place.setdefault(last, number) != number:
             refuse(f'{name}: {key} is {place[last]}, the flags say {number}; write "auto" there')
-    config.setdefault(
-        "zero_force_ds_cpu_optimizer", False
-    )  # offloading takes torch's AdamW too, which needs no compiler
+    # Offloading takes torch's AdamW too, which needs no compiler.
+    config.setdefault("zero_force_ds_cpu_optimizer", False)
     return config
 
 
-def memory_plan(
-    trained: int,
-    frozen: int,
-    activations: int,
-    dtype: str,
-    devices: int,
-    local: int | None = None,
-    leaf: int = 0,
-) -> list[dict]:
-    """GB per GPU and of host RAM for each memory layout, least offloading first, each with its DeepSpeed config.
-
-    trained: parameters; frozen: bytes of weights. activations: bytes one micro-batch keeps for backward on one GPU. devices: GPUs
-    in all; local: those of this machine, which the host part counts. leaf: bytes of the largest module that ZeRO-3 gathers at
-    once. Adam in mixed precision keeps fp32 master weights and two
-    moments: 12 bytes a parameter.
-    The formulas are those of ZeRO (Rajbhandari et al. 2020, section 3) plus DeepSpeed's reduce bucket.
-    """
-    low = 4 if dtype == "fp32" else 2
-    zero2, zero3 = (json.loads((HERE / f"ds_{name}.json").read_text()) for name in ("zero2", "zero3_offload"))
-    local = local or min(
-        devices, int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or devices)
-    )
-
-    def offload(config: dict, **where: bool) -> dict:
-        zero = {k: v for k, v in config["zero_optimization"].items() if not k.startswith("offload_")}
-        zero |= {f"offload_{what}": {"device": "cpu", "pin_memory": True} for what, on in where.items() if on}
-        return config | {"zero_optimization": zero}
-
-    weights, gradients, states = low * trained + frozen, low * trained, 12 * trained
-    live = min(weights, max(leaf, low * 1e9))  # ZeRO-3 keeps up to stage3_max_live_parameters gathered
-    bucket = 2 * low * min(trained, int(zero2["zero_optimization"]["reduce_bucket_size"]))
-    rows = [
-        ("ZeRO-2", zero2, weights + (gradients + states) / devices, 0),
-        (
-            "ZeRO-2, optimizer on CPU",
-            offload(zero2, optimizer=True),
-            weights + gradients / devices,
-            states / devices,
-        ),
-        ("ZeRO-3", offload(zero3), (weights + gradients + states) / devices + live, 0),
-        (
-            "ZeRO-3, optimizer on CPU",
-            offload(zero3, optimizer=True),
-            (weights + gradients) / devices + live,
-            states / devices,
-        ),
-        ("ZeRO-3, all on CPU", zero3, gradients / devices + live, (weights + states) / devices),
-    ]
-    return [
-        {
-            "layout": name,
-            "config": config,
-            "gpu_gb": (gpu + bucket + activations) / GB,
-            "host_gb": host * local / GB,
-        }
-        for name, config, gpu, host in rows
-    ]
-
-
-def memory_rows(
-    trained: int,
-    frozen: int,
-    kept: dict[bool, int],
-    dtype: str,
-    devices: int,
-    local: int | None = None,
-    leaf: int = 0,
-) -> list[dict]:
-    """memory_plan for `kept`, {with gradient checkpointing: bytes of activations}: a layout without it, then with it, then the
-    next layout. A row has the key "checkpointing" as well."""
-    rows = []
-    for on, activations in sorted(kept.items()):
-        for place, row in enumerate(memory_plan(trained, frozen, activations, dtype, devices, local, leaf)):
-            name = row["layout"] + (", checkpointing" if on else "")
-            rows.append((place, row | {"layout": name, "checkpointing": on}))
-    return [row for _, row in sorted(rows, key=lambda r: r[0])]
-
-
-CHECKPOINTING = {
-    "auto": (False, True),
-    "on": (True,),
-    "off": (False,),
-}  # what --gradient_checkpointing allows
-
-
-def memory_here() -> tuple[float, float]:
-    """(GB of the smallest visible GPU, 0 without one; GB of host RAM that this container may use)."""
-    import torch
-
-    gpus = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
-    ram = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for limit in (
-        "memory.max",
-        "memory/memory.limit_in_bytes",
-    ):  # cgroup 2 and 1: a container often has less than its host
-        path = Path("/sys/fs/cgroup") / limit
-        if path.exists() and (text := path.read_text().strip()).isdigit():
-            ram = min(ram, int(text))
-    return min(gpus, default=0) / GB, ram / GB
-
-
-def choose_layout(rows: list[dict], deepspeed: str, advice: str) -> tuple[str, dict]:
-    """Mark the rows of a memory plan that fit this machine. -> (the table as text, the first row that fits; its "config" is the
-    JSON file where one was asked for, and then its layout decides). Exit 2 with `advice` when auto finds none."""
-    (gpu, ram), world = memory_here(), world_size()
-    many = "GPU" if gpu else "CPU process"
-    for row in rows:  # without a GPU everything lies in RAM, once a rank
-        in_ram = row["host_gb"] + (0 if gpu else row["gpu_gb"] * world)
-        row["fits"] = in_ram < 0.9 * ram and (not gpu or row["gpu_gb"] < 0.92 * gpu)
-    usable = rows
-    if deepspeed != "auto":
-        zero = read_json(Path(deepspeed)).get("zero_optimization", {})
-        keys = ("offload_param", "offload_optimizer")
-        like = [zero.get("stage"), *(bool(zero.get(key)) for key in keys)]
-        usable = [
-            row
-            for row in rows
-            if [(z := row["config"]["zero_optimization"])["stage"], *(key in z for key in keys)] == like
-        ]
-    taken = next(
-        (row for row in usable if row["fits"]), usable[-1] if usable and deepspeed != "auto" else None
-    )
-    lines = [
-        f"memory   estimated; there are {f'{gpu:.1f} GB per GPU and ' if gpu else ''}{ram:.1f} GB of RAM"
-    ]
-    for row in rows:
-        mark = f"<- {'auto' if deepspeed == 'auto' else deepspeed} takes this" if row is taken else ""
-        mark = mark or ("" if row["fits"] else "does not fit")
-        needs = f"{row['gpu_gb']:8.2f} GB per {many}{row['host_gb']:8.2f} GB of RAM"
-        lines.append(f"  {row['layout']:<40}{needs}  {'; '.join(filter(None, (row.get('note'), mark)))}")
-    if deepspeed != "auto":
-        return "\n".join(lines), (taken or rows[0]) | {"config": Path(deepspeed)}
-    if not taken:
-        refuse("\n".join([*lines, "no memory layout fits this machine", advice]))
-    return "\n".join(lines), taken
-
-
 def saved_bytes(forward: Callable[[], Any], module: Any) -> int:
-    """Bytes that `forward`, run on the meta device, keeps for the backward pass, without the module's parameters. Attention is
-    counted as the fused kernels do it: without the matrix of all pairs."""
+    """Bytes that `forward`, run on the meta device, keeps for the backward pass, without the module's
+    parameters. Attention is counted as the fused kernels do it: without the matrix of all pairs."""
     from unittest import mock
 
     import torch
@@ -1272,15 +1400,6 @@ def saved_bytes(forward: Callable[[], Any], module: Any) -> int:
     return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in weights)
 
 
-def device_name(device: Any) -> str:
-    import torch
-
-    name = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    )
-    return f"{device} ({name})"
-
-
 def pick_dtype(asked: str | None) -> str:
     """`asked`, else bf16, fp16 on GPUs without it, fp32 on a CPU."""
     import torch
@@ -1299,14 +1418,9 @@ def peak_memory_gb() -> float:
 
 
 def seed_of(*parts: int) -> int:
-    """One 63-bit seed of several numbers: noise is a function of (seed, step, rank), so that a resumed run repeats it."""
+    """One 63-bit seed of several numbers: noise is a function of (seed, step, rank), so that a resumed run
+    repeats it."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
-
-
-def learning_rate(cfg: Any, step: int) -> float:
-    """cfg.lr after a linear warm-up of cfg.warmup_steps, with cfg.lr_decay along a cosine to 0 at cfg.steps."""
-    warm = min(1.0, (step + 1) / max(1, cfg.warmup_steps))
-    return cfg.lr * warm * (0.5 + 0.5 * math.cos(math.pi * step / cfg.steps) if cfg.lr_decay else 1.0)
 
 
 @functools.lru_cache(maxsize=2)
@@ -1314,24 +1428,9 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 
-def count_skipped(engine: Any, loss: Any, step: int, lr: float, skipped: int) -> int:
-    """Every rank, after engine.step(): how many updates in a row, `skipped` before, DeepSpeed has skipped on all ranks because a
-    gradient was not finite. Ends the run with exit 4 at the third."""
-    if engine.was_step_applied():
-        return 0
-    if engine.fp16_enabled() and math.isfinite(
-        over_ranks(float(loss), "mean")
-    ):  # fp16 skips to find its scale
-        return skipped
-    log.warning(f"warning: step {step}: not finite, update skipped on all ranks ({skipped + 1} in a row)")
-    if skipped == 2:
-        log.warning(f"error: diverged: lower --lr {lr:g} and run again; it goes on from the last checkpoint")
-        raise SystemExit(4)
-    return skipped + 1
-
-
 def gathered(parameters: list, changed: bool = False) -> Any:
-    """Inside, every one of these parameters is whole on every rank, also under ZeRO-3. `changed`: what rank 0 writes stays."""
+    """Inside, every one of these parameters is whole on every rank, also under ZeRO-3. `changed`: what rank 0
+    writes stays."""
     from deepspeed.runtime.zero import GatheredParameters
 
     enabled = any(hasattr(p, "ds_id") for p in parameters)
@@ -1339,8 +1438,8 @@ def gathered(parameters: list, changed: bool = False) -> Any:
 
 
 def full_weights(module: Any, dtype: Any, wanted: Callable[[Any], bool] = lambda p: True) -> dict[str, Any]:
-    """Every rank: the weights, and buffers of the state, in `dtype` on the CPU; of parameters those that are `wanted`. They are
-    gathered one after the other, so that a model fits that is larger than one GPU."""
+    """Every rank: the weights, and buffers of the state, in `dtype` on the CPU; of parameters those that are
+    `wanted`. They are gathered one after the other, so that a model fits that is larger than one GPU."""
     weights = {}
     for name, value in module.named_parameters():
         if wanted(value):
@@ -1356,12 +1455,19 @@ def full_weights(module: Any, dtype: Any, wanted: Callable[[Any], bool] = lambda
 # Checkpoints: whole or absent
 # ---------------------------------------------------------------------------
 
+# Files up to this size are summed, larger ones compared by size alone: summing 100 GB would hold all GPUs for
+# most of a minute at each save, for damage that disks and file systems find themselves
+# (benchmarks/RESULTS.md).
+SUMMED_BYTES = 2**30
+
 
 def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None], keep: int, **facts: Any) -> None:
-    """Every rank: `write(path)` into a folder aside, then check in all files and rename it to folder/step_000200.
+    """Every rank: `write(path)` into a folder aside, then check in all files and rename it to
+    folder/step_000200.
 
-    checkpoint.json lists each file with size and sha256 and holds `facts`; only after it is on disk are older checkpoints beyond
-    `keep` removed. A full disk ends the run (exit 1) and leaves the checkpoints that were there.
+    checkpoint.json lists each file with its size and holds `facts`; only after the new one is on disk are
+    older whole checkpoints beyond `keep` removed. A full disk ends the run (exit 1) and leaves the
+    checkpoints that were there.
     """
     final, aside = folder / f"step_{step:06d}", folder / f".step_{step:06d}.partial"
     if rank() == 0:
@@ -1374,25 +1480,27 @@ def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None], keep
         barrier()
         if rank() == 0:
             write_json(aside / "checkpoint.json", {"step": step, **facts, "files": check_in(aside)})
-            sync(aside / "checkpoint.json")
-            sync(aside)
             if final.exists():  # a broken one that was skipped: kept, under another name
                 final.rename(final.with_name(f"{final.name}.broken-{time.time_ns()}"))
             aside.rename(final)
             sync(folder)
-            for old in numbered(folder, "step_")[:-keep]:
+            if wrong := what_is_wrong(final):
+                raise OSError(f"{final} was not written as it should be: {wrong}")
+            whole = [path for path in numbered(folder, "step_") if not what_is_wrong(path, sums=False)]
+            for old in whole[:-keep]:
                 shutil.rmtree(old)
     barrier()
 
 
 def numbered(folder: Path, prefix: str, suffix: str = "") -> list[Path]:
-    """folder/step_000200 and the like, lowest number first; no other name: what is not ours must not be pruned."""
-    found = (
-        path
-        for path in folder.glob(f"{prefix}*{suffix}")
-        if path.name[len(prefix) :].removesuffix(suffix).isdigit()
-    )
-    return sorted(found, key=lambda path: int(path.name[len(prefix) :].removesuffix(suffix)))
+    """folder/step_000200 and the like, lowest number first; no other name: what is not ours must not be
+    pruned."""
+    pattern = re.compile(rf"{prefix}([0-9]+){re.escape(suffix)}")
+    numbers = {}
+    for path in folder.glob(f"{prefix}*{suffix}"):
+        if match := pattern.fullmatch(path.name):
+            numbers[path] = int(match[1])
+    return sorted(numbers, key=numbers.__getitem__)
 
 
 @contextlib.contextmanager
@@ -1411,9 +1519,8 @@ def told_of_full_disk(target: Path, aside: Path) -> Iterator[None]:
 
 def write_whole(target: Path, write: Callable[[Path], None]) -> None:
     """`write(path)` aside, then flush and rename to `target`: whole or absent."""
-    aside = target.with_name(
-        f".{target.name}.{rank()}.partial"
-    )  # two ranks may write the same file of a cache
+    # Two ranks, or two runs, may write the same file of a cache.
+    aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     with told_of_full_disk(target, aside):
         write(aside)
         sync(aside)
@@ -1421,16 +1528,20 @@ def write_whole(target: Path, write: Callable[[Path], None]) -> None:
 
 
 def check_in(folder: Path) -> dict[str, dict]:
-    """{relative name: {"bytes", "sha256"}} of all files below `folder`; files and folders are flushed to disk first."""
+    """{relative name: {"bytes", "crc32"}} of all files below `folder`; files and folders are flushed to disk
+    first."""
     paths = sorted(folder.rglob("*"))
-    files = [path for path in paths if path.is_file()]
-    with ThreadPoolExecutor() as pool:  # hashlib and fsync release the GIL
+    with ThreadPoolExecutor() as pool:  # fsync and crc32 release the GIL
         list(pool.map(sync, paths))
-        sums = pool.map(sha256, files)
+        files = [path for path in paths if path.is_file()]
         return {
-            str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": s}
-            for path, s in zip(files, sums)
+            str(path.relative_to(folder)): entry for path, entry in zip(files, pool.map(file_entry, files))
         }
+
+
+def file_entry(path: Path) -> dict:
+    size = path.stat().st_size
+    return {"bytes": size} | ({"crc32": crc32_of(path)} if size <= SUMMED_BYTES else {})
 
 
 def sync(path: Path) -> None:
@@ -1441,74 +1552,70 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
+def crc32_of(path: Path) -> int:
+    value = 0
     with path.open("rb") as file:
         while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+            value = zlib.crc32(block, value)
+    return value
+
+
+def what_is_wrong(checkpoint: Path, sums: bool = True) -> str:
+    """Why a checkpoint is not whole, "" for one that is. `sums`: read the files too, not their sizes
+    alone."""
+    try:
+        marker = json.loads((checkpoint / "checkpoint.json").read_text())
+        if marker["step"] != int(checkpoint.name.removeprefix("step_")) or not marker["files"]:
+            return "its checkpoint.json lists no files, or is of another step"
+        for name, was in marker["files"].items():
+            if (checkpoint / name).stat().st_size != was["bytes"]:
+                return f"{name} has another size"
+            if sums and "crc32" in was and crc32_of(checkpoint / name) != was["crc32"]:
+                return f"{name} has another content"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint in `folder` whose files are all there, with their sizes and checksums; broken ones are named."""
+    """The newest whole checkpoint in `folder`; broken ones are named. Exit 2 for one that another user has
+    put there: DeepSpeed's files are pickles, which run what they hold."""
     for path in reversed(numbered(folder, "step_")):
-        try:
-            listed = json.loads((path / "checkpoint.json").read_text())["files"]
-            wrong = [name for name, was in listed.items() if (path / name).stat().st_size != was["bytes"]]
-            wrong = wrong or [name for name, was in listed.items() if sha256(path / name) != was["sha256"]]
-        except (OSError, ValueError, KeyError) as error:
-            wrong = [str(error)]
-        if not wrong:
-            return path
-        log.warning(f"warning: {path} is broken ({wrong[0]}): skipped, kept")
+        if wrong := what_is_wrong(path):
+            log.warning(f"warning: {path} is broken ({wrong}): skipped, kept")
+            continue
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            ours = os.fstat(probe.fileno()).st_uid  # on NFS, root's files may belong to nobody
+        if path.stat().st_uid not in (os.getuid(), ours):
+            refuse(
+                f"{path} belongs to user {path.stat().st_uid}, not to you, and resuming would run what its "
+                f"files hold: if you trust it, chown -R {os.getuid()} {folder.parent}; or give another "
+                "--output_dir"
+            )
+        return path
     return None
 
 
-def resume_checkpoint(folder: Path, resume: bool, ranks: int, **facts: Any) -> tuple[Path | None, int, bool]:
-    """Every rank: (newest whole checkpoint or None, its step or 0, whether another number of ranks saved it).
-
-    Exit 2 when its facts (ZeRO stage, precision, ...) differ from this run's, and when there is one that must not be resumed.
-    """
-
-    def look() -> tuple[Path | None, int, bool]:
-        path = newest_checkpoint(folder)
-        if path is None:
-            return None, 0, False
-        if not resume:
-            refuse(
-                f"{path} is there: leave out --no_resume to go on from it, or give another --output_dir to start anew"
-            )
-        marker = json.loads((path / "checkpoint.json").read_text())
-        for name, value in facts.items():
-            if marker.get(name) != value:
-                refuse(
-                    f"{path} was saved with {name} {marker.get(name)}, this run has {value}: go on with {name} "
-                    f"{marker.get(name)}, or start anew with another --output_dir"
-                )
-        return path, marker["step"], marker["ranks"] != ranks
-
-    return on_rank0(look)
-
-
 def load_engine(engine: Any, checkpoint: Path, other_ranks: bool, frozen_left_out: bool = False) -> None:
-    """Every rank: weights and optimizer state from checkpoint/deepspeed; with `other_ranks` by way of DeepSpeed's universal
-    format, for which the engine's config must say "checkpoint": {"load_universal": true}."""
+    """Every rank: weights and optimizer state from checkpoint/deepspeed; with `other_ranks` by way of
+    DeepSpeed's universal format, for which the engine's config must say "checkpoint": {"load_universal":
+    true}."""
     if not other_ranks:
         engine.load_checkpoint(str(checkpoint), tag="deepspeed", load_module_strict=not frozen_left_out)
         return
     universal = checkpoint.parent / ".universal"
 
+    @on_rank0
     def convert() -> None:
         shutil.rmtree(universal, ignore_errors=True)
         command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
         command += ["--input_folder", str(checkpoint / "deepspeed"), "--output_folder", str(universal)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            refuse(
-                f"{checkpoint} is of another number of ranks, and DeepSpeed cannot convert it: {done.stderr[-500:]}"
-            )
+            reason = done.stderr[-500:]
+            refuse(f"{checkpoint} is of another number of ranks, and DeepSpeed cannot convert it: {reason}")
 
-    on_rank0(convert)
+    convert()
     engine.load_checkpoint(str(universal.parent), tag=universal.name, load_module_strict=not frozen_left_out)
     barrier()
     if rank() == 0:
@@ -1533,7 +1640,8 @@ TOKEN = re.compile(
     )""",
     re.VERBOSE | re.ASCII,
 )
-# (name=)(value) in the query of a signed url, or for a few names anywhere, and (://user:)(password) before a host.
+# (name=)(value) in the query of a signed url, or for a few names anywhere, and (://user:)(password) before a
+# host.
 QUERY = re.compile(
     r"""((?: (?:[?&;\#]|\\u0026) (?:[\w-]*[_-])? (?:token|secret|password|passwd|key|sig|signature|credential)
     | [?&;] (?:apikey|accesskey|accountkey|AWSAccessKeyId|GoogleAccessId|policy|key-pair-id|auth)
@@ -1550,8 +1658,8 @@ def own_secrets() -> list[str]:
 
 
 def redact(text: str) -> str:
-    """`text` with *** for the values of HF_TOKEN and WANDB_API_KEY, other tokens, and the secrets of signed urls, whose addresses
-    stay readable."""
+    """`text` with *** for the values of HF_TOKEN and WANDB_API_KEY, other tokens, and the secrets of signed
+    urls, whose addresses stay readable."""
     for value in own_secrets():
         text = text.replace(value, "***")
     return LOGIN.sub(r"\1***", QUERY.sub(r"\1***", TOKEN.sub("***", text)))
@@ -1561,7 +1669,7 @@ def holds_secret(text: str) -> bool:
     """Whether redact() would hide something that is not just the ?key=your_key of a document's example."""
     if TOKEN.search(text) or any(value in text for value in own_secrets()):
         return True
-    values = [found[2] for found in (*QUERY.finditer(text), *LOGIN.finditer(text))]
+    values = [match[2] for match in (*QUERY.finditer(text), *LOGIN.finditer(text))]
     return any(re.fullmatch(r"(?=.*[0-9])[\w.~%+/=-]{16,}", value) for value in values)
 
 
@@ -1584,15 +1692,16 @@ def causes(error: BaseException | None) -> list[BaseException]:
 
 def brief(error: BaseException) -> str:
     """One line for people, without secrets: the HTTP answer if there is one."""
-    told = next((e for e in causes(error) if getattr(e, "response", None) is not None), error)
-    return redact(" ".join(f"{type(told).__name__}: {told}".split()))[:400]
+    cause = next((e for e in causes(error) if getattr(e, "response", None) is not None), error)
+    return redact(" ".join(f"{type(cause).__name__}: {cause}".split()))[:400]
 
 
 def passing(error: BaseException) -> tuple[bool, float]:
     """(can `error` pass by waiting, seconds the server asks for).
 
-    The first error in the chain that says something decides. Recognised by what they carry, not by their class: the Hub's client
-    changes its HTTP library with its major version, and its errors, as those of requests, are all OSErrors.
+    The first error in the chain that says something decides. Recognised by what they carry, not by their
+    class: the Hub's client changes its HTTP library with its major version, and its errors, as those of
+    requests, are all OSErrors.
     """
     for e in causes(error):
         answer = getattr(e, "response", None)
@@ -1620,11 +1729,12 @@ def passing(error: BaseException) -> tuple[bool, float]:
 
 
 def asked_wait(answer: Any) -> float:
-    """The seconds that an HTTP answer asks for, by Retry-After or as the Hub does: ratelimit: "api";r=0;t=55"""
+    """The seconds that an HTTP answer asks for, by Retry-After or as the Hub does: ratelimit:
+    "api";r=0;t=55"""
     headers = getattr(answer, "headers", {})
     after = re.fullmatch(r"\s*(\d+)\s*", headers.get("retry-after") or "")
     window = re.search(r"\br\s*=\s*0\s*;\s*t\s*=\s*(\d+)", headers.get("ratelimit") or "")
-    return max(float(found[1]) if found else 0.0 for found in (after, window))
+    return max(float(match[1]) if match else 0.0 for match in (after, window))
 
 
 def retry(
@@ -1640,9 +1750,10 @@ def retry(
 ) -> T:
     """`call()`, repeated after errors that can pass; it must be safe to repeat.
 
-    Wait n (from 0) is min(base * 2**n, maximum) seconds, or what the server asks for (600 at most) when that is longer.
-    None begins that would end after `deadline` seconds. Without jitter, for one rank alone writes. An error that cannot
-    pass is raised as it is; giving up raises ConnectionError, with the last error as its cause.
+    Wait n (from 0) is min(base * 2**n, maximum) seconds, or what the server asks for (600 at most) when that
+    is longer. None begins that would end after `deadline` seconds. Without jitter, for one rank alone writes.
+    An error that cannot pass is raised as it is; giving up raises ConnectionError, with the last error as its
+    cause.
     """
     start = clock()
     for n in itertools.count():
@@ -1661,7 +1772,8 @@ def retry(
 
 
 def interruptible(call: Callable[[], T]) -> T:
-    """`call()` in a thread that is left behind when a signal handler raises: the Hub's client would first wait for its uploads."""
+    """`call()` in a thread that is left behind when a signal handler raises: the Hub's client would first
+    wait for its uploads."""
     pool = ThreadPoolExecutor(1)
     try:
         return pool.submit(call).result()
@@ -1673,7 +1785,8 @@ def interruptible(call: Callable[[], T]) -> T:
 # Hub
 # ---------------------------------------------------------------------------
 
-# What a finished model consists of; never optimizer state, logs, .env, or training_args.bin, which pickles the token.
+# What a finished model consists of; never optimizer state, logs, .env, or training_args.bin, which pickles
+# the token.
 PUSHED = "*.safetensors *.json *.txt *.model *.jinja *.py README.md *.png *.gif *.mp4 *.wav".split()
 # LongCat-Flash-Omni's parts
 PUSHED += "language_model_embedding.pt vision/*.pt audio/*.pt audio/global_cmvn".split()
@@ -1683,7 +1796,8 @@ TOKEN_PAGE = "https://huggingface.co/settings/tokens"
 
 
 def hub_api(timeout: float):
-    """A Hub client with HF_TOKEN (a login stored on the machine is not used); ValueError without a usable one.
+    """A Hub client with HF_TOKEN (a login stored on the machine is not used); ValueError without a usable
+    one.
 
     The default client has no timeout: a server that accepts and never answers would hang the run for ever.
     """
@@ -1698,16 +1812,17 @@ def hub_api(timeout: float):
         raise ValueError("HF_TOKEN has a space or a non-ASCII character inside: copy it again")
 
     def client():
-        made = default_client_factory()
-        made.timeout = (10.0, timeout, timeout, 10.0)  # connect, read, write, pool
-        return made
+        http = default_client_factory()
+        http.timeout = (10.0, timeout, timeout, 10.0)  # connect, read, write, pool
+        return http
 
     set_client_factory(client)
     return HfApi(token=token)
 
 
 def ask_hub(what: str, call: Callable[[], T], deadline: float = 60.0) -> T:
-    """retry(call), which a signal ends at once. OSError also for an answer that is no Hub's, where its client fails in odd ways."""
+    """retry(call), which a signal ends at once. OSError also for an answer that is no Hub's, where its client
+    fails in odd ways."""
     try:
         return interruptible(lambda: retry(call, f"Hub, {what}", deadline=deadline))
     except (KeyError, TypeError, AttributeError) as error:
@@ -1715,11 +1830,13 @@ def ask_hub(what: str, call: Callable[[], T], deadline: float = 60.0) -> T:
 
 
 def hub_check(repo_id: str, public: bool, create: bool, kind: str = "model", must_answer: bool = True) -> str:
-    """The full name of the repo to push to, after making sure, before a GPU is paid for, that the push will work.
+    """The full name of the repo to push to, after making sure, before a GPU is paid for, that the push will
+    work.
 
-    create=True makes the repo where there is none (private unless `public`); create=False changes nothing. Ends the run with exit
-    code 2 when the push could not work. must_answer=False is for a run that has a checkpoint to go on from: a Hub that is down
-    is then a warning, if the owner is known from `repo_id` or HF_USER_ID.
+    create=True makes the repo where there is none (private unless `public`); create=False changes nothing.
+    Ends the run with exit code 2 when the push could not work. must_answer=False is for a run that has a
+    checkpoint to go on from: a Hub that is down is then a warning, if the owner is known from `repo_id` or
+    HF_USER_ID.
     """
     owner = os.environ.get("HF_USER_ID", "").strip()
     known = repo_id if "/" in repo_id else f"{owner}/{repo_id}" if owner else ""
@@ -1734,7 +1851,8 @@ def hub_check(repo_id: str, public: bool, create: bool, kind: str = "model", mus
 
 
 def find_repo(name: str, public: bool, create: bool, kind: str) -> str:
-    """What hub_check promises for a Hub that answers; without an owner, `name` is the token's. Raises what ask_hub raises."""
+    """What hub_check promises for a Hub that answers; without an owner, `name` is the token's. Raises what
+    ask_hub raises."""
     api = hub_api(timeout=30.0)
 
     def account() -> tuple[str, list[str]]:
@@ -1751,11 +1869,11 @@ def find_repo(name: str, public: bool, create: bool, kind: str) -> str:
         writes = f"HF_TOKEN writes to {', '.join(owners)}, not to {owner}"
         refuse(f"{full}: {writes}: change HF_USER_ID or --hub_model_id")
     of_repo = {"repo_id": full, "repo_type": kind}
-    there = ask_hub(f"look up {full}", partial(api.repo_exists, **of_repo))
-    if not there and not create:
+    exists = ask_hub(f"look up {full}", partial(api.repo_exists, **of_repo))
+    if not exists and not create:
         log.info("Hub: would create %s (%s)", full, "public" if public else "private")
         return full
-    if not there:
+    if not exists:
         # exist_ok: the answer to the first try may be lost
         make = partial(api.create_repo, private=not public, exist_ok=True, **of_repo)
         ask_hub(f"create {full}", make)
@@ -1774,8 +1892,8 @@ def find_repo(name: str, public: bool, create: bool, kind: str) -> str:
 def hub_push(folder: Path, repo_id: str, message: str, kind: str = "model") -> str:
     """Uploads the model files of `folder` (PUSHED) in one commit and returns the url of the repo.
 
-    Raises ValueError if the folder must not be pushed, OSError or RuntimeError if the Hub did not take it; calling it
-    again sends what is missing.
+    Raises ValueError if the folder must not be pushed, OSError or RuntimeError if the Hub did not take it;
+    calling it again sends what is missing.
     """
     from huggingface_hub import CommitOperationAdd
 
@@ -1783,9 +1901,10 @@ def hub_push(folder: Path, repo_id: str, message: str, kind: str = "model") -> s
     names = files_to_push(folder, kind)
 
     def push() -> None:
-        # Made for sending again. The client leaves out files that the Hub has: after a lost answer that is all of them, and
-        # there is no second commit. A commit that is still on its way, or another writer's, makes this one a conflict, and the
-        # next try sees it. upload_folder would send a commit again without looking, and cut a large one in parts.
+        # Made for sending again. The client leaves out files that the Hub has: after a lost answer that is
+        # all of them, and there is no second commit. A commit that is still on its way, or another writer's,
+        # makes this one a conflict, and the next try sees it. upload_folder would send a commit again without
+        # looking, and cut a large one in parts.
         head = api.repo_info(repo_id, repo_type=kind).sha
         files = [CommitOperationAdd(name, folder / name) for name in names]
         api.create_commit(repo_id, files, commit_message=message, repo_type=kind, parent_commit=head)
@@ -1795,7 +1914,8 @@ def hub_push(folder: Path, repo_id: str, message: str, kind: str = "model") -> s
 
 
 def files_to_push(folder: Path, kind: str) -> list[str]:
-    """The names of the files below `folder` that belong on the Hub; ValueError if there are none, or one must not be there."""
+    """The names of the files below `folder` that belong on the Hub; ValueError if there are none, or one must
+    not be there."""
     from huggingface_hub.utils import filter_repo_objects
 
     paths = sorted(path for path in folder.rglob("*") if path.is_file() or path.is_symlink())
@@ -1835,8 +1955,8 @@ def pushes_data(cfg: Any) -> bool:
 def push_rows(
     folder: Path, repo_id: str, public: bool, parts: dict[str, list[dict]], about: str, script: str
 ) -> None:
-    """Rank 0: push the rows of each split, JSON lines in `folder` beside what lies there, with a card, as a data set that the
-    script's --dataset takes. Exit 2 if that fails: nothing was trained yet."""
+    """Rank 0: push the rows of each split, JSON lines in `folder` beside what lies there, with a card, as a
+    data set that the script's --dataset takes. Exit 2 if that fails: nothing was trained yet."""
     repo = hub_check(repo_id, public, create=True, kind="dataset")
     parts = {split: list(map(redact_row, rows)) for split, rows in parts.items() if rows}
     listed, table = [], []
@@ -1878,27 +1998,9 @@ def redact_row(row: dict) -> dict:
     return {name: redact(value) if isinstance(value, str) else value for name, value in row.items()}
 
 
-def card_parts(folder: Path, numbers: dict[str, float | None], repo: str) -> tuple[str, str, str]:
-    """What every model's card has: (the rows of a table of the numbers that there are; the first lines of its snippet, which find
-    the model; how it was made, of the run folder's environment.json)"""
-    rows = "\n".join(
-        f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in numbers.items() if value is not None
-    )
-    snippet = (
-        f'from huggingface_hub import snapshot_download\n\nfolder = snapshot_download("{repo}")'
-        if repo
-        else 'folder = "."'
-    )
-    was = json.loads((folder / "environment.json").read_text())
-    versions = ", ".join(f"{name} {version}" for name, version in was["versions"].items())
-    settings_are = "all settings are in the `config.json` of the run"
-    made = f"Command: `{was['command']}`; {settings_are}. {was['world_size']} x {was['device']};\n{versions}; revision "
-    return rows, snippet, made + (was["git_revision"] or "unknown") + "."
-
-
 def push_finished(folder: Path, repo: str, message: str, again: str) -> None:
-    """Rank 0, the last act of a run: push the finished model in `folder`. Exit 3 when that fails; `again`, the command that was
-    typed, pushes it later."""
+    """Rank 0, the last act of a run: push the finished model in `folder`. Exit 3 when that fails; `again`,
+    the command that was typed, pushes it later."""
     try:
         log.info(f"pushed {hub_push(folder, repo, message)}")
     except (OSError, RuntimeError, ValueError) as error:
@@ -1908,7 +2010,8 @@ def push_finished(folder: Path, repo: str, message: str, again: str) -> None:
 
 
 def fetch_model(source: str, *patterns: str, flag: str = "--model") -> Path:
-    """The folder with these files of a model: a folder, or a Hub id (downloaded, or in the local cache). Exit 2 without one."""
+    """The folder with these files of a model: a folder, or a Hub id (downloaded, or in the local cache). Exit
+    2 without one."""
     from huggingface_hub import snapshot_download
 
     if Path(source).is_dir():
@@ -1925,7 +2028,8 @@ def fetch_model(source: str, *patterns: str, flag: str = "--model") -> Path:
 
 
 def check_weights(source: str) -> None:
-    """Exit 2 when shards are missing from a folder, or the disk has no room for what is to be downloaded from the Hub."""
+    """Exit 2 when shards are missing from a folder, or the disk has no room for what is to be downloaded from
+    the Hub."""
     from huggingface_hub import constants, snapshot_download
 
     folder = Path(source)
@@ -1951,9 +2055,13 @@ def check_weights(source: str) -> None:
     log.info(f"download {sizes}")
 
 
-def check_loaded(report: dict, folder: Path) -> None:
+def check_loaded(loading_info: dict, folder: Path) -> None:
     """End the run when from_pretrained left weights at random, or had some that fit nowhere."""
-    names = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
+    names = [
+        *loading_info["missing_keys"],
+        *loading_info["unexpected_keys"],
+        *loading_info["mismatched_keys"],
+    ]
     if wrong := sorted(map(str, names)):
         which = f"{len(wrong)} weights are missing or do not fit, {wrong[0]} among them"
         raise SystemExit(f"error: {folder}: {which}")
@@ -1961,9 +2069,11 @@ def check_loaded(report: dict, folder: Path) -> None:
 
 @functools.cache  # asked before each of config, weights' sizes and weights
 def offline(source: str) -> bool:
-    """Whether `source`, a folder or a Hub id, is to be loaded without the network: a folder, or a Hub that does not answer.
+    """Whether `source`, a folder or a Hub id, is to be loaded without the network: a folder, or a Hub that
+    does not answer.
 
-    One quick look-up, for transformers takes over a minute to find that there is no network. Raises RepositoryNotFoundError.
+    One quick look-up, for transformers takes over a minute to find that there is no network. Raises
+    RepositoryNotFoundError.
     """
     from huggingface_hub import model_info
     from huggingface_hub.errors import RepositoryNotFoundError
@@ -1989,11 +2099,11 @@ def offline(source: str) -> bool:
 def download(url: str, folder: Path, max_bytes: int = 2 * 2**30, timeout: float = 600.0) -> Path:
     """The file behind an http(s) url, fetched once into `folder`; whole or absent, also after a crash.
 
-    Not by the Hub's client, for the urls of a manifest are strangers: no token, no .netrc, no proxy's password. Raises OSError if
-    the file cannot be had within `timeout` seconds, ValueError if it is none that we take.
+    Not by the Hub's client, for the urls of a manifest are strangers: no token, no .netrc, no proxy's
+    password. Raises OSError if the file cannot be had within `timeout` seconds, ValueError if it is none that
+    we take.
     """
     import requests
-    import urllib3
 
     address, shown = urllib.parse.urlsplit(url), redact(url)
     if address.scheme not in ("http", "https"):
@@ -2033,7 +2143,7 @@ def download(url: str, folder: Path, max_bytes: int = 2 * 2**30, timeout: float 
 
     try:
         retry(fetch, f"download {shown}", attempts=5, deadline=timeout)
-    except urllib3.exceptions.HTTPError as error:
+    except requests.packages.urllib3.exceptions.HTTPError as error:
         raise OSError(f"{shown}: {brief(error)}") from error
     finally:
         part.unlink(missing_ok=True)
@@ -2044,3 +2154,571 @@ def drop_redirect(answer: Any, **_: Any) -> None:
     """A hook of requests, which would read the body of a redirect, however long."""
     if answer.is_redirect:
         answer.close()
+
+
+# ---------------------------------------------------------------------------
+# A run, from start to finish
+# ---------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """What start_run finds, and the steps, saves and the finish of a run need."""
+
+    cfg: Any  # with all that was worked out: steps, dtype, model
+    script: Path
+    repo: str  # on the Hub, "" for none
+    checkpoint: Path | None  # to go on from
+    step: int  # that it is of
+    other_ranks: bool  # whether another number of ranks saved it
+    facts: dict  # that a checkpoint of this run has
+    config: dict  # DeepSpeed's
+    loss_is: str  # what the loss is, for its curve
+    track: Callable[[dict, int | None], Any]
+    unlogged: list[dict] = field(default_factory=list)  # numbers of the steps since the last line of the log
+
+    @property
+    def folder(self) -> Path:
+        return self.cfg.output_dir
+
+
+def open_run(cfg: Any, data_repo: str = "") -> Any:
+    """Every rank, first of all: join the others, and make the checks that take no data: is the folder this
+    run's and free, would the push work? -> this rank's torch.device"""
+    device = init_distributed()
+    pids = from_all_ranks(os.getpid())
+
+    @on_rank0
+    def look() -> None:
+        resumes = bool(numbered(cfg.output_dir / "checkpoints", "step_"))
+        if cfg.output_dir.exists():
+            if not cfg.check:
+                lock_folder(cfg.output_dir, pids)
+            check_same_run(cfg)
+        if cfg.push_to_hub:
+            hub_check(cfg.hub_model_id, cfg.public, create=False, must_answer=not resumes)
+            if data_repo:
+                hub_check(data_repo, cfg.public, create=False, kind="dataset", must_answer=not resumes)
+
+    look()
+    return device
+
+
+def with_steps(cfg: Any, warmup: int, samples: int = 0, per_step: int = 1) -> Any:
+    """cfg with --steps, or as many as --epochs of `samples` are at `per_step`, and with --warmup_steps:
+    unless it was given, `warmup`, but at most a tenth of the steps."""
+    steps = cfg.steps or max(1, math.ceil(cfg.epochs * samples / per_step))
+    warmup = min(warmup, steps // 10) if cfg.warmup_steps is None else cfg.warmup_steps
+    return dataclasses.replace(cfg, steps=steps, warmup_steps=warmup)
+
+
+def show_plan(
+    cfg: Any, device: Any, lines: list[tuple[str, str]], layouts: list[Layout], advice: str, disk_bytes: float
+) -> Layout:
+    """Every rank: print what this run is going to do, and check that it fits into memory and onto the disk,
+    else exit 2.
+
+    lines: (label, text). -> the layout of memory that is taken, its config filled in.
+    """
+    import torch
+
+    cuda = device.type == "cuda"
+    what = torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} threads"
+    free, need = disk_free(cfg.output_dir) / GB, disk_bytes / GB
+    disk = ("disk", f"{need:.2f} GB for checkpoints and model, {free:.1f} GB free")
+    text = [f"{label:<9}{said}" for label, said in [*lines, disk]]
+    log.info("\n".join([f"Out: {cfg.output_dir} | Device: {device} ({what}), {cfg.dtype}", *text]))
+    table, layout = choose_layout(layouts, cfg.deepspeed, advice)
+    log.info(f"memory   {table}")
+    if cfg.warmup_steps > cfg.steps:
+        log.warning(
+            f"warning: --warmup_steps {cfg.warmup_steps} is more than the {cfg.steps} steps of the run: the "
+            f"learning rate gets no higher than {cfg.lr * cfg.steps / cfg.warmup_steps:.2g}"
+        )
+    if need > free:
+        refuse(
+            f"--output_dir {cfg.output_dir}: {free:.2f} GB free, the run writes {need:.2f} GB; make room or "
+            "lower --keep"
+        )
+    name = "DeepSpeed's config" if cfg.deepspeed == "auto" else cfg.deepspeed
+    config = ds_config(layout.config, name, getattr(cfg, "batch_size", 1), cfg.accum, cfg.clip, cfg.dtype)
+    return dataclasses.replace(layout, config=config)
+
+
+def steps_line(cfg: Any, device: Any, unit: str) -> tuple[str, str]:
+    """The plan's line about a step, of `unit`s"""
+    world, ranks = world_size(), "GPU" if device.type == "cuda" else "CPU process"
+    per_step = world * cfg.batch_size * cfg.accum
+    batch = f"{world} {ranks} x {cfg.batch_size} {unit} x {cfg.accum} accum = {per_step} {unit} per step"
+    return "steps", f"{cfg.steps} of {batch}; warm-up {cfg.warmup_steps}"
+
+
+def start_run(
+    from_flags: Any,
+    cfg: Any,
+    script: str,
+    layout: Layout,
+    bad: list[dict],
+    loss_is: str,
+    several: bool = False,
+    **facts: Any,
+) -> Run:
+    """Every rank, after the plan: take the folder and the repository, find the checkpoint to go on from, and
+    write down what makes this run. Exit 2 when its facts (ZeRO stage, precision, data, ...) are not those of
+    this run.
+
+    from_flags: the configuration as it came from the command line; cfg: with what was worked out. `several`:
+    other processes write into the same W&B run.
+    """
+    pids = from_all_ranks(os.getpid())
+    facts = {"zero_stage": layout.stage, "dtype": cfg.dtype} | facts
+
+    @on_rank0
+    def start() -> tuple[str, Path | None, dict]:
+        folder = cfg.output_dir
+        lock_folder(folder, pids)
+        check_same_run(from_flags)
+        path, marker = find_checkpoint(folder / "checkpoints", cfg.resume, facts)
+        repo = ""
+        if cfg.push_to_hub:
+            repo = hub_check(cfg.hub_model_id, cfg.public, create=True, must_answer=path is None)
+        write_run_folder(from_flags, script, marker["step"], bad, layout.config)
+        return repo, path, marker
+
+    repo, path, marker = start()
+    step, other_ranks = marker["step"], marker["ranks"] != world_size()
+    config = layout.config | ({"checkpoint": {"load_universal": True}} if other_ranks else {})
+    # more GPUs make fewer steps of the same --epochs
+    cfg = dataclasses.replace(cfg, steps=max(cfg.steps, step))
+    where = cfg.report_to if rank() == 0 else "none"
+    track = tracker(where, cfg.output_dir, Path(script).stem, several)
+    unlogged = marker.get("unlogged", [])
+    return Run(cfg, Path(script), repo, path, step, other_ranks, facts, config, loss_is, track, unlogged)
+
+
+def find_checkpoint(folder: Path, resume: bool, facts: dict) -> tuple[Path | None, dict]:
+    """Rank 0: (the newest whole checkpoint or None, its checkpoint.json). Exit 2 when its facts differ from
+    these, and when there is one that must not be resumed."""
+    path = newest_checkpoint(folder)
+    if path is None:
+        return None, {"step": 0, "ranks": world_size()}
+    if not resume:
+        refuse(
+            f"{path} is there: leave out --no_resume to go on from it, or give another --output_dir to start "
+            "anew"
+        )
+    marker = json.loads((path / "checkpoint.json").read_text())
+    for name, value in facts.items():
+        before = marker.get(name)
+        if before == value:
+            continue
+        if name == "data":
+            refuse(
+                f"{path} was trained on other data: bring the earlier rows back, or give another --output_dir"
+            )
+        refuse(
+            f"{path} was saved with {name} {before}, this run has {value}: go on with {name} {before}, "
+            "or start anew with another --output_dir"
+        )
+    return path, marker
+
+
+def write_run_folder(cfg: Any, script: str, step: int, bad: list[dict], config: dict) -> None:
+    """Rank 0: write what makes this run (settings, versions, DeepSpeed config, the code itself, what was left
+    out), and forget the metrics of steps after `step`, from which it goes on, and results that are not of
+    that step."""
+    folder = cfg.output_dir
+    (folder / "SUCCESS").unlink(missing_ok=True)
+    (folder / "samples").mkdir(exist_ok=True)
+    write_json(folder / "config.json", settings(cfg))
+    write_json(folder / "environment.json", environment())
+    write_json(folder / "deepspeed.json", config)
+    write_lines(folder / "bad_samples.jsonl", bad)
+    shutil.copyfile(script, folder / Path(script).name)
+    write_lines(folder / "metrics.jsonl", [row for row in read_metrics(folder) if row["step"] <= step])
+    if read_results(folder).get("steps") != step:
+        (folder / "results.json").unlink(missing_ok=True)
+
+
+def open_engine(run: Run, model: Any, optimizer: Any, frozen_left_out: bool = False) -> Any:
+    """Every rank: DeepSpeed's engine, with weights and optimizer states of the checkpoint if there is one."""
+    import deepspeed  # after init_distributed has told it the device
+
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=run.config)
+    resume_engine(run, engine, frozen_left_out)
+    return engine
+
+
+def resume_engine(run: Run, engine: Any, frozen_left_out: bool = False) -> None:
+    if run.checkpoint:
+        load_engine(engine, run.checkpoint, run.other_ranks, frozen_left_out)
+        others = ", saved by another number of ranks" if run.other_ranks else ""
+        log.info(f"resumed {run.checkpoint}{others}")
+
+
+def save_run(
+    run: Run,
+    engine: Any,
+    step: int,
+    extra: Callable[[Path], None] = lambda aside: None,
+    frozen_left_out: bool = False,
+) -> None:
+    """Every rank: checkpoints/step_000200 to resume from. extra(folder) writes what else belongs to it, on
+    each rank."""
+
+    def write(aside: Path) -> None:
+        engine.save_checkpoint(
+            str(aside), tag="deepspeed", save_latest=False, exclude_frozen_parameters=frozen_left_out
+        )
+        extra(aside)
+
+    folder = run.folder / "checkpoints"
+    save_checkpoint(
+        folder, step, write, run.cfg.keep, ranks=world_size(), unlogged=mean_rows(run), **run.facts
+    )
+    log.info(f"saved {folder / f'step_{step:06d}'}")
+
+
+def learning_rate(cfg: Any, step: int) -> float:
+    """cfg.lr after a linear warm-up of cfg.warmup_steps, with cfg.lr_decay along a cosine to 0 at
+    cfg.steps."""
+    warm = min(1.0, (step + 1) / max(1, cfg.warmup_steps))
+    return cfg.lr * warm * (0.5 + 0.5 * math.cos(math.pi * step / cfg.steps) if cfg.lr_decay else 1.0)
+
+
+def training_steps(
+    run: Run,
+    engine: Any,
+    save: Callable[[int], None],
+    evaluate: Callable[[int], dict] | None,
+    numbers: Callable[[], dict] = dict,
+) -> Iterator[tuple[int, dict]]:
+    """Every rank, around each optimizer step from run.step to cfg.steps. Before it: learning rate and seeds.
+    After it: divergence, log, save(step), signals, and evaluate(step) -> numbers, with "held_out_loss" among
+    them.
+
+    Yields (step, row): the loop puts its mean "loss" into row, and what else is to be logged; a line of the
+    log has the means since the line before, over all ranks. numbers() -> what else a line has. A signal ends
+    the process with 128 + n after a checkpoint, also in the middle of evaluate, and three steps in a row that
+    are not finite with 4.
+    """
+    import torch
+    from tqdm import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    cfg, step, skipped = run.cfg, run.step, 0
+    bar = tqdm(total=cfg.steps, initial=step, unit="step", disable=None if rank() == 0 else True)
+    with bar, logging_redirect_tqdm([log]), signals_wait():
+        if is_evaluation_missing(run, step, evaluate):
+            evaluate_now(run, step, evaluate)
+        since, since_step = time.monotonic(), step
+        while step < cfg.steps:
+            lr = learning_rate(cfg, step)
+            for group in engine.optimizer.param_groups:
+                group["lr"] = lr
+            torch.manual_seed(seed_of(cfg.seed, step, rank()))  # of dropout
+            row: dict[str, Any] = {}
+            yield step, row
+            step += 1
+            bar.update()
+
+            skipped = count_skipped(engine, row["loss"], step, cfg.lr, skipped)
+            run.unlogged.append(row)
+            if step % cfg.log_every == 0 or step == cfg.steps:
+                speed = (step - since_step) / (time.monotonic() - since)
+                log_line(run, engine, step, lr, speed, bar, numbers())
+                since, since_step = time.monotonic(), step
+            saves = step % cfg.save_every == 0 or step == cfg.steps
+            evaluates = evaluate and step % cfg.eval_every == 0 and step < cfg.steps
+            try:
+                if saves:
+                    save(step)
+                stop_if_asked()
+                if evaluates:
+                    evaluate_now(run, step, evaluate)
+            except SystemExit as stop:
+                if stop.code in STOPPED:
+                    if not saves:
+                        save(step)
+                    name = signal.Signals(stop.code - 128).name
+                    log.info(f"stopped by {name} after step {step}; the same command goes on from there")
+                raise
+            if saves or evaluates:  # the clock is for training alone
+                since, since_step = time.monotonic(), step
+
+
+def is_evaluation_missing(run: Run, step: int, evaluate: Callable | None) -> bool:
+    """Every rank: whether the run was stopped between the checkpoint and the evaluation of this step."""
+    due = evaluate and step and step % run.cfg.eval_every == 0 and step < run.cfg.steps
+    done = any(row["step"] == step and "held_out_loss" in row for row in read_metrics(run.folder))
+    return bool(over_ranks(bool(due and not done), "max"))
+
+
+def evaluate_now(run: Run, step: int, evaluate: Callable[[int], dict]) -> None:
+    numbers = evaluate(step)
+    if rank() == 0:
+        record(run, {"step": step} | numbers)
+        write_loss_curve(run.folder, run.loss_is)
+
+
+def mean_rows(run: Run) -> list[dict]:
+    """Every rank: the numbers of the steps since the last line, each the mean over all ranks; null where it
+    is not finite."""
+    import torch
+    import torch.distributed as dist
+
+    names = list(run.unlogged[-1]) if run.unlogged else []
+    # null: a row that was averaged before, and perhaps saved and read back
+    numbers = [
+        [math.nan if row[name] is None else float(row[name]) for name in names] for row in run.unlogged
+    ]
+    values = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(values, group=control_group())
+    means = (values / world_size()).tolist()
+    run.unlogged = [dict(zip(names, map(number_or_null, row))) for row in means]
+    return run.unlogged
+
+
+def log_line(run: Run, engine: Any, step: int, lr: float, speed: float, bar: Any, extra: dict) -> None:
+    """Every rank: a line of the log, of metrics.jsonl and of the tracker, of all steps since the line
+    before."""
+    rows, run.unlogged = mean_rows(run), []
+    means = {
+        name: np.mean([math.nan if row[name] is None else row[name] for row in rows]) for name in rows[0]
+    }
+    left = timedelta(seconds=round((run.cfg.steps - step) / speed))
+    log.info(f"step {step:06d} | loss {means['loss']:.4f} | {speed:.2f} steps/s | {left} left")
+    bar.set_postfix(loss=f"{means['loss']:.4f}")
+    norm = engine.get_global_grad_norm()  # None until a first update was made
+    line = {"step": step} | means | {"lr": lr, "grad_norm": math.nan if norm is None else norm}
+    line |= {"samples_per_s": speed * engine.train_batch_size(), "peak_memory_gb": peak_memory_gb()}
+    record(run, line | extra)
+
+
+def record(run: Run, row: dict) -> None:
+    """Rank 0: one line of metrics.jsonl; a number that is not finite is null there, as JSON has no word for
+    it."""
+    if rank() == 0:
+        row = {
+            name: value if isinstance(value, int) else number_or_null(value) for name, value in row.items()
+        }
+        append_json(run.folder / "metrics.jsonl", row)
+        run.track(row, row["step"])
+
+
+def number_or_null(value: Any) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def count_skipped(engine: Any, loss: Any, step: int, lr: float, skipped: int) -> int:
+    """Every rank, after engine.step(): how many updates in a row, `skipped` before, DeepSpeed has skipped on
+    all ranks because a gradient was not finite. Ends the run with exit 4 at the third."""
+    if engine.was_step_applied():
+        return 0
+    if engine.fp16_enabled() and math.isfinite(
+        over_ranks(float(loss), "mean")
+    ):  # fp16 skips to find its scale
+        return skipped
+    log.warning(f"warning: step {step}: not finite, update skipped on all ranks ({skipped + 1} in a row)")
+    if skipped == 2:
+        log.warning(f"error: diverged: lower --lr {lr:g} and run again; it goes on from the last checkpoint")
+        raise SystemExit(4)
+    return skipped + 1
+
+
+@contextlib.contextmanager
+def out_of_memory(advice: str | Callable[[], str]) -> Iterator[None]:
+    """Inside, running out of memory is one line with what to do, and exit code 1."""
+    import torch
+
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise SystemExit(
+                f"error: out of memory: {advice if isinstance(advice, str) else advice()}"
+            ) from error
+        raise
+
+
+def finish_run(
+    run: Run,
+    export: Callable[[Path], None],
+    evaluate: Callable[[], dict],
+    card: Callable[[dict], dict],
+    last: bool = True,
+) -> dict:
+    """Every rank, after the last step: model/, its results, its card, the push, SUCCESS. -> results.json
+
+    export(folder) writes the finished model, first, so that a run that dies in its evaluation has it.
+    evaluate() -> what the script measured (on rank 0): "score" from 0 to 1, "score_is", "controls" {name:
+    number that must be low}, "held_out_loss", "tables" {title: {row: {column: number}}}. card(results) ->
+    what write_card wants. Exit 3 when only the push failed. `last`: False when the script has more to do.
+    """
+    folder, target, step = run.folder, run.folder / "model", run.cfg.steps
+    results = on_rank0(read_results)(folder)
+    if results.get("steps") != step:
+        export(target)
+        results = evaluate()
+
+        @on_rank0
+        def keep() -> dict:
+            kept = results | summary(folder, step)
+            numbers = {name: kept[name] for name in ("held_out_loss", "score") if kept.get(name) is not None}
+            record(run, {"step": step} | numbers)
+            write_loss_curve(folder, run.loss_is)
+            shutil.copyfile(folder / "loss.png", target / "loss.png")
+            write_json(folder / "results.json", kept)
+            return kept
+
+        results = keep()
+
+    @on_rank0
+    def publish() -> None:
+        write_card(run, results, **card(results))  # again when the push comes later: it names the repo
+        show_results(results, folder)
+        if run.repo:
+            push_finished(target, run.repo, f"{run.script.name}, step {step}", again=command_line())
+        if last:
+            write_text(folder / "SUCCESS", time.strftime("%Y-%m-%dT%H:%M:%S%z\n"))
+
+    publish()
+    return results
+
+
+def copy_code(target: Path, script: str, *more: str) -> None:
+    """Rank 0: the script and common.py into a finished model, whose card's snippet runs them; all of it
+    flushed to disk."""
+    for name in (Path(script).name, "common.py", *more):
+        shutil.copyfile(Path(script).with_name(name), target / name)
+    for path in target.rglob("*"):
+        sync(path)
+
+
+def summary(folder: Path, step: int) -> dict:
+    """Of metrics.jsonl"""
+    rows = [row for row in read_metrics(folder) if "loss" in row]
+    return {
+        "steps": step,
+        "final_loss": rows[-1]["loss"],
+        "samples_per_s": float(np.median([row["samples_per_s"] for row in rows])),
+        "peak_memory_gb": max(row["peak_memory_gb"] for row in rows),
+    }
+
+
+def show_results(results: dict, folder: Path) -> None:
+    """The table at the end of a run, of results.json, and where things are."""
+    score = "none " if results["score"] is None else f"{results['score']:.3f}"
+    lines = ["", f"{'score':<22}{score}   {results['score_is']}"]
+    lines += [
+        f"{name:<22}{value:.3f}   a control: must be low" for name, value in results["controls"].items()
+    ]
+    for title, rows in results["tables"].items():
+        lines += ["", *aligned(title, rows)]
+    if results.get("held_out_loss") is not None:
+        lines += ["", f"{'held-out loss':<22}{results['held_out_loss']:.4f}"]
+    lines.append(
+        f"{'speed':<22}{results['samples_per_s']:.2f} samples/s, peak memory {results['peak_memory_gb']:.2f} "
+        "GB"
+    )
+    lines += [f"{'model':<22}{folder / 'model'}", f"{'samples':<22}{folder / 'samples'}"]
+    log.info("\n".join(lines))
+
+
+def aligned(title: str, rows: dict[str, dict[str, float]]) -> list[str]:
+    """A table {row: {column: number}} as lines of text"""
+    columns = list(next(iter(rows.values())))
+    wide = max(22, *(len(name) + 2 for name in [title, *rows]))
+    lines = [f"{title:<{wide}}" + "".join(f"{column:>{max(9, len(column) + 2)}}" for column in columns)]
+    for name, values in rows.items():
+        cells = [f"{values[c]:.3f}" if values.get(c) is not None else "-" for c in columns]
+        lines.append(
+            f"{name:<{wide}}" + "".join(f"{cell:>{max(9, len(c) + 2)}}" for cell, c in zip(cells, columns))
+        )
+    return lines
+
+
+CARD = """---
+{{ card_data }}
+---
+
+# {{ model_name }}
+
+{{ about }}
+
+| measured | |
+|---|---|
+{% for name, value in numbers.items() %}| {{ name }} | {{ "%.4g" % value }} |
+{% endfor %}
+Score: {{ score_is }}.
+{% for table in tables %}
+{{ table }}
+{% endfor %}
+{{ more }}
+
+![loss](loss.png)
+
+```python
+import sys
+
+{{ find_folder }}
+sys.path.insert(0, folder)  # {{ script }} and common.py, whose first lines say what they need
+{{ usage }}
+```
+
+Command: `{{ env.command }}`; all settings are in the `config.json` of the run. {{ env.world_size }} x
+{{ env.device }}; {{ versions }}; revision {{ env.git_revision or "unknown" }}.
+"""
+
+
+def write_card(
+    run: Run, results: dict, about: str, usage: str, data: str, more: str = "", **metadata: Any
+) -> None:
+    """Rank 0: model/README.md, with what was measured as the Hub's model index has it.
+
+    about, more: Markdown; usage: Python, which has the model's `folder`; data: what it was trained on, a
+    name; metadata: of huggingface_hub.ModelCardData: library_name, pipeline_tag, tags, base_model, license,
+    datasets.
+    """
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    name = (run.repo or run.cfg.hub_model_id).split("/")[-1]
+    measured = {"score": results["score"]} | results["controls"]
+    more_numbers = "held_out_loss steps final_loss samples_per_s peak_memory_gb".split()
+    numbers = measured | {number: results.get(number) for number in more_numbers}
+    task = metadata["pipeline_tag"]
+    index = [
+        EvalResult(task, data, data, metric, value) for metric, value in measured.items() if value is not None
+    ]
+    made_of = {field: value for field, value in metadata.items() if value}
+    environment = json.loads((run.folder / "environment.json").read_text())
+    find_folder = 'folder = "."'
+    if run.repo:
+        find_folder = (
+            f'from huggingface_hub import snapshot_download\n\nfolder = snapshot_download("{run.repo}")'
+        )
+    card = ModelCard.from_template(
+        ModelCardData(model_name=name, eval_results=index or None, **made_of),
+        template_str=CARD,
+        model_name=name,
+        about=about,
+        numbers={label.replace("_", " "): value for label, value in numbers.items() if value is not None},
+        score_is=results["score_is"],
+        tables=[markdown_table(title, rows) for title, rows in results["tables"].items()],
+        more=more,
+        find_folder=find_folder,
+        script=run.script.name,
+        usage=usage,
+        env=environment,
+        versions=", ".join(f"{package} {version}" for package, version in environment["versions"].items()),
+    )
+    write_text(run.folder / "model" / "README.md", str(card))
+
+
+def markdown_table(title: str, rows: dict[str, dict[str, float]]) -> str:
+    columns = list(next(iter(rows.values())))
+    lines = [f"| {title} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for name, values in rows.items():
+        cells = [f"{values[c]:.3f}" if values.get(c) is not None else "" for c in columns]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -1,29 +1,35 @@
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11"
 # dependencies = [
-#   "av", "deepspeed", "einops", "huggingface_hub", "kaldiio", "matplotlib", "numpy", "opencv-python-headless", "peft", "pillow",
-#   "pystoi", "safetensors", "scipy", "torch", "tqdm", "transformers", "tyro",
+#   "av==18.1.0", "deepspeed==0.19.8", "einops==0.8.2", "huggingface_hub==2.4.0", "kaldiio==2.18.1",
+#   "matplotlib==3.11.2", "numpy==2.4.6", "opencv-python-headless==5.0.0.93", "peft==0.21.2",
+#   "pillow==13.0.0", "pystoi==0.4.1", "requests==2.34.2", "safetensors==0.8.0", "scipy==1.17.1",
+#   "torch>=2.6", "tqdm==4.70.1", "transformers==5.23.0", "tyro==1.0.17",
 # ]
 # ///
-"""Video and speech to speech: LongCat-Flash-Omni 560B learns to see a clip, hear a question and speak the answer, by LoRA.
+"""Video and speech to speech: LongCat-Flash-Omni 560B learns to see a clip, hear a question and speak the
+answer, by LoRA.
 
-    python longcat_vss.py --demo                                # minutes on 2 CPU cores: a tiny one learns to speak, then LoRA
-    python longcat_vss.py --check                               # storage, memory, time: what would it take, and what fits here?
-    ./run.sh longcat_vss.py 8 --data_dir data --codec LongCat-Audio-Codec     # eight GPUs, adapter pushed to the Hub at the end
-    python longcat_vss.py --predict in.mp4 in.wav               # writes out.wav and prints the text
+    python longcat_vss.py --demo                     # minutes on 2 CPU cores: a tiny one learns to speak
+    python longcat_vss.py --check                    # storage, memory, time: what it takes, and what fits
+    ./run.sh longcat_vss.py 8 --data_dir data --codec LongCat-Audio-Codec    # eight GPUs, adapter pushed
+    python longcat_vss.py --predict in.mp4 in.wav    # writes out.wav and prints the text
 
-DATA: data/train/01/{in.mp4,in.wav,out.wav}, data/train/02/..., and, if there, a folder data/test beside it. Also .mov, .mkv, .mp3
-and .flac; without in.wav the sound track of in.mp4 is the question; out.txt, what out.wav says, is optional and helps much.
+DATA: data/train/01/{in.mp4,in.wav,out.wav}, data/train/02/..., and, if there, a folder data/test beside it.
+Also .mov, .mkv, .mp3 and .flac; without in.wav the sound track of in.mp4 is the question; out.txt, what
+out.wav says, is optional and helps much.
 
-The model is meituan-longcat/LongCat-Flash-Omni (1.1 TB) in its own files; its authors published no training code. The language
-model is transformers' LongcatFlash, corrected to load the checkpoint; encoders and speech heads are written here, under the names
-of the official weights. Replies are spoken in four parallel streams of codes beside the text. LoRA on the attention, ZeRO-3 with
-weights in RAM or on NVMe. Speech codes come from LongCat-Audio-Codec (--codec, a checkout with its ckpts/, encoder too).
+The model is meituan-longcat/LongCat-Flash-Omni (1.1 TB) in its own files; its authors published no training
+code. The language model is transformers' LongcatFlash, corrected to load the checkpoint; encoders and speech
+heads are written here, under the names of the official weights. Replies are spoken in four parallel streams
+of codes beside the text. LoRA on the attention, ZeRO-3 with weights in RAM or on NVMe. Speech codes come from
+LongCat-Audio-Codec (--codec, a checkout with its ckpts/, encoder too).
 
 Writes the run folder described in README.md. The same command again goes on from the newest whole checkpoint.
 
-Never run on the real weights, nor on a GPU. Measured: --demo, 6.5 minutes on 2 CPU cores: 1.00 of 96 spoken replies to clips
-never seen are recognised, 0.15 with the video blanked, 0.21 with the audio silenced; after LoRA, new words in a new voice, 0.94.
+Never run on the real weights, nor on a GPU. Measured: --demo, 6.5 minutes on 2 CPU cores: 0.99 of 96 spoken
+replies to clips never seen are recognised, 0.19 with the video blanked, 0.18 with the audio silenced; after
+LoRA, new words in a new voice, 1.00.
 """
 
 from __future__ import annotations
@@ -31,19 +37,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import json
 import math
 import os
 import shutil
-import signal
 import sys
 import time
 import warnings
 import wave
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import timedelta
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -54,75 +59,71 @@ import tyro
 from einops import rearrange
 from torch import Tensor, nn
 from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
-from transformers import LongcatFlashConfig, LongcatFlashForCausalLM
-from transformers.models.longcat_flash import modeling_longcat_flash as longcat_flash
 
 from common import (
     CHECKPOINTING,
     GB,
     BadSample,
+    Free,
+    Layout,
+    Lower,
+    Run,
     barrier,
     brief,
     cached_frames,
-    card_parts,
-    catch_signals,
     check_loaded,
     check_settings,
     choose_layout,
-    count_skipped,
+    copy_code,
     demo_module,
-    device_name,
     disk_free,
     ds_config,
     epoch_order,
     fetch_model,
-    finish,
-    from_all_ranks,
+    fingerprint,
+    finish_run,
     full_weights,
     gathered,
-    hub_check,
     init_distributed,
-    learning_rate,
     leave_out,
-    load_engine,
     log,
-    memory_rows,
+    memory_layouts,
+    merged_over_ranks,
+    normalized,
     on_rank0,
+    open_engine,
+    open_run,
+    out_of_memory,
     over_ranks,
-    peak_memory_gb,
     pick_dtype,
-    plain,
-    prepare_run_folder,
-    push_finished,
     rank,
     read_flags,
     read_json,
-    record,
     refuse,
-    resume_checkpoint,
+    rounds,
     run,
     save_array,
-    save_checkpoint,
-    seed_of,
+    save_run,
+    show_plan,
+    show_results,
     split_clips,
     split_of,
-    summary,
-    sync,
-    take_run_folder,
+    start_run,
+    steps_line,
     tiny_model,
-    tracker,
+    training_steps,
+    with_steps,
     world_size,
     write_json,
     write_lines,
-    write_loss_curve,
+    write_text,
     write_whole,
 )
 
 BASE_MODEL = "meituan-longcat/LongCat-Flash-Omni"
-PUBLISHED_BYTES = (
-    1.125e12  # 562.6 B parameters in bf16, counted with the published sizes (tests/test_longcat_maths.py)
-)
+# 562.6 B parameters in bf16, counted with the published sizes (tests/test_longcat_maths.py)
+PUBLISHED_BYTES = 1.125e12
+WARMUP = 100  # steps, when --warmup_steps is not given
 SAMPLE_RATE = 16_000  # of all speech that the model hears
 # Of the speech streams, from constants.py of the official repository (commit 9df66a8).
 CODEBOOKS = 4  # one semantic, three acoustic
@@ -138,7 +139,8 @@ SPECIAL = {
     "image_pad": "<mask_118>",  # <|image_pad|>
 }
 HEADS = ("semantic", "acoustic_1", "acoustic_2", "acoustic_3")
-CURVES = ("loss", "held_out_loss")  # in loss.png
+STREAMS = ("text", *HEADS)
+BEFORE = "spoken before this training"  # a table of results.json
 SHOWN = ("as it is", "video blanked", "audio silenced")  # how held-out clips are shown in an evaluation
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -150,36 +152,33 @@ TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.flo
 @dataclass(frozen=True)
 class Config:
     demo: bool = False  # a tiny model on clips and words made on the spot: minutes on 2 CPU cores, no network
-    check: bool = False  # all checks and the plan, no training
-    output_dir: Path = Path("runs/longcat_vss")  # run folder; the same folder again resumes the run
+    check: Free[bool] = False  # all checks and the plan, no training
+    output_dir: Free[Path] = Path("runs/longcat_vss")  # run folder; the same folder again resumes the run
     seed: int = 0
 
     # data
 
-    data_dir: Path = Path(
-        "data"
-    )  # train/01/{in.mp4,in.wav,out.wav,out.txt}, ... and, if there, test/ beside it
+    # train/01/{in.mp4,in.wav,out.wav,out.txt}, ... and, if there, test/ beside it
+    data_dir: Free[Path] = Path("data")
     frames: int = 64  # most frames of a clip; two a second are taken
     size: int = 224  # height and width, pixels; a multiple of 28
     max_seconds: float = 120.0  # longest in.wav and out.wav
     val_fraction: float = 0.1  # share of the clips held out when there is no test/
-    max_bad: float = 0.05  # share of unusable samples above which the run refuses
-    cache_dir: Path = Path("cache")  # decoded frames and speech, speech codes
-    num_workers: int = os.cpu_count() or 1  # threads that decode
+    max_bad: Free[float] = 0.05  # share of unusable samples above which the run refuses
+    cache_dir: Free[Path] = Path("cache")  # decoded frames and speech, speech codes
+    num_workers: Free[int] = os.cpu_count() or 1  # threads that decode
 
     # model
 
     model: str = ""  # LongCat-Flash-Omni, a Hub id or a folder; for --predict <output_dir>/model
-    codec: Path | None = (
-        None  # checkout of LongCat-Audio-Codec with its ckpts/; the tiny model has a codec of its own
-    )
+    # checkout of LongCat-Audio-Codec with its ckpts/; the tiny model has a codec of its own
+    codec: Free[Path | None] = None
     lora_r: int = 8  # rank; 0: full fine-tuning
     lora_alpha: int = 16
     lora_dropout: float = 0.05
-    lora_targets: str = (
-        "q_a_proj,q_b_proj,kv_a_proj_with_mqa,kv_b_proj,o_proj"  # also dense MLPs and audio_output_layers
-    )
-    gradient_checkpointing: Literal["auto", "on", "off"] = "auto"  # auto: when it does not fit without
+    # also dense MLPs and audio_output_layers
+    lora_targets: str = "q_a_proj,q_b_proj,kv_a_proj_with_mqa,kv_b_proj,o_proj"
+    gradient_checkpointing: Free[Literal["auto", "on", "off"]] = "auto"  # auto: when it does not fit without
 
     # loss: the published weights of the first pre-training stage; those of fine-tuning are not published
 
@@ -189,88 +188,83 @@ class Config:
 
     # optimisation
 
-    steps: int = 0  # optimizer steps in all, over all resumes; 0: as many as --epochs are
-    epochs: float = 3.0  # passes over the training clips
-    batch_size: int = 1  # clips per GPU per micro-step
-    accum: int = 16  # micro-steps per optimizer step
-    lr: float = 1e-5
-    warmup_steps: int = 100
+    steps: Free[int] = 0  # optimizer steps in all, over all resumes; 0: as many as --epochs are
+    epochs: Free[float] = 3.0  # passes over the training clips
+    batch_size: Lower[int] = 1  # clips per GPU per micro-step
+    accum: Lower[int] = 16  # micro-steps per optimizer step
+    lr: Free[float] = 1e-5
+    warmup_steps: Free[int | None] = None  # default: 100, but at most a tenth of the steps
     lr_decay: bool = True  # to 0 at the last step, along a cosine
     weight_decay: float = 0.1
     beta2: float = 0.95  # of AdamW
-    clip: float = 1.0  # gradient norm limit
-    dtype: Literal["bf16", "fp16", "fp32"] | None = (
-        None  # default: bf16, fp16 on GPUs without it, fp32 on a CPU
-    )
-    deepspeed: Annotated[str, tyro.conf.arg(aliases=["--deepspeed_config"])] = (
-        "auto"  # JSON file, or auto: what fits
-    )
-    nvme_path: Path | None = (
-        None  # folder on a fast disk: weights may lie there when they do not fit into RAM
-    )
+    clip: Free[float] = 1.0  # gradient norm limit
+    # default: bf16, fp16 on GPUs without it, fp32 on a CPU
+    dtype: Literal["bf16", "fp16", "fp32"] | None = None
+    # JSON file, or auto: what fits
+    deepspeed: Free[Annotated[str, tyro.conf.arg(aliases=["--deepspeed_config"])]] = "auto"
+    # folder on a fast disk: weights may lie there when they do not fit into RAM
+    nvme_path: Free[Path | None] = None
 
     # speaking
 
-    predict: tuple[Path, ...] = ()  # in.mp4 [in.wav]: speak the reply with --model and stop
-    out: Path = Path("out.wav")  # of --predict
-    max_reply: float = 30.0  # longest reply, seconds
-    repetition_penalty: float = 1.1  # of codes heard in the last 30 rows, as the official demo has it
-    eval_samples: int = 8  # held-out clips of an evaluation; 0: none
-    speak: bool = True  # answer them aloud at the end: one pass through the model for each 60 ms
+    predict: Free[tuple[Path, ...]] = ()  # in.mp4 [in.wav]: speak the reply with --model and stop
+    out: Free[Path] = Path("out.wav")  # of --predict
+    max_reply: Free[float] = 30.0  # longest reply, seconds
+    repetition_penalty: Free[float] = 1.1  # of codes heard in the last 30 rows, as the official demo has it
+    eval_samples: Free[int] = 8  # held-out clips of an evaluation; 0: none
+    speak: Free[bool] = True  # answer them aloud at the end: one pass through the model for each 60 ms
 
     # watching and saving
 
-    log_every: int = 1
-    eval_every: int = 200
-    save_every: int = 50
-    keep: int = 2  # newest checkpoints kept
-    resume: bool = True  # --no_resume: refuse a folder that has checkpoints
-    report_to: Literal["none", "tensorboard", "wandb"] = (
+    log_every: Free[int] = 1
+    eval_every: Free[int] = 200
+    save_every: Free[int] = 50
+    keep: Free[int] = 2  # newest checkpoints kept
+    resume: Free[bool] = True  # --no_resume: refuse a folder that has checkpoints
+    report_to: Free[Literal["none", "tensorboard", "wandb"]] = (
         "wandb" if os.environ.get("WANDB_API_KEY") else "none"
     )
 
     # Hub
 
-    push_to_hub: bool = False  # needs HF_TOKEN, and HF_USER_ID or a full --hub_model_id
-    hub_model_id: str = "longcat_vss"
-    public: bool = False  # visibility of a new repository
+    push_to_hub: Free[bool] = False  # needs HF_TOKEN, and HF_USER_ID or a full --hub_model_id
+    hub_model_id: Free[str] = "longcat_vss"
+    public: Free[bool] = False  # visibility of a new repository
 
     def __post_init__(self) -> None:
         check_settings(
             self,
             at_least_1="frames batch_size accum log_every eval_every save_every keep num_workers",
+            at_least_0="steps warmup_steps lora_r eval_samples text_weight audio_weight semantic_weight",
             above_0="lr clip epochs lora_alpha max_seconds max_reply repetition_penalty",
             shares="val_fraction lora_dropout max_bad",
         )
-        for name in ("steps", "lora_r", "eval_samples", "text_weight", "audio_weight", "semantic_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} {getattr(self, name)}: at least 0")
         if self.size < 28 or self.size % 28:
-            raise ValueError(
-                f"--size {self.size}: a multiple of 28 (pairs of 14-pixel patches), {max(1, self.size // 28) * 28} say"
-            )
+            near = max(1, self.size // 28) * 28
+            raise ValueError(f"--size {self.size}: a multiple of 28 (pairs of 14-pixel patches), {near} say")
         if self.frames % 2:
             raise ValueError(f"--frames {self.frames}: an even number, the model sees frames in pairs")
         if self.demo and self.data_dir != Path("data"):
             raise ValueError(f"--demo makes its own clips: leave out --data_dir {self.data_dir}")
         if len(self.predict) > 2:
-            raise ValueError(
-                f"--predict {' '.join(map(str, self.predict))}: one video and one file of speech, in.mp4 in.wav"
-            )
+            files = " ".join(map(str, self.predict))
+            raise ValueError(f"--predict {files}: one video and one file of speech, in.mp4 in.wav")
         if self.nvme_path and not self.nvme_path.is_dir():
             raise ValueError(f"--nvme_path {self.nvme_path}: no such folder")
 
 
-# The demo is two presets: the same code with other numbers. Recipe and scores: README.md and benchmarks/RESULTS.md.
+# The demo is two presets: the same code with other numbers. Recipe and scores: README.md and
+# benchmarks/RESULTS.md.
 DEMO = dict(
-    demo=True, output_dir=Path("runs/longcat_vss_demo"), report_to="none", size=56, lora_r=0, steps=1000, batch_size=8, accum=1,
-    lr=2e-3, warmup_steps=40, weight_decay=0.01, max_reply=3.0, repetition_penalty=1.0, eval_samples=96, log_every=50,
-    eval_every=500, save_every=250,
+    demo=True, output_dir=Path("runs/longcat_vss_demo"), report_to="none", size=56, lora_r=0, steps=1000,
+    batch_size=8, accum=1, lr=2e-3, warmup_steps=40, weight_decay=0.01, max_reply=3.0, repetition_penalty=1.0,
+    eval_samples=96, log_every=50, eval_every=500, save_every=250,
 )  # fmt: skip
 # What the demo does with the model that it trained: a frozen base learns other words in another voice.
 ADAPT = dict(
     lora_r=8, lora_dropout=0.0, steps=200, lr=4e-3, warmup_steps=20,
-    lora_targets="q_a_proj,q_b_proj,kv_a_proj_with_mqa,kv_b_proj,o_proj,gate_proj,up_proj,down_proj,audio_output_layers",
+    lora_targets="q_a_proj,q_b_proj,kv_a_proj_with_mqa,kv_b_proj,o_proj,gate_proj,up_proj,down_proj,"
+    "audio_output_layers",
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------
@@ -281,9 +275,8 @@ SUFFIXES = {
     "video": (".mp4", ".mov", ".mkv", ".webm", ".avi"),
     "speech": (".wav", ".mp3", ".flac", ".m4a", ".ogg"),
 }
-AUDIO_CONTAINERS = (
-    "wav,mp3,flac,ogg,aac,aiff,mov,matroska,avi"  # ffmpeg's playlist formats would open other files
-)
+# ffmpeg's playlist formats would open other files
+AUDIO_CONTAINERS = "wav,mp3,flac,ogg,aac,aiff,mov,matroska,avi"
 
 
 @dataclass(frozen=True)
@@ -307,7 +300,7 @@ def member(folder: Path, stem: str, kind: str) -> Path | None:
     return next((path for suffix in SUFFIXES[kind] for path in files if path.suffix.lower() == suffix), None)
 
 
-def opened(path: Path) -> Any:
+def open_media(path: Path) -> Any:
     """A file as PyAV's container; BadSample when it is none."""
     import av
 
@@ -319,28 +312,33 @@ def opened(path: Path) -> Any:
 
 
 def video_times(path: Path, most: int) -> tuple[int, tuple[float, ...], bool]:
-    """(how many frames to take: two for each second begun, `most` at most; when each pair is seen, in seconds; whether pairs are
-    further apart than a second). Of whole seconds the official loader takes the same frames to within one; of others it repeats
-    the last frame, here they are spread evenly and the prompt says when each is seen."""
-    with opened(path) as container:
+    """(how many frames to take: two for each second begun, `most` at most; when each pair is seen, in
+    seconds; whether pairs are further apart than a second).
+
+    Of whole seconds the official loader takes the same frames to within one; of others it repeats the last
+    frame, here they are spread evenly and the prompt says when each is seen.
+    """
+    with open_media(path) as container:
         stream = next(iter(container.streams.video), None)
         if stream is None:
             raise BadSample(f"{path.name} has no video")
         length = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / 1e6
         last = float(length) - (1 / float(stream.average_rate) if stream.average_rate else 0)
-        there = stream.frames or round(float(length) * float(stream.average_rate or 0))
+        frames = stream.frames or round(float(length) * float(stream.average_rate or 0))
     if not length > 0:
         raise BadSample(f"{path.name} does not say how long it is")
     count = 2 * math.ceil(round(float(length), 2))
-    taken = min(count, most, max(2, there // 2 * 2))  # of a slideshow, what there is
-    return taken, tuple(max(0.0, last) * i / (taken - 1) for i in range(0, taken, 2)), taken < count
+    taken = min(count, most, max(2, frames // 2 * 2))  # of a slideshow, what there is
+    seconds = tuple(max(0.0, last) * i / (taken - 1) for i in range(0, taken, 2))
+    return taken, seconds, taken < count
 
 
 def read_speech(path: Path) -> tuple[np.ndarray, int]:
-    """(float32 (N,) in [-1, 1], mono, at 16 kHz; the file's own sampling rate) of any file that has sound. Raises BadSample."""
+    """(float32 (N,) in [-1, 1], mono, at 16 kHz; the file's own sampling rate) of any file that has sound.
+    Raises BadSample."""
     import av
 
-    with opened(path) as container:
+    with open_media(path) as container:
         stream = next(iter(container.streams.audio), None)
         if stream is None:
             raise BadSample(f"{path.name} has no sound")
@@ -375,7 +373,7 @@ def cached_speech(path: Path, cfg: Config) -> tuple[Path, int]:
     check_speech(sound, path.name, cfg.max_seconds)
     if not target.exists():
         save_array(target, sound)
-    with opened(path) as container:
+    with open_media(path) as container:
         return target, rate or container.streams.audio[0].rate
 
 
@@ -383,25 +381,16 @@ def open_clip(folder: Path, cfg: Config, base: Base) -> Clip:
     """Find, decode and check the members of a sample folder. Raises BadSample."""
     video, reply = member(folder, "in", "video"), member(folder, "out", "speech")
     if video is None or reply is None:
-        there = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
-        raise BadSample(f"no {'in.mp4' if video is None else 'out.wav'}; there is {there}")
-    text = (folder / "out.txt").read_text(errors="replace").strip() if (folder / "out.txt").exists() else ""
-    clip = make_sample(
-        f"{folder.parent.name}/{folder.name}",
-        video,
-        member(folder, "in", "speech") or video,
-        reply,
-        text,
-        cfg,
-    )
-    tokens, rows = (
-        len(base.encode(text)),
-        int(np.load(clip.reply, mmap_mode="r").size / SAMPLE_RATE / FRAME_SECONDS) - 1,
-    )
+        names = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+        raise BadSample(f"no {'in.mp4' if video is None else 'out.wav'}; there is {names}")
+    out_txt = folder / "out.txt"
+    text = out_txt.read_text(errors="replace").strip() if out_txt.exists() else ""
+    speech = member(folder, "in", "speech") or video
+    clip = make_sample(f"{folder.parent.name}/{folder.name}", video, speech, reply, text, cfg)
+    tokens = len(base.encode(text))
+    rows = int(np.load(clip.reply, mmap_mode="r").size / SAMPLE_RATE / FRAME_SECONDS) - 1
     if tokens > rows:
-        raise BadSample(
-            f"out.txt has {tokens} tokens, {reply.name} has room for {rows}, one in {FRAME_SECONDS:g} s: is it its text?"
-        )
+        raise BadSample(f"out.txt has {tokens} tokens, {reply.name} has room for {rows}: is it its text?")
     return clip
 
 
@@ -418,26 +407,21 @@ def make_sample(name: str, video: Path, speech: Path, reply: Path | None, text: 
 
 def sample_folders(source: Path) -> dict[str, list[Path]]:
     """{"train": folders, "test": folders}. Exit 2 when there are none."""
-    root = source
-    if root.name == "train" and not (root / "train").is_dir():
-        root = root.parent
+    root = source.parent if source.name == "train" and not (source / "train").is_dir() else source
+    holds = "01/in.mp4, in.wav and out.wav, 02/..."
     if not root.is_dir():
-        refuse(
-            f"--data_dir {source}: no such folder; it holds train/01/in.mp4, in.wav and out.wav, train/02/..."
-        )
-    places = (
-        {"train": root / "train", "test": root / "test"} if (root / "train").is_dir() else {"train": root}
-    )
-    found = {
-        part: sorted(path for path in place.iterdir() if path.is_dir() and not path.name.startswith("."))
-        for part, place in places.items()
-        if place.is_dir()
-    }
-    if not found["train"]:
-        refuse(
-            f"--data_dir {source}: no sample folders in {places['train']}; it holds 01/in.mp4, in.wav and out.wav, 02/..."
-        )
-    return {"test": []} | found
+        refuse(f"--data_dir {source}: no such folder; its folder train/ holds {holds}")
+
+    def inside(place: Path) -> list[Path]:
+        paths = sorted(place.iterdir()) if place.is_dir() else []
+        return [path for path in paths if path.is_dir() and not path.name.startswith(".")]
+
+    parted = (root / "train").is_dir()
+    train = root / "train" if parted else root
+    folders = {"train": inside(train), "test": inside(root / "test") if parted else []}
+    if not folders["train"]:
+        refuse(f"--data_dir {source}: no sample folders in {train}; it holds {holds}")
+    return folders
 
 
 @dataclass(frozen=True)
@@ -458,17 +442,31 @@ def load_data(cfg: Config, source: Path, base: Base) -> Data:
         except BadSample as error:
             return {"where": str(folder), "reason": str(error)}
 
-    with ThreadPoolExecutor(cfg.num_workers) as pool:  # the decoders release the GIL
-        opened_clips = list(tqdm(pool.map(decode, every), "decode", len(every), unit="clip", disable=None))
-    bad = [clip for clip in opened_clips if isinstance(clip, dict)]
-    clips = [clip for clip in opened_clips if isinstance(clip, Clip)]
+    pool = ThreadPoolExecutor(cfg.num_workers)  # the decoders release the GIL
+    decoded = list(tqdm(pool.map(decode, every), "decode", len(every), unit="clip", disable=None))
+    pool.shutdown()
+    bad = [clip for clip in decoded if isinstance(clip, dict)]
+    clips = [clip for clip in decoded if isinstance(clip, Clip)]
     leave_out(source, len(clips), bad, cfg.max_bad)
     parts = [split_of(clip.name.split("/")[0]) if folders["test"] else "" for clip in clips]
     train, held_out = split_clips([clip.name for clip in clips], parts, cfg.val_fraction, cfg.seed)
     if not train:
         refuse(f"{source}: every usable sample lies in test/: there is none to train on")
-    train_clips = [clips[i] for i in train]
-    return Data(train_clips, [clips[i] for i in held_out] or train_clips, bad)
+    kept = [clips[i] for i in train]
+    return Data(kept, [clips[i] for i in held_out] or kept, bad)
+
+
+@on_rank0
+def contents(data: Data) -> str:
+    """The fingerprint of what is trained and evaluated on, wherever its files lie: when pictures are seen,
+    texts, and checksums of the first picture, the speech and the codes."""
+
+    def row(clip: Clip) -> tuple:
+        first = np.load(clip.frames, mmap_mode="r")[0]
+        sums = [zlib.crc32(array.tobytes()) for array in (first, np.load(clip.speech), np.load(clip.codes))]
+        return clip.seconds, clip.text, sums
+
+    return fingerprint(map(row, [*data.train, *data.held_out]))
 
 
 # ---------------------------------------------------------------------------
@@ -477,15 +475,12 @@ def load_data(cfg: Config, source: Path, base: Base) -> Data:
 
 
 class MelCodec:
-    """A codec without a network to download: 60 ms of log-mel spectrum at a time through four codebooks, each fitted to what the
-    one before left over (residual vector quantization), back by Griffin-Lim. Its first codebook stands for the semantic one."""
+    """A codec without a network to download: 60 ms of log-mel spectrum at a time through four codebooks, each
+    fitted to what the one before left over (residual vector quantization), back by Griffin-Lim. Its first
+    codebook stands for the semantic one."""
 
-    rate, mels, per_frame, window = (
-        SAMPLE_RATE,
-        40,
-        6,
-        512,
-    )  # 6 spectra, 10 ms apart, in 60 ms; windows of 32 ms
+    rate, mels = SAMPLE_RATE, 40
+    per_frame, window = 6, 512  # 6 spectra, 10 ms apart, in 60 ms; windows of 32 ms
     hop = int(SAMPLE_RATE * FRAME_SECONDS) // per_frame
 
     def __init__(self, mean: Tensor, codebooks: Tensor) -> None:
@@ -495,7 +490,7 @@ class MelCodec:
         self.key = hashlib.sha256(codebooks.numpy().tobytes()).hexdigest()[:16]
 
     @staticmethod
-    @functools.cache
+    @cache
     def filters() -> Tensor:
         """(mels, 257), of equal area"""
         from transformers.audio_utils import mel_filter_bank
@@ -511,25 +506,21 @@ class MelCodec:
         frame = MelCodec.hop * MelCodec.per_frame
         padded = F.pad(torch.from_numpy(np.asarray(sound, np.float32)), (0, -len(sound) % frame))
         window = torch.hann_window(MelCodec.window)
-        spectrum = torch.stft(
-            padded, MelCodec.window, MelCodec.hop, window=window, return_complex=True
-        ).abs()[:, :-1]
+        spectrum = torch.stft(padded, MelCodec.window, MelCodec.hop, window=window, return_complex=True)
+        spectrum = spectrum.abs()[:, :-1]
         return (MelCodec.filters() @ spectrum + 1e-3).log().T
 
     @classmethod
     def fit(cls, sounds: list[np.ndarray], size: int, seed: int) -> MelCodec:
-        """Four codebooks of `size` entries by k-means on these replies. Exit 2 when they are too short for that."""
+        """Four codebooks of `size` entries by k-means on these replies. Exit 2 when they are too short for
+        that."""
         from scipy.cluster.vq import kmeans2
 
-        rows = (
-            torch.cat([cls.log_mel(sound).reshape(-1, cls.per_frame * cls.mels) for sound in sounds])
-            .double()
-            .numpy()
-        )
+        rows = torch.cat([cls.log_mel(sound).reshape(-1, cls.per_frame * cls.mels) for sound in sounds])
+        rows = rows.double().numpy()
         if len(rows) < size:
-            refuse(
-                f"{len(rows) * FRAME_SECONDS:.1f} s of replies: the codec needs {size * FRAME_SECONDS:.0f} s to be fitted on"
-            )
+            seconds, needed = len(rows) * FRAME_SECONDS, size * FRAME_SECONDS
+            refuse(f"{seconds:.1f} s of replies: the codec needs {needed:.0f} s to be fitted on")
         mean, books = rows.mean(0), []
         left = rows - mean
         for number in range(CODEBOOKS):
@@ -555,16 +546,13 @@ class MelCodec:
 
     @classmethod
     def sound_of(cls, log_mel: Tensor, iterations: int = 32) -> np.ndarray:
-        """The inverse of log_mel but for the phase, which is estimated (Griffin and Lim 1984) from a fixed random one."""
+        """The inverse of log_mel but for the phase, which is estimated (Griffin and Lim 1984) from a fixed
+        random one."""
         if not len(log_mel):
             return np.zeros(0, np.float32)
-        loud = (torch.linalg.pinv(cls.filters()) @ (log_mel.exp().T - 1e-3).clamp(min=0)).clamp(
-            min=0
-        )  # (257, 6 * T)
-        loud, transform = (
-            F.pad(loud, (0, 1)),
-            dict(n_fft=cls.window, hop_length=cls.hop, window=torch.hann_window(cls.window)),
-        )
+        loud = torch.linalg.pinv(cls.filters()) @ (log_mel.exp().T - 1e-3).clamp(min=0)
+        loud = F.pad(loud.clamp(min=0), (0, 1))  # (257, 6 * T + 1)
+        transform = dict(n_fft=cls.window, hop_length=cls.hop, window=torch.hann_window(cls.window))
         phase = torch.rand(loud.shape, generator=torch.Generator().manual_seed(0)) * 2 * math.pi
         for _ in range(iterations):
             sound = torch.istft(torch.polar(loud, phase), **transform, length=cls.hop * len(log_mel))
@@ -584,8 +572,8 @@ class MelCodec:
 
 
 class LongCatCodec:
-    """The official LongCat-Audio-Codec by its own code: a checkout with configs/ and ckpts/. Its encoder is not part of
-    LongCat-Flash-Omni's download. One semantic and three acoustic codebooks, 24 kHz out."""
+    """The official LongCat-Audio-Codec by its own code: a checkout with configs/ and ckpts/. Its encoder is
+    not part of LongCat-Flash-Omni's download. One semantic and three acoustic codebooks, 24 kHz out."""
 
     sizes = (8192, 8100, 8100, 8100)
     files = (
@@ -594,20 +582,18 @@ class LongCatCodec:
     )
 
     def __init__(self, checkout: Path) -> None:
-        root, here, device = checkout.resolve(), Path.cwd(), "cuda" if torch.cuda.is_available() else "cpu"
-        self.key, self.device = f"longcat-{root.name}", torch.device(device)
+        root, here = checkout.resolve(), Path.cwd()
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.key = f"longcat-{root.name}"
         sys.path.insert(0, str(root))
         os.chdir(root)  # its configurations name their files from there
         try:
             from networks.semantic_codec.model_loader import load_decoder, load_encoder
 
-            self.encoder, self.decoder = (
-                load(name, self.device) for load, name in zip((load_encoder, load_decoder), self.files)
-            )
+            self.encoder = load_encoder(self.files[0], self.device)
+            self.decoder = load_decoder(self.files[1], self.device)
         except (ImportError, OSError, KeyError, RuntimeError) as error:
-            refuse(
-                f"--codec {checkout}: {brief(error)}: install what its requirements.txt lists, and fill its ckpts/"
-            )
+            refuse(f"--codec {checkout}: {brief(error)}: install its requirements.txt, and fill its ckpts/")
         finally:
             os.chdir(here)
             sys.path.remove(str(root))
@@ -617,9 +603,8 @@ class LongCatCodec:
     def encode(self, sound: np.ndarray) -> np.ndarray:
         """float32 (N,) at 16 kHz -> int64 (T, 4)"""
         wave_in = torch.from_numpy(sound).to(self.device)[None, None]
-        semantic, acoustic = self.encoder(wave_in, SAMPLE_RATE, n_acoustic_codebooks=CODEBOOKS - 1)[
-            :2
-        ]  # (1, T), (1, 3, T)
+        outputs = self.encoder(wave_in, SAMPLE_RATE, n_acoustic_codebooks=CODEBOOKS - 1)
+        semantic, acoustic = outputs[:2]  # (1, T), (1, 3, T)
         count = min(semantic.shape[-1], acoustic.shape[-1])
         return torch.cat([semantic[:, None, :count], acoustic[..., :count]], 1)[0].T.cpu().numpy()
 
@@ -631,26 +616,24 @@ class LongCatCodec:
 
 
 def check_codec(cfg: Config, base: Base) -> None:
-    """Exit 2 when the model's codes can be had neither from --codec nor from a codec that lies in its folder or can be fitted."""
+    """Exit 2 when the model's codes can be had neither from --codec nor from a codec that lies in its folder
+    or can be fitted."""
     if cfg.codec:
-        needed = [
-            *LongCatCodec.files,
-            "networks/semantic_codec/model_loader.py",
-            "ckpts/LongCatAudioCodec_encoder.pt",
-        ]
+        needed = [*LongCatCodec.files, "networks/semantic_codec/model_loader.py"]
+        needed += ["ckpts/LongCatAudioCodec_encoder.pt"]
         if missing := [name for name in needed if not (cfg.codec / name).is_file()]:
             refuse(
-                f"--codec {cfg.codec}: {', '.join(missing)} missing; clone github.com/meituan-longcat/LongCat-Audio-Codec and "
-                "put the files of the Hub repository of that name into its ckpts/ (the encoder is a download of its own)"
+                f"--codec {cfg.codec}: {', '.join(missing)} missing; clone "
+                "github.com/meituan-longcat/LongCat-Audio-Codec and put the files of the Hub repository of "
+                "that name into its ckpts/ (the encoder is a download of its own)"
             )
     elif base.audio_vocabulary == AUDIO_VOCABULARY:
-        refuse(
-            f"{base.source} speaks in the codes of LongCat-Audio-Codec: give --codec with a checkout of it"
-        )
+        refuse(f"{base.source} speaks in the codes of LongCat-Audio-Codec: give --codec, a checkout of it")
 
 
 def open_codec(cfg: Config, base: Base, replies: list[Path]) -> MelCodec | LongCatCodec:
-    """The codec of --codec, else the one in the model's folder, else one fitted to the replies that are trained on, cached."""
+    """The codec of --codec, else the one in the model's folder, else one fitted to the replies that are
+    trained on, cached."""
     if cfg.codec:
         return LongCatCodec(cfg.codec)
     inside = base.folder / "audio_codec" / "mel_codec.safetensors"
@@ -673,10 +656,9 @@ def encode_replies(clips: list[Clip], codec: MelCodec | LongCatCodec, base: Base
         target = cfg.cache_dir / "codes" / f"{clip.reply.stem}_{codec.key}.npy"
         if not target.exists():
             save_array(target, codec.encode(np.load(clip.reply)))
-        if (rows := len(np.load(target, mmap_mode="r"))) < len(base.encode(clip.text)):
-            refuse(
-                f"{clip.name}: out.txt has {len(base.encode(clip.text))} tokens, the codec makes {rows} rows of out.wav"
-            )
+        tokens, rows = len(base.encode(clip.text)), len(np.load(target, mmap_mode="r"))
+        if rows < tokens:
+            refuse(f"{clip.name}: out.txt has {tokens} tokens, the codec makes {rows} rows of out.wav")
         return dataclasses.replace(clip, codes=target)
 
     return [encode(clip) for clip in tqdm(clips, "encode replies", unit="clip", disable=None)]
@@ -697,32 +679,34 @@ def write_wav(path: Path, sound: np.ndarray, rate: int = SAMPLE_RATE) -> None:
 
 
 def speech_features(sound: np.ndarray, base: Base) -> np.ndarray:
-    """float32 (N,) at 16 kHz -> (T, 1200), one row for 80 ms: Kaldi's 80 log-mel energies of 25 ms every 10 ms, normalised by the
-    training data's mean and variance, 15 neighbours side by side, every 8th (data/audio_feature.py of the official repository)"""
+    """float32 (N,) at 16 kHz -> (T, 1200), one row for 80 ms: Kaldi's 80 log-mel energies of 25 ms every
+    10 ms, normalised by the training data's mean and variance, 15 neighbours side by side, every 8th
+    (data/audio_feature.py of the official repository)"""
     from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 
     fbank, splice = base.front["fbank"], base.front["splice"]
     length, hop = (int(SAMPLE_RATE * fbank[name] / 1000) for name in ("frame_length", "frame_shift"))
     bins, high = 2 ** (length - 1).bit_length(), fbank["high_freq"]
+    high = high + SAMPLE_RATE / 2 if high < 0 else high
     bank = mel_filter_bank(
-        bins // 2 + 1, fbank["num_mel_bins"], fbank["low_freq"], high + SAMPLE_RATE / 2 if high < 0 else high, SAMPLE_RATE,
-        mel_scale="kaldi", triangularize_in_mel_space=True,
+        bins // 2 + 1, fbank["num_mel_bins"], fbank["low_freq"], high, SAMPLE_RATE, mel_scale="kaldi",
+        triangularize_in_mel_space=True,
     )  # fmt: skip
     rows = spectrogram(
-        sound.astype(np.float64) * 32768, window_function(length, "povey", periodic=False), length, hop, bins, power=2.0,
-        center=False, preemphasis=fbank["preemphasis"], mel_filters=bank, mel_floor=float(np.finfo(np.float32).eps),
-        log_mel="log",
+        sound.astype(np.float64) * 32768, window_function(length, "povey", periodic=False), length, hop, bins,
+        power=2.0, center=False, preemphasis=fbank["preemphasis"], mel_filters=bank, log_mel="log",
+        mel_floor=float(np.finfo(np.float32).eps),
     ).T  # fmt: skip
     rows = (rows - base.cmvn[0]) * base.cmvn[1]
     padded = np.concatenate([rows[:1].repeat(splice["left"], 0), rows, rows[-1:].repeat(splice["right"], 0)])
     width = splice["left"] + splice["right"] + 1
-    return np.stack([padded[i : i + width].ravel() for i in range(0, len(rows), splice["stride"])]).astype(
-        np.float32
-    )
+    spliced = [padded[i : i + width].ravel() for i in range(0, len(rows), splice["stride"])]
+    return np.stack(spliced).astype(np.float32)
 
 
 def patches(frames: np.ndarray, base: Base) -> Tensor:
-    """uint8 (F, S, S, 3), F even -> (F/2, h * w, 3 * 2 * 14 * 14), h = w = S/14: pairs of frames, normalised as the ViT wants"""
+    """uint8 (F, S, S, 3), F even -> (F/2, h * w, 3 * 2 * 14 * 14), h = w = S/14: pairs of frames, normalised
+    as the ViT wants"""
     mean, std = (torch.tensor(base.vision[name]) for name in ("image_mean", "image_std"))
     pixels = (torch.from_numpy(frames).float() / 255 - mean) / std
     size = base.vision["patch_size"]
@@ -732,9 +716,10 @@ def patches(frames: np.ndarray, base: Base) -> Tensor:
 def prompt_ids(
     seconds: tuple[float, ...], spread: bool, tokens_per_pair: int, audio_tokens: int, base: Base
 ) -> list[int]:
-    """The user's turn and the start of the reply: pairs of frames, each after its time, with the speech heard meanwhile, 12.5
-    tokens a second. Frames before the speech begins come first, speech after the last frame last; of a clip whose pairs are
-    further apart than a second the speech is spread over them. (multimodal_interleaved_converter.py)"""
+    """The user's turn and the start of the reply: pairs of frames, each after its time, with the speech heard
+    meanwhile, 12.5 tokens a second. Frames before the speech begins come first, speech after the last frame
+    last; of a clip whose pairs are further apart than a second the speech is spread over them.
+    (multimodal_interleaved_converter.py)"""
     ids, left = base.encode("USER:"), audio_tokens
     lead = 0 if spread else max(0, len(seconds) - math.ceil(round(audio_tokens * 0.08, 6)))
     for number, second in enumerate(seconds):
@@ -751,8 +736,9 @@ def prompt_ids(
 
 
 def reply_rows(codes: np.ndarray, text: list[int], base: Base) -> tuple[list[int], np.ndarray]:
-    """What is said, as the model sees it, one row more than the codes (T, 4) have: text ids, padded (T + 1), and the streams
-    (T + 1, 4), the acoustic ones one row later than the semantic one, which ends with CODEC_EOS. (audio_converter.py)"""
+    """What is said, as the model sees it, one row more than the codes (T, 4) have: text ids, padded (T + 1),
+    and the streams (T + 1, 4), the acoustic ones one row later than the semantic one, which ends with
+    CODEC_EOS. (audio_converter.py)"""
     rows, text = len(codes) + 1, [*text, base.config.eos_token_id]
     streams = np.full((rows, CODEBOOKS), CODEC_PAD, np.int64)
     streams[:-1, 0], streams[-1, 0] = codes[:, 0] + CODEC_OFFSET, CODEC_EOS
@@ -768,25 +754,27 @@ def codes_from(rows: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
 
 
 class Collator:
-    """Clips -> a batch of tensors, B sequences of L positions padded on the right, or on the left without the reply.
+    """Clips -> a batch of tensors, B sequences of L positions padded on the right, or on the left without the
+    reply.
 
-    ids (B, L) text; streams (B, L, 4) codes; text_labels (B, L) and code_labels (B, L, 4), -100 outside the reply; mask (B, L)
-    bool; pixels (all pairs, h * w, 1176); features (B, T, 1200) of the speech and heard (B, T), which rows are real.
+    ids (B, L) text; streams (B, L, 4) codes; text_labels (B, L) and code_labels (B, L, 4), -100 outside the
+    reply; mask (B, L) bool; pixels (all pairs, h * w, 1176); features (B, T, 1200) of the speech and heard
+    (B, T), which rows are real.
     """
 
     def __init__(self, base: Base, cfg: Config) -> None:
         self.base, self.cfg = base, cfg
-        self.features = functools.lru_cache(maxsize=1024)(lambda path: speech_features(np.load(path), base))
-        self.patches = functools.lru_cache(maxsize=1024 if cfg.size <= 56 else 1)(
-            lambda path: patches(np.load(path), base)
-        )
+        cached = functools.lru_cache(maxsize=1024)
+        self.features = cached(lambda path: speech_features(np.load(path), base))
+        self.patches = lambda path: patches(np.load(path), base)
+        if cfg.size <= 56:
+            self.patches = cached(self.patches)
         self.tokens_per_pair = (cfg.size // base.vision["patch_size"]) ** 2 // 2
 
     def sequence(self, clip: Clip, reply: bool) -> tuple[list[int], np.ndarray, int]:
         """(ids, streams, where the reply starts)"""
-        prompt = prompt_ids(
-            clip.seconds, clip.spread, self.tokens_per_pair, len(self.features(clip.speech)), self.base
-        )
+        sounds = len(self.features(clip.speech))
+        prompt = prompt_ids(clip.seconds, clip.spread, self.tokens_per_pair, sounds, self.base)
         ids, streams = [], np.zeros((0, CODEBOOKS), np.int64)
         if reply:
             ids, streams = reply_rows(np.load(clip.codes), self.base.encode(clip.text), self.base)
@@ -802,35 +790,30 @@ class Collator:
         mask = torch.zeros(len(clips), length, dtype=torch.bool)
         for i, (tokens, codes, start) in enumerate(sequences):
             place = slice(0, len(tokens)) if reply else slice(length - len(tokens), length)
-            ids[i, place], streams[i, place], mask[i, place] = (
-                torch.tensor(tokens),
-                torch.from_numpy(codes),
-                True,
-            )
+            ids[i, place], streams[i, place] = torch.tensor(tokens), torch.from_numpy(codes)
+            mask[i, place] = True
             body = slice(start, len(tokens))
             if reply:
                 text_labels[i, body] = torch.where(ids[i, body] == self.base.pad, -100, ids[i, body])
                 code_labels[i, body] = torch.where(streams[i, body] == CODEC_PAD, -100, streams[i, body])
         pixels = torch.cat([self.patches(clip.frames) for clip in clips])
-        rows = [torch.from_numpy(self.features(clip.speech)) for clip in clips]
+        rows = [self.features(clip.speech) for clip in clips]
         if shown == "video blanked":
             pixels = torch.cat([patches(np.zeros_like(np.load(clip.frames)), self.base) for clip in clips])
         elif shown == "audio silenced":
-            rows = [
-                torch.from_numpy(speech_features(np.zeros_like(np.load(clip.speech)), self.base))
-                for clip in clips
-            ]
-        features = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+            rows = [speech_features(np.zeros_like(np.load(clip.speech)), self.base) for clip in clips]
+        features = torch.nn.utils.rnn.pad_sequence(list(map(torch.from_numpy, rows)), batch_first=True)
         heard = torch.arange(features.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
         dtype = TORCH_DTYPES[self.cfg.dtype]
         return {
-            "ids": ids, "streams": streams, "text_labels": text_labels, "code_labels": code_labels, "mask": mask,
-            "pixels": pixels.to(dtype), "features": features.to(dtype), "heard": heard,
+            "ids": ids, "streams": streams, "text_labels": text_labels, "code_labels": code_labels,
+            "mask": mask, "pixels": pixels.to(dtype), "features": features.to(dtype), "heard": heard,
         }  # fmt: skip
 
 
 def get_batch(clips: list[Clip], collate: Collator, cfg: Config, micro_step: int) -> dict[str, Tensor]:
-    """This rank's batch at a micro-step: a pure function of (seed, micro-step, rank), so that a resumed run repeats the order."""
+    """This rank's batch at a micro-step: a pure function of (seed, micro-step, rank), so that a resumed run
+    repeats the order."""
     first = (micro_step * world_size() + rank()) * cfg.batch_size
     places = [divmod(place, len(clips)) for place in range(first, first + cfg.batch_size)]
     return collate([clips[int(epoch_order(len(clips), cfg.seed, epoch)[i])] for epoch, i in places])
@@ -856,15 +839,14 @@ class ViTAttention(nn.Module):
         width, self.heads = c["hidden_size"], c["num_attention_heads"]
         self.qkv, self.proj = nn.Linear(width, 3 * width, bias=c["qkv_bias"]), nn.Linear(width, width)
         if c["qk_normalization"]:
-            self.q_norm, self.k_norm = (
-                RMSNorm(width, c["layer_norm_eps"]),
-                RMSNorm(width, c["layer_norm_eps"]),
-            )
+            self.q_norm = RMSNorm(width, c["layer_norm_eps"])
+            self.k_norm = RMSNorm(width, c["layer_norm_eps"])
         else:
             self.q_norm = self.k_norm = nn.Identity()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x (N, T, D), one row an image; cos, sin (T, D / heads). The norm runs over all heads, after the rotation."""
+        """x (N, T, D), one row an image; cos, sin (T, D / heads). The norm runs over all heads, after the
+        rotation."""
         q, k, v = rearrange(self.qkv(x), "n t (three h d) -> three n t h d", three=3, h=self.heads)
 
         def turn(u: Tensor) -> Tensor:
@@ -880,11 +862,8 @@ class SwiGLU(nn.Module):
     def __init__(self, c: dict) -> None:
         super().__init__()
         width, inner = c["hidden_size"], int(c["intermediate_size"] * 2 / 3)
-        self.fc1, self.fc2, self.fc3 = (
-            nn.Linear(width, inner),
-            nn.Linear(inner, width),
-            nn.Linear(width, inner),
-        )
+        self.fc1, self.fc2 = nn.Linear(width, inner), nn.Linear(inner, width)
+        self.fc3 = nn.Linear(width, inner)
         self.norm = RMSNorm(inner, c["layer_norm_eps"])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -895,12 +874,8 @@ class ViTLayer(nn.Module):
     def __init__(self, c: dict) -> None:
         super().__init__()
         width, eps = c["hidden_size"], c["layer_norm_eps"]
-        self.attn, self.mlp, self.norm1, self.norm2 = (
-            ViTAttention(c),
-            SwiGLU(c),
-            RMSNorm(width, eps),
-            RMSNorm(width, eps),
-        )
+        self.attn, self.mlp = ViTAttention(c), SwiGLU(c)
+        self.norm1, self.norm2 = RMSNorm(width, eps), RMSNorm(width, eps)
         self.ls1, self.ls2 = (nn.Parameter(c["initializer_factor"] * torch.ones(width)) for _ in range(2))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -914,28 +889,21 @@ class VisionEncoder(nn.Module):
     def __init__(self, c: dict) -> None:
         super().__init__()
         kernel = (c["temporal_patch_size"], c["patch_size"], c["patch_size"])
-        self.width, self.head, self.theta = (
-            c["hidden_size"],
-            c["hidden_size"] // c["num_attention_heads"],
-            c["rope_theta"],
-        )
+        self.width, self.theta = c["hidden_size"], c["rope_theta"]
+        self.head = self.width // c["num_attention_heads"]
         self.embeddings, self.encoder = nn.Module(), nn.Module()
-        self.embeddings.patch_embedding = nn.Conv3d(
-            3, self.width, kernel, stride=kernel, bias=c["patch_embedding_bias"]
-        )
+        bias = c["patch_embedding_bias"]
+        self.embeddings.patch_embedding = nn.Conv3d(3, self.width, kernel, stride=kernel, bias=bias)
         self.encoder.layers = nn.ModuleList(ViTLayer(c) for _ in range(c["num_hidden_layers"]))
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels (N, T, 3 * 2 * 14 * 14) of square pictures -> (N, T, D)"""
         convolution, side = self.embeddings.patch_embedding, math.isqrt(pixels.shape[1])
         x = convolution(pixels.view(-1, 3, *convolution.kernel_size)).view(-1, side * side, self.width)
-        rates = self.theta ** -(
-            torch.arange(0, self.head // 2, 2, device=x.device).float() / (self.head // 2)
-        )
+        half = self.head // 2
+        rates = self.theta ** -(torch.arange(0, half, 2, device=x.device).float() / half)
         rows, columns = torch.meshgrid(*[torch.arange(side, device=x.device).float()] * 2, indexing="ij")
-        angles = torch.cat([rows.flatten()[:, None] * rates, columns.flatten()[:, None] * rates], 1).repeat(
-            1, 2
-        )
+        angles = torch.cat([place.flatten()[:, None] * rates for place in (rows, columns)], 1).repeat(1, 2)
         for layer in self.encoder.layers:
             x = layer(x, angles.cos(), angles.sin())
         return x
@@ -945,12 +913,9 @@ class VisionProjector(nn.Module):
     def __init__(self, width: int, adaptor: int, out: int) -> None:
         super().__init__()
         self.p0 = nn.Sequential(
-            nn.LayerNorm(2 * width),
-            nn.Linear(2 * width, adaptor),
+            nn.LayerNorm(2 * width), nn.Linear(2 * width, adaptor), nn.GELU(), nn.Linear(adaptor, adaptor),
             nn.GELU(),
-            nn.Linear(adaptor, adaptor),
-            nn.GELU(),
-        )
+        )  # fmt: skip
         self.proj = nn.Linear(adaptor, out)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -959,8 +924,8 @@ class VisionProjector(nn.Module):
 
 
 class MemoryLayer(nn.Module):
-    """A layer of a feedforward sequential memory network (Zhang et al. 2018): a depthwise convolution remembers what was and, in
-    the last layers, looks at what comes next."""
+    """A layer of a feedforward sequential memory network (Zhang et al. 2018): a depthwise convolution
+    remembers what was and, in the last layers, looks at what comes next."""
 
     def __init__(self, c: dict, right: int) -> None:
         super().__init__()
@@ -973,9 +938,8 @@ class MemoryLayer(nn.Module):
         self.dropout = nn.Dropout(c["dropout"])
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.dropout(
-            self.memory(F.pad(self.memory_ln(x).transpose(1, 2), self.reach)).transpose(1, 2)
-        )
+        remembered = self.memory(F.pad(self.memory_ln(x).transpose(1, 2), self.reach))
+        x = x + self.dropout(remembered.transpose(1, 2))
         return x + self.ffn(x)
 
 
@@ -989,12 +953,11 @@ class AudioEncoder(nn.Module):
         rights = [0 if i < layers - c["num_right_layers"] else c["right_order"] for i in range(layers)]
         self.fsmn_layers = nn.ModuleList(MemoryLayer(c, right) for right in rights)
         widths = [width] + [inner] * c["ndnn"]
-        self.dnn = nn.Sequential(
-            *(part for a, b in zip(widths, widths[1:]) for part in (nn.Linear(a, b), nn.ReLU6()))
-        )
-        self.output = nn.Linear(
-            widths[-1], c["vocab_size"]
-        )  # of its pre-training; lies in the file, does nothing here
+        dense: list[nn.Module] = []
+        for a, b in zip(widths, widths[1:]):
+            dense += [nn.Linear(a, b), nn.ReLU6()]
+        self.dnn = nn.Sequential(*dense)
+        self.output = nn.Linear(widths[-1], c["vocab_size"])  # of its pre-training; does nothing here
         self.width = widths[-1]
 
     def forward(self, features: Tensor, heard: Tensor) -> Tensor:
@@ -1019,12 +982,14 @@ class AudioEmbedding(nn.Module):
 
     def forward(self, streams: Tensor) -> Tensor:
         """(B, L, 4) -> (B, L, D)"""
-        there = (streams != CODEC_PAD)[..., None]
-        return sum(table(streams[..., i]) * there[..., i, :] for i, table in enumerate(self.audio_embeddings))
+        spoken = (streams != CODEC_PAD)[..., None]
+        tables = enumerate(self.audio_embeddings)
+        return sum(table(streams[..., i]) * spoken[..., i, :] for i, table in tables)
 
 
 class AudioHeads(nn.Module):
-    """One head for each stream; each also sees the codes of the heads before it in the same row, as summed embeddings."""
+    """One head for each stream; each also sees the codes of the heads before it in the same row, as summed
+    embeddings."""
 
     def __init__(self, vocabulary: int, width: int) -> None:
         super().__init__()
@@ -1034,7 +999,8 @@ class AudioHeads(nn.Module):
         self.embedding = nn.ModuleList(nn.Embedding(vocabulary, width) for _ in range(CODEBOOKS - 1))
 
     def forward(self, hidden: Tensor, pick: Callable[[int, Tensor], Tensor]) -> list[Tensor]:
-        """hidden (N, D); pick(i, logits (N, V)) -> the codes (N,) of stream i, known or chosen. -> logits of each stream"""
+        """hidden (N, D); pick(i, logits (N, V)) -> the codes (N,) of stream i, known or chosen. -> logits of
+        each stream"""
         logits = []
         for i, head in enumerate(self.audio_output_layers):
             logits.append(head(hidden))
@@ -1044,41 +1010,52 @@ class AudioHeads(nn.Module):
         return logits
 
 
-class RealExperts(longcat_flash.LongcatFlashExperts):
-    """transformers' experts with weights for the real ones alone. Stock 5.23 makes gate_up_proj for the 256 identity experts as
-    well: 180 B parameters too many, and the checkpoint does not fit."""
+@cache
+def longcat_class() -> type[nn.Module]:
+    """transformers' LongcatFlashForCausalLM, corrected to load the checkpoint. A function, for the import of
+    transformers' models takes seconds."""
+    from transformers.models.longcat_flash import modeling_longcat_flash as stock
 
-    def __init__(self, config: LongcatFlashConfig) -> None:
-        nn.Module.__init__(self)
-        self.num_routed_experts, self.zero_expert_num = config.n_routed_experts, config.zero_expert_num or 0
-        self.total_experts = self.num_routed_experts + self.zero_expert_num
-        self.intermediate_size, self.hidden_size = config.expert_ffn_hidden_size, config.hidden_size
-        self.act_fn, self.identity_expert = longcat_flash.ACT2FN[config.hidden_act], nn.Identity()
-        shape = (self.num_routed_experts, 2 * self.intermediate_size, self.hidden_size)
-        self.gate_up_proj = nn.Parameter(torch.empty(shape))
-        self.down_proj = nn.Parameter(torch.empty(shape[0], self.hidden_size, self.intermediate_size))
+    stock_experts = stock.LongcatFlashExperts
 
+    class RealExperts(stock_experts):
+        """With weights for the real experts alone. Stock 5.23 makes gate_up_proj for the 256 identity experts
+        as well: 180 B parameters too many, and the checkpoint does not fit."""
 
-class LongCat(LongcatFlashForCausalLM):
-    """The language model, that loads the checkpoint: real experts, and the routing bias in fp32 as the engines have it."""
+        def __init__(self, config: Any) -> None:
+            nn.Module.__init__(self)
+            self.num_routed_experts = config.n_routed_experts
+            self.zero_expert_num = config.zero_expert_num or 0
+            self.total_experts = self.num_routed_experts + self.zero_expert_num
+            self.intermediate_size, self.hidden_size = config.expert_ffn_hidden_size, config.hidden_size
+            self.act_fn, self.identity_expert = stock.ACT2FN[config.hidden_act], nn.Identity()
+            shape = (self.num_routed_experts, 2 * self.intermediate_size, self.hidden_size)
+            self.gate_up_proj = nn.Parameter(torch.empty(shape))
+            self.down_proj = nn.Parameter(torch.empty(shape[0], self.hidden_size, self.intermediate_size))
 
-    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+    class LongCat(stock.LongcatFlashForCausalLM):
+        """Real experts, and the routing bias in fp32 as the engines have it."""
 
-    def __init__(self, config: LongcatFlashConfig) -> None:
-        stock, longcat_flash.LongcatFlashExperts = longcat_flash.LongcatFlashExperts, RealExperts
-        try:
-            super().__init__(config)
-        finally:
-            longcat_flash.LongcatFlashExperts = stock
-        self.routers = [m for m in self.modules() if isinstance(m, longcat_flash.LongcatFlashTopkRouter)]
+        _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
 
-    def _apply(self, fn, recurse=True):
-        """A cast, by DeepSpeed for one, moves the routing biases and leaves them in fp32: rounded, they choose other experts."""
-        exact = [router.e_score_correction_bias for router in self.routers]
-        super()._apply(fn, recurse)
-        for router, bias in zip(self.routers, exact):
-            router.e_score_correction_bias = bias.to(router.e_score_correction_bias.device)
-        return self
+        def __init__(self, config: Any) -> None:
+            stock.LongcatFlashExperts = RealExperts
+            try:
+                super().__init__(config)
+            finally:
+                stock.LongcatFlashExperts = stock_experts
+            self.routers = [m for m in self.modules() if isinstance(m, stock.LongcatFlashTopkRouter)]
+
+        def _apply(self, fn, recurse=True):
+            """A cast, by DeepSpeed for one, moves the routing biases and leaves them in fp32: rounded, they
+            choose other experts."""
+            exact = [router.e_score_correction_bias for router in self.routers]
+            super()._apply(fn, recurse)
+            for router, bias in zip(self.routers, exact):
+                router.e_score_correction_bias = bias.to(router.e_score_correction_bias.device)
+            return self
+
+    return LongCat
 
 
 class Omni(nn.Module):
@@ -1094,13 +1071,13 @@ class Omni(nn.Module):
         self.audio_projector = nn.Sequential(
             nn.Linear(self.audio_encoder.width, width), nn.GELU(), nn.Linear(width, width)
         )
-        self.audio_embedding, self.audio_heads = (
-            kind(base.audio_vocabulary, width) for kind in (AudioEmbedding, AudioHeads)
-        )
-        self.llm = llm or LongCat(base.config)
+        self.audio_embedding = AudioEmbedding(base.audio_vocabulary, width)
+        self.audio_heads = AudioHeads(base.audio_vocabulary, width)
+        self.llm = llm or longcat_class()(base.config)
 
     def rows(self, ids: Tensor, streams: Tensor) -> Tensor:
-        """Text ids (B, L) and codes (B, L, 4) -> (B, L, D): the sum of what is there; padding of all is the pad token."""
+        """Text ids (B, L) and codes (B, L, 4) -> (B, L, D): the sum of what is there; padding of all is the
+        pad token."""
         text, is_pad = self.llm.get_input_embeddings()(ids), (ids == self.pad)[..., None]
         silent = is_pad & (streams == CODEC_PAD).all(-1, keepdim=True)
         return torch.where(is_pad & ~silent, 0, text) + self.audio_embedding(streams)
@@ -1120,32 +1097,28 @@ class Omni(nn.Module):
     def forward(
         self, text_labels: Tensor, code_labels: Tensor, mask: Tensor, **inputs: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """A batch -> (cross-entropy of the text and of each stream (5,), share of right predictions (5,)), mean over the clips of
-        the mean over a reply. The heads run on the positions of replies alone."""
-        hidden = self.llm.model(
-            inputs_embeds=self.embed(**inputs), attention_mask=mask, use_cache=False
-        ).last_hidden_state
+        """A batch -> (cross-entropy of the text and of each stream (5,), share of right predictions (5,)),
+        mean over the clips of the mean over a reply. The heads run on the positions of replies alone."""
+        x = self.embed(**inputs)
+        hidden = self.llm.model(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state
         labels = torch.cat([text_labels[..., None], code_labels], -1)[:, 1:]  # (B, L - 1, 5)
         clip, place = (labels != -100).any(-1).nonzero().unbind(1)
         hidden, labels = hidden[clip, place], labels[clip, place]  # (N, D), (N, 5)
         codes = labels[:, 1:].clamp(min=0)  # where there is none, the head is not scored
         logits = [self.llm.lm_head(hidden), *self.audio_heads(hidden, lambda i, _: codes[:, i])]
         losses, hits = [], []
-        for i, one in enumerate(logits):
-            there = labels[:, i] != -100
-            count = torch.zeros(len(mask), device=hidden.device).index_add_(0, clip, there.float())
-            share = there / count.clamp(min=1)[clip] / len(mask)
-            losses.append(
-                (
-                    F.cross_entropy(one.float(), labels[:, i], ignore_index=-100, reduction="none") * share
-                ).sum()
-            )
-            hits.append(((one.argmax(-1) == labels[:, i]) * share).sum())
+        for i, scores in enumerate(logits):
+            scored = labels[:, i] != -100
+            count = torch.zeros(len(mask), device=hidden.device).index_add_(0, clip, scored.float())
+            share = scored / count.clamp(min=1)[clip] / len(mask)
+            loss = F.cross_entropy(scores.float(), labels[:, i], ignore_index=-100, reduction="none")
+            losses.append((loss * share).sum())
+            hits.append(((scores.argmax(-1) == labels[:, i]) * share).sum())
         return torch.stack(losses), torch.stack(hits)
 
     def choose(self, hidden: Tensor, spoken: Tensor, penalty: float) -> Tensor:
-        """hidden (B, D), spoken (B, R, 4) -> the next row of codes (B, 4): one stream after the other, those of the last 30 rows
-        less likely, by `penalty` for each time"""
+        """hidden (B, D), spoken (B, R, 4) -> the next row of codes (B, 4): one stream after the other, those
+        of the last 30 rows less likely, by `penalty` for each time"""
         row: list[Tensor] = []
 
         def pick(i: int, logits: Tensor) -> Tensor:
@@ -1163,34 +1136,27 @@ class Omni(nn.Module):
     ) -> tuple[list[list[int]], list[np.ndarray]]:
         """Greedy replies to a batch without labels: (text ids, rows of codes (R, 4)) for each clip.
 
-        A segment is text and codes until the text ends with a pause or the end, then codes alone until the semantic stream ends;
-        its first row has no acoustic codes (AT_ST0 and AT_ST1 of the engines' longcat_flash_omni.py). `most` rows at most.
-        `together`: all ranks go on until the last is done, for each of them holds a part of the weights.
+        A segment is text and codes until the text ends with a pause or the end, then codes alone until the
+        semantic stream ends; its first row has no acoustic codes (AT_ST0 and AT_ST1 of the engines'
+        longcat_flash_omni.py). `most` rows at most. `together`: all ranks go on until the last is done, for
+        each of them holds a part of the weights.
         """
-        count, device = len(batch["ids"]), batch["ids"].device
-        mask, x = (
-            batch["mask"],
-            self.embed(**{k: v for k, v in batch.items() if "label" not in k and k != "mask"}),
-        )
-        length, writing, first = (
-            [0] * count,
-            [True] * count,
-            [True] * count,
-        )  # rows; text goes on; the next row begins a segment
+        count, device, mask = len(batch["ids"]), batch["ids"].device, batch["mask"]
+        x = self.embed(**{k: v for k, v in batch.items() if "label" not in k and k != "mask"})
+        length = [0] * count  # rows
+        writing = [True] * count  # text goes on
+        first = [True] * count  # the next row begins a segment
         last, done = [False] * count, [False] * count  # this segment is the last
         texts: list[list[int]] = [[] for _ in range(count)]
         spoken = torch.full((count, 0, CODEBOOKS), CODEC_PAD, device=device)
-        cache, end = None, self.llm.config.eos_token_id
+        cached, end = None, self.llm.config.eos_token_id
         for _ in range(most):
             place = (mask.cumsum(1) - 1).clamp(min=0)[:, -x.shape[1] :]
             out = self.llm.model(
-                inputs_embeds=x,
-                attention_mask=mask,
-                position_ids=place,
-                past_key_values=cache,
+                inputs_embeds=x, attention_mask=mask, position_ids=place, past_key_values=cached,
                 use_cache=True,
-            )
-            cache, hidden = out.past_key_values, out.last_hidden_state[:, -1]
+            )  # fmt: skip
+            cached, hidden = out.past_key_values, out.last_hidden_state[:, -1]
             text, row = self.llm.lm_head(hidden).argmax(-1), self.choose(hidden, spoken, penalty)
             for b in range(count):
                 if done[b]:
@@ -1230,26 +1196,20 @@ PARTS = {
     "audio/audio_embeddings.pt": "audio_embedding",
     "audio/audio_output_layers.pt": "audio_heads",
 }
-SMALL = [
-    "*.json",
-    "tokenizer*",
-    "*.txt",
-    "*.jinja",
-    "*.py",
-    "vision/config.json",
-    "audio/*.json",
-    "audio/global_cmvn",
-    "audio_codec/*",
-]
-# Defaults of the official code, LongCatVisionConfig and LongCatAudioConfig, and of the report's table 1 where they differ.
+SMALL = "*.json tokenizer* *.txt *.jinja *.py vision/config.json audio/*.json".split()
+SMALL += ["audio/global_cmvn", "audio_codec/*"]
+WEIGHTS = (*SMALL, *PARTS, "*.safetensors")
+# Defaults of the official code, LongCatVisionConfig and LongCatAudioConfig, and of the report's table 1 where
+# they differ.
 VISION = dict(
-    hidden_size=1280, intermediate_size=5184, num_hidden_layers=32, num_attention_heads=16, patch_size=14, temporal_patch_size=2,
-    patch_embedding_bias=True, qkv_bias=False, qk_normalization=True, layer_norm_eps=1e-6, initializer_factor=0.1,
-    rope_theta=10000, spatial_merge_size=1, adaptor_dim=7168, image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225],
+    hidden_size=1280, intermediate_size=5184, num_hidden_layers=32, num_attention_heads=16, patch_size=14,
+    temporal_patch_size=2, patch_embedding_bias=True, qkv_bias=False, qk_normalization=True,
+    layer_norm_eps=1e-6, initializer_factor=0.1, rope_theta=10000, spatial_merge_size=1, adaptor_dim=7168,
+    image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225],
 )  # fmt: skip
 AUDIO = dict(
-    input_size=1200, hidden_size=6144, proj_size=1536, vocab_size=5252, nlayer=22, ndnn=2, num_right_layers=6, left_order=10,
-    right_order=1, dropout=0.1,
+    input_size=1200, hidden_size=6144, proj_size=1536, vocab_size=5252, nlayer=22, ndnn=2, num_right_layers=6,
+    left_order=10, right_order=1, dropout=0.1,
 )  # fmt: skip
 
 
@@ -1258,8 +1218,9 @@ class Base:
     """The model that is trained, all but its weights."""
 
     source: str  # Hub id or folder
-    folder: Path | None  # where its files lie; None: not to be had here, the sizes are the published ones
-    config: LongcatFlashConfig
+    # where its files lie; None: not to be had here, the sizes are the published ones
+    folder: Path | None
+    config: Any  # LongcatFlashConfig
     tokenizer: Any
     vision: dict  # vision/config.json
     audio: dict  # audio/config.json
@@ -1283,46 +1244,40 @@ def token_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
 
 def published_base(source: str) -> Base:
     """The sizes alone, for --check where the model cannot be looked up."""
-    config = LongcatFlashConfig(pad_token_id=3)
-    return Base(
-        source, None, config, None, VISION, AUDIO, {}, (np.zeros(80), np.ones(80)), {}, AUDIO_VOCABULARY
-    )
+    from transformers import LongcatFlashConfig
+
+    config, no_cmvn = LongcatFlashConfig(pad_token_id=3), (np.zeros(80), np.ones(80))
+    return Base(source, None, config, None, VISION, AUDIO, {}, no_cmvn, {}, AUDIO_VOCABULARY)
 
 
 def open_base(source: str) -> Base:
-    """Rank 0 fetches configs and tokenizer, every rank opens them. Exit 2 for anything but LongCat-Flash-Omni's files."""
+    """Rank 0 fetches configs and tokenizer, every rank opens them. Exit 2 for anything but
+    LongCat-Flash-Omni's files."""
     import kaldiio
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, LongcatFlashConfig
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # of loading and saving, on each rank
-    folder = on_rank0(lambda: fetch_model(source, *SMALL))
+    folder = on_rank0(fetch_model)(source, *SMALL)
     try:
-        kind = read_json(folder / "config.json").get(
-            "model_type", "longcat_flash"
-        )  # without one transformers takes defaults
+        # without a type transformers takes defaults
+        kind = read_json(folder / "config.json").get("model_type", "longcat_flash")
         config = LongcatFlashConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        vision, audio = (
-            VISION | read_json(folder / "vision" / "config.json"),
-            AUDIO | read_json(folder / "audio" / "config.json"),
-        )
+        vision = VISION | read_json(folder / "vision" / "config.json")
+        audio = AUDIO | read_json(folder / "audio" / "config.json")
         front = read_json(folder / "audio" / "preprocessor_config.json")
         stats = kaldiio.load_mat(str(folder / "audio" / "global_cmvn"))
     except (OSError, ValueError, KeyError) as error:
         missing = missing_files(folder)
-        refuse(
-            f"--model {source}: "
-            + (f"{len(missing)} files are missing: {', '.join(missing)}" if missing else brief(error))
-        )
+        names = f"{len(missing)} files are missing: {', '.join(missing)}" if missing else brief(error)
+        refuse(f"--model {source}: {names}")
     if kind != "longcat_flash":
         refuse(f"--model {source}: LongCat-Flash-Omni (model_type longcat_flash) is wanted")
     config.pad_token_id = tokenizer.pad_token_id if config.pad_token_id is None else config.pad_token_id
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in SPECIAL.items()}
     if unknown := [SPECIAL[name] for name, i in ids.items() if i is None or i == tokenizer.unk_token_id]:
-        refuse(
-            f"--model {source}: its tokenizer does not know {', '.join(unknown)}, which stand for speech and pictures"
-        )
+        refuse(f"--model {source}: its tokenizer lacks {', '.join(unknown)}, for speech and pictures")
     width = front["fbank"]["num_mel_bins"] * (front["splice"]["left"] + front["splice"]["right"] + 1)
     odd = {
         "vision spatial_merge_size": (vision["spatial_merge_size"], 1),
@@ -1339,60 +1294,47 @@ def open_base(source: str) -> Base:
     table = folder / "audio" / "audio_embeddings.pt"
     vocabulary = AUDIO_VOCABULARY
     if table.exists():
-        vocabulary = len(
-            torch.load(table, weights_only=True, map_location="cpu")["audio_embeddings.0.weight"]
-        )
+        weights = torch.load(table, weights_only=True, map_location="cpu")
+        vocabulary = len(weights["audio_embeddings.0.weight"])
     return Base(source, folder, config, tokenizer, vision, audio, front, (mean, scale), ids, vocabulary)
 
 
 def missing_files(folder: Path) -> list[str]:
-    """What LongCat-Flash-Omni consists of and is not in the folder, the shards that its index lists included."""
+    """What LongCat-Flash-Omni consists of and is not in the folder, the shards that its index lists
+    included."""
     index = folder / "model.safetensors.index.json"
-    shards = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {index.name}
-    around = [
-        "config.json",
-        "tokenizer_config.json",
-        "vision/config.json",
-        "audio/config.json",
-        "audio/preprocessor_config.json",
-    ]
-    return [
-        name
-        for name in (*around, "audio/global_cmvn", *PARTS, *sorted(shards))
-        if not (folder / name).is_file()
-    ]
+    shards = set(read_json(index)["weight_map"].values()) if index.exists() else {index.name}
+    around = "config.json tokenizer_config.json vision/config.json audio/config.json".split()
+    around += ["audio/preprocessor_config.json", "audio/global_cmvn"]
+    return [name for name in (*around, *PARTS, *sorted(shards)) if not (folder / name).is_file()]
 
 
 def part_of(net: Omni, name: str) -> nn.Module:
     """The module whose state dict a file of PARTS is; of the embedding under the name that the file has."""
     if PARTS[name]:
         return getattr(net, PARTS[name])
-    words_of = nn.Module()
-    words_of.word_embeddings = net.llm.get_input_embeddings()
-    return words_of
+    embedding = nn.Module()
+    embedding.word_embeddings = net.llm.get_input_embeddings()
+    return embedding
 
 
 def load_omni(base: Base, dtype: str) -> Omni:
-    """The weights of a folder; one that is missing, left over or of another shape ends the run. Under ZeRO-3: a rank's part."""
+    """The weights of a folder; one that is missing, left over or of another shape ends the run. Under
+    ZeRO-3: a rank's part."""
     from safetensors import safe_open
 
     folder, kind = base.folder, TORCH_DTYPES[dtype]
-    asked = dict(
-        config=base.config,
-        dtype=kind,
-        output_loading_info=True,
-        local_files_only=True,
-        ignore_mismatched_sizes=True,
-    )
     try:
-        llm, report = LongCat.from_pretrained(folder, **asked)
+        llm, loaded = longcat_class().from_pretrained(
+            folder, config=base.config, dtype=kind, output_loading_info=True, local_files_only=True,
+            ignore_mismatched_sizes=True,  # check_loaded ends the run, and names them
+        )  # fmt: skip
     except RuntimeError as error:  # an expert is missing: transformers puts them together
         raise SystemExit(f"error: {folder}: {brief(error)}") from error
-    report["missing_keys"] = [
-        name for name in report["missing_keys"] if name != "model.embed_tokens.weight"
-    ]  # has its own file
-    check_loaded(report, folder)
-    where = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    own_file = "model.embed_tokens.weight"
+    loaded["missing_keys"] = [name for name in loaded["missing_keys"] if name != own_file]
+    check_loaded(loaded, folder)
+    where = read_json(folder / "model.safetensors.index.json")["weight_map"]
     for name, buffer in llm.named_buffers():
         if name.endswith("e_score_correction_bias"):  # exact, whatever the class has made of it
             with safe_open(folder / where[name], "pt") as shard:
@@ -1400,18 +1342,13 @@ def load_omni(base: Base, dtype: str) -> Omni:
     net = Omni(base, llm)
     for name in PARTS:
         part, weights = part_of(net, name), torch.load(folder / name, weights_only=True, map_location="cpu")
-        shapes = {
-            key: tuple(getattr(value, "ds_shape", value.shape))
-            for key, value in part.state_dict(keep_vars=True).items()
-        }
-        if wrong := sorted(
-            set(shapes.items()) ^ {(key, tuple(value.shape)) for key, value in weights.items()}
-        ):
-            raise SystemExit(
-                f"error: {folder / name}: {len(wrong)} weights are missing or do not fit, {wrong[0][0]} among them"
-            )
+        state = part.state_dict(keep_vars=True)
+        wanted = {(key, tuple(getattr(value, "ds_shape", value.shape))) for key, value in state.items()}
+        if wrong := sorted(wanted ^ {(key, tuple(value.shape)) for key, value in weights.items()}):
+            which = f"{len(wrong)} weights are missing or do not fit, {wrong[0][0]} among them"
+            raise SystemExit(f"error: {folder / name}: {which}")
         with gathered(list(part.parameters()), changed=True):
-            for key, value in part.state_dict(keep_vars=True).items():
+            for key, value in state.items():
                 value.data.copy_(weights[key])
     for part in (m for n, m in net.named_children() if n != "llm"):
         part.to(kind)
@@ -1419,7 +1356,8 @@ def load_omni(base: Base, dtype: str) -> Omni:
 
 
 def checkpoint_names(weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The language model's weights under the names of the checkpoint: an expert's three matrices each have their own."""
+    """The language model's weights under the names of the checkpoint: an expert's three matrices each have
+    their own."""
     for name, value in weights.items():
         if name.endswith("experts.gate_up_proj"):
             for number, expert in enumerate(value):
@@ -1434,36 +1372,27 @@ def checkpoint_names(weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]
 
 
 def write_omni(folder: Path, weights: dict[str, Tensor], base: Base) -> None:
-    """A whole model in the layout that load_omni reads: shards with an index, the .pt parts, configs, tokenizer."""
+    """A whole model in the layout that load_omni reads: shards with an index, the .pt parts, configs,
+    tokenizer."""
     from huggingface_hub import save_torch_state_dict
 
     for name in ("vision", "audio"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    words_of = "llm.model.embed_tokens.weight"
-    llm = {
-        name.removeprefix("llm."): value
-        for name, value in weights.items()
-        if name.startswith("llm.") and name != words_of
-    }
+    embedding = "llm.model.embed_tokens.weight"
     for old in folder.glob("model*.safetensors"):
         old.unlink()
-    shards = {
-        name: value.clone(memory_format=torch.contiguous_format) for name, value in checkpoint_names(llm)
-    }
-    for name in shards:
-        if name.endswith("e_score_correction_bias"):
-            shards[name] = shards[name].float()
-    half = (
-        sum(value.nbytes for value in shards.values()) // 2
-    )  # at least two shards, so that there is an index
+    names = [name for name in weights if name.startswith("llm.") and name != embedding]
+    llm = {name.removeprefix("llm."): weights[name] for name in names}
+    shards = {}
+    for name, value in checkpoint_names(llm):
+        value = value.float() if name.endswith("e_score_correction_bias") else value
+        shards[name] = value.clone(memory_format=torch.contiguous_format)
+    half = sum(value.nbytes for value in shards.values()) // 2  # two shards at least: there is an index
     save_torch_state_dict(shards, folder, max_shard_size=min(half, 10**10))
     for file, prefix in PARTS.items():
-        part = {
-            name.removeprefix(f"{prefix}."): value
-            for name, value in weights.items()
-            if prefix and name.startswith(f"{prefix}.")
-        }
-        torch.save(part or {"word_embeddings.weight": weights[words_of]}, folder / file)
+        names = [name for name in weights if prefix and name.startswith(f"{prefix}.")]
+        part = {name.removeprefix(f"{prefix}."): weights[name] for name in names}
+        torch.save(part or {"word_embeddings.weight": weights[embedding]}, folder / file)
     base.config.save_pretrained(folder)
     base.tokenizer.save_pretrained(folder)
     write_json(folder / "vision" / "config.json", base.vision)
@@ -1474,33 +1403,33 @@ def write_omni(folder: Path, weights: dict[str, Tensor], base: Base) -> None:
 
 
 def lora_names(base: Base) -> dict[str, int]:
-    """{name of a layer that LoRA can be given: parameters that it adds there for each unit of rank}, over the whole model"""
+    """{name of a layer that LoRA can be given: parameters that it adds there for each unit of rank}, over the
+    whole model"""
     with torch.device("meta"):
         net = Omni(base)
-    found: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     for name, module in net.named_modules():
         inside = any(part in name for part in (".self_attn.", ".mlps.", "audio_heads.audio_output_layers"))
         if isinstance(module, nn.Linear) and inside:
             last = "audio_output_layers" if "audio_output_layers" in name else name.split(".")[-1]
-            found[last] = found.get(last, 0) + module.in_features + module.out_features
-    return found
+            sizes[last] = sizes.get(last, 0) + module.in_features + module.out_features
+    return sizes
 
 
-def lora_config(cfg: Config, base: Base):
-    """Exit 2 for a name that is no such layer: the router is never called as a module, experts are one tensor, and PEFT would
-    pass over what it does not find."""
+def lora_settings(cfg: Config, base: Base):
+    """Exit 2 for a name that is no such layer: the router is never called as a module, experts are one
+    tensor, and PEFT would pass over what it does not find."""
     from peft import LoraConfig
 
-    names, asked = lora_names(base), [name.strip() for name in cfg.lora_targets.split(",") if name.strip()]
-    if wrong := [name for name in asked if name not in names]:
-        real = ", ".join(f"{name} ({cfg.lora_r * size / 1e6:.3g} M)" for name, size in names.items())
-        why = (
-            "; the router and the experts cannot be adapted"
-            if wrong[0] in ("classifier", "router", "experts", "mlp")
-            else ""
-        )
+    sizes = lora_names(base)
+    asked = [name.strip() for name in cfg.lora_targets.split(",") if name.strip()]
+    if wrong := [name for name in asked if name not in sizes]:
+        layers = ", ".join(f"{name} ({cfg.lora_r * size / 1e6:.3g} M)" for name, size in sizes.items())
+        mixture = wrong[0] in ("classifier", "router", "experts", "mlp")
+        why = "; the router and the experts cannot be adapted" if mixture else ""
         refuse(
-            f"--lora_targets {wrong[0]}: no such layer{why}. There are, with what each trains at --lora_r {cfg.lora_r}: {real}"
+            f"--lora_targets {wrong[0]}: no such layer{why}. There are, with what each trains at --lora_r "
+            f"{cfg.lora_r}: {layers}"
         )
     if not asked:
         refuse("--lora_targets: name at least one layer")
@@ -1513,17 +1442,17 @@ def lora_config(cfg: Config, base: Base):
 
 
 def with_adapter(net: Omni, cfg: Config, base: Base) -> nn.Module:
-    """What is trained: LoRA over frozen weights, or with --lora_r 0 everything but a head that does nothing."""
+    """What is trained: LoRA over frozen weights, or with --lora_r 0 everything but a head that does
+    nothing."""
     net.requires_grad_(not cfg.lora_r)
     net.audio_encoder.output.requires_grad_(False)
     if not cfg.lora_r:
         return net
     from peft import get_peft_model
 
-    adapted = get_peft_model(net, lora_config(cfg, base), autocast_adapter_dtype=False)
-    adapted.peft_config[
-        "default"
-    ].base_model_name_or_path = base.source  # PEFT looks for it in a model of transformers
+    adapted = get_peft_model(net, lora_settings(cfg, base), autocast_adapter_dtype=False)
+    # PEFT looks for it in a model of transformers
+    adapted.peft_config["default"].base_model_name_or_path = base.source
     return adapted
 
 
@@ -1552,124 +1481,120 @@ def weighted(losses: Tensor, cfg: Config) -> Tensor:
     return (losses * torch.tensor(weights, device=losses.device)).sum()
 
 
-def fingerprint(sound: np.ndarray, columns: int = 32) -> np.ndarray:
+def spectral_shape(sound: np.ndarray, columns: int = 32) -> np.ndarray:
     """What recognition compares: the log-mel spectrum, stretched to `columns` -> (columns, 40)"""
     spectrum = MelCodec.log_mel(sound).T[None]
     return F.interpolate(spectrum, columns, mode="linear")[0].T.numpy()
 
 
 def recognised(sound: np.ndarray, known: dict[str, np.ndarray]) -> str:
-    """Which of the known replies (fingerprints, several for each text) is nearest, "" for no sound."""
+    """Which of the known replies (spectral shapes, several for each text) is nearest, "" for no sound."""
     if len(sound) < SAMPLE_RATE // 10:
         return ""
-    print_of = fingerprint(sound)
-    return min(known, key=lambda text: min(abs(known[text] - print_of).mean((1, 2))))
+    shape = spectral_shape(sound)
+    return min(known, key=lambda text: min(abs(known[text] - shape).mean((1, 2))))
 
 
 def speech_distance(target: np.ndarray, output: np.ndarray) -> dict[str, float]:
-    """STOI (Taal et al. 2011), mel-cepstral distance in dB (Kubichek 1993, coefficients 1 to 13), and the error of the duration
-    as a share of the target's. The first two compare moment by moment: they say nothing where other words are spoken."""
+    """STOI (Taal et al. 2011), mel-cepstral distance in dB (Kubichek 1993, coefficients 1 to 13), and the
+    error of the duration as a share of the target's. The first two compare moment by moment: they say nothing
+    where other words are spoken."""
     from pystoi import stoi
     from scipy.fft import dct
 
-    wrong, output = (
-        abs(len(output) - len(target)) / len(target),
-        output if len(output) else np.zeros_like(target),
-    )
+    wrong = abs(len(output) - len(target)) / len(target)
+    output = output if len(output) else np.zeros_like(target)
     length = min(len(target), len(output))
-    cepstra = [
-        dct(MelCodec.log_mel(sound[:length]).numpy(), norm="ortho")[:, 1:14] for sound in (target, output)
-    ]
+    spectra = [MelCodec.log_mel(sound[:length]).numpy() for sound in (target, output)]
+    cepstra = [dct(spectrum, norm="ortho")[:, 1:14] for spectrum in spectra]
     moved = np.sqrt(2 * ((cepstra[0] - cepstra[1]) ** 2).sum(1)).mean()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of speech that is shorter than its 0.4 s
         similar = float(stoi(target[:length], output[:length], SAMPLE_RATE)) if length > 6400 else 0.0
-    return {
-        "stoi": similar, "mel_cepstral_distance": 10 / math.log(10) * float(moved),
-        "duration_error": wrong,
-    }  # fmt: skip
+    distance = 10 / math.log(10) * float(moved)
+    return {"stoi": similar, "mel_cepstral_distance": distance, "duration_error": wrong}
+
+
+def evenly(clips: list[Clip], count: int) -> list[Clip]:
+    """Up to `count`, spread evenly, the same in every evaluation."""
+    count = min(count, len(clips))
+    return [clips[i * len(clips) // count] for i in range(count)]
+
+
+def mean_row(rows: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of each number over the rows that have it"""
+    means = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        means[name] = float(np.mean([row[name] for row in rows if name in row]))
+    return means
 
 
 def baseline(data: Data, codec: MelCodec | LongCatCodec, cfg: Config) -> dict:
-    """Rank 0: what the mean of the training replies would score: codes by frequency, the mean spectrum for the mean duration."""
-    known, clips = data.train[:256], some_of(data.held_out, cfg.eval_samples)
+    """Rank 0: what the mean of the training replies would score: codes by frequency, the mean spectrum for
+    the mean duration."""
+    known, clips = data.train[:256], evenly(data.held_out, cfg.eval_samples)
     codes = np.concatenate([np.load(clip.codes) for clip in known])
     wanted = np.concatenate([np.load(clip.codes) for clip in clips])
-    entropy, best = [], []
-    for i, size in enumerate(codec.sizes):
+    entropy, best = {}, {}
+    for i, (head, size) in enumerate(zip(HEADS, codec.sizes)):
         share = (np.bincount(codes[:, i], minlength=size) + 1) / (len(codes) + size)
-        entropy.append(float(-np.log(share[wanted[:, i]]).mean()))
-        best.append(float((wanted[:, i] == share.argmax()).mean()))
+        entropy[head] = float(-np.log(share[wanted[:, i]]).mean())
+        best[head] = float((wanted[:, i] == share.argmax()).mean())
     spectra = [MelCodec.log_mel(np.load(clip.reply)) for clip in known]
-    mean = torch.cat(spectra).mean(0).expand(round(np.mean([len(s) for s in spectra])), -1)
-    sound = MelCodec.sound_of(mean)
+    frames = round(np.mean([len(spectrum) for spectrum in spectra]))
+    sound = MelCodec.sound_of(torch.cat(spectra).mean(0).expand(frames, -1))
     distances = [speech_distance(np.load(clip.reply), sound) for clip in clips]
-    return {
-        "cross_entropy": dict(zip(HEADS, entropy)), "accuracy": dict(zip(HEADS, best)),
-        **{name: float(np.mean([d[name] for d in distances])) for name in distances[0]},
-    }  # fmt: skip
+    return {"cross_entropy": entropy, "accuracy": best} | mean_row(distances)
 
 
-def some_of(clips: list[Clip], count: int) -> list[Clip]:
-    """Up to `count`, spread evenly, the same in every evaluation."""
-    return [clips[i * len(clips) // min(count, len(clips))] for i in range(min(count, len(clips)))]
-
-
+@torch.no_grad()
 def evaluate(net: nn.Module, base: Base, data: Data, cfg: Config, aloud: bool) -> dict:
-    """Every rank: held-out clips as they are, with the video blanked and with the audio silenced. For each of SHOWN {"loss",
-    "text", "cross_entropy" and "accuracy" of each stream}, given the reply so far; and `aloud` the replies themselves, in the
-    demo for all three: "replies" {number of the clip: (text, rows of codes (R, 4))}."""
+    """Every rank: held-out clips as they are, with the video blanked and with the audio silenced. For each of
+    SHOWN {"loss", "cross_entropy" and "accuracy" of the text and each stream}, given the reply so far; and
+    `aloud` the replies themselves, in the demo for all three: "replies" {number of the clip: (text, rows of
+    codes (R, 4))}."""
     was_training, device = net.training, next(net.parameters()).device
     net.eval()
-    collate, clips = Collator(base, cfg), some_of(data.held_out, cfg.eval_samples)
-    rounds = -(-len(clips) // world_size())  # under ZeRO-3 all ranks must go through the model equally often
-    mine = [min(rank() + i * world_size(), len(clips) - 1) for i in range(rounds)]
-    together, most = (
-        any(hasattr(p, "ds_id") for p in net.parameters()),
-        math.ceil(cfg.max_reply / FRAME_SECONDS),
-    )
+    collate, clips = Collator(base, cfg), evenly(data.held_out, cfg.eval_samples)
+    together = any(hasattr(p, "ds_id") for p in net.parameters())
+    most = math.ceil(cfg.max_reply / FRAME_SECONDS)
     result: dict[str, Any] = {}
     for shown in SHOWN:
-        sums = np.zeros(10)
-        for i, number in enumerate(mine):
-            with torch.no_grad():
-                batch = {name: value.to(device) for name, value in collate([clips[number]], shown).items()}
-                scores = torch.cat(net(**batch)).double().cpu().numpy()
-            sums += scores * (rank() + i * world_size() < len(clips))
-        means = [over_ranks(value, "mean") * world_size() / len(clips) for value in sums]
+        scores = {}
+        for part in rounds(len(clips), 1):
+            batch = collate([clips[i] for i in part], shown)
+            losses, hits = net(**{name: value.to(device) for name, value in batch.items()})
+            scores[part[0]] = torch.cat([losses, hits]).double().cpu().numpy()
+        means = np.mean(list(merged_over_ranks(scores).values()), axis=0).tolist()
         result[shown] = {
-            "loss": float(weighted(torch.tensor(means[:5]), cfg)), "text": {"cross_entropy": means[0], "accuracy": means[5]},
-            "cross_entropy": dict(zip(HEADS, means[1:5])), "accuracy": dict(zip(HEADS, means[6:])),
-        }  # fmt: skip
+            "loss": float(weighted(torch.tensor(means[:5]), cfg)),
+            "cross_entropy": dict(zip(STREAMS, means[:5])),
+            "accuracy": dict(zip(STREAMS, means[5:])),
+        }
         if aloud and (cfg.demo or shown == SHOWN[0]):
             replies = {}
-            for start in range(
-                0, rounds, cfg.batch_size
-            ):  # a sequence's cache of keys and values is about its training memory
-                part = mine[start : start + cfg.batch_size]
-                batch = {
-                    k: v.to(device) for k, v in collate([clips[i] for i in part], shown, reply=False).items()
-                }
+            # a sequence's cache of keys and values is about its training memory
+            for part in rounds(len(clips), cfg.batch_size):
+                batch = collate([clips[i] for i in part], shown, reply=False)
+                batch = {name: value.to(device) for name, value in batch.items()}
                 texts, rows = core(net).speak(batch, most, cfg.repetition_penalty, together)
                 said = [base.tokenizer.decode(text, skip_special_tokens=True).strip() for text in texts]
                 replies |= dict(zip(part, zip(said, rows)))
-            result[shown]["replies"] = {
-                i: reply for several in from_all_ranks(replies) for i, reply in several.items()
-            }
+            result[shown]["replies"] = merged_over_ranks(replies)
     net.train(was_training)
     return result
 
 
 def listen(result: dict, data: Data, codec: MelCodec | LongCatCodec, cfg: Config) -> dict[str, np.ndarray]:
-    """Rank 0: what the spoken replies are worth, added as "spoken" to each part of an evaluation that has some.
-    -> {name of the clip: float32 at codec.rate} of those to the clips as they are"""
+    """Rank 0: what the spoken replies are worth, added as "spoken" to each part of an evaluation that has
+    some. -> {name of the clip: float32 at codec.rate} of those to the clips as they are"""
     from scipy.signal import resample_poly
 
-    clips, known, sounds = some_of(data.held_out, cfg.eval_samples), {}, {}
+    clips, known, sounds = evenly(data.held_out, cfg.eval_samples), {}, {}
     if cfg.demo:
         for clip in data.train:
-            known.setdefault(clip.text, []).append(fingerprint(np.load(clip.reply)))
-        known = {text: np.stack(prints[:8]) for text, prints in known.items()}
+            known.setdefault(clip.text, []).append(spectral_shape(np.load(clip.reply)))
+        known = {text: np.stack(shapes[:8]) for text, shapes in known.items()}
     for shown in SHOWN:
         if "replies" not in result[shown]:
             continue
@@ -1678,20 +1603,14 @@ def listen(result: dict, data: Data, codec: MelCodec | LongCatCodec, cfg: Config
             text, codes = result[shown]["replies"][i]
             sound = codec.decode(codes_from(codes, codec.sizes))
             sounds.setdefault(clip.name, sound)
-            heard = (
-                resample_poly(sound, SAMPLE_RATE, codec.rate).astype(np.float32)
-                if codec.rate != SAMPLE_RATE
-                else sound
-            )
-            row = {"text_right": float(plain(text) == plain(clip.text))} if clip.text else {}
-            row |= speech_distance(np.load(clip.reply), heard)
-            rows.append(
-                row | ({"recognised": float(recognised(heard, known) == clip.text)} if cfg.demo else {})
-            )
-        names = dict.fromkeys(name for row in rows for name in row)
-        result[shown]["spoken"] = {
-            name: float(np.mean([row[name] for row in rows if name in row])) for name in names
-        }
+            if codec.rate != SAMPLE_RATE:
+                sound = resample_poly(sound, SAMPLE_RATE, codec.rate).astype(np.float32)
+            row = {"text right": float(normalized(text) == normalized(clip.text))} if clip.text else {}
+            row |= speech_distance(np.load(clip.reply), sound)
+            if cfg.demo:
+                row["recognised"] = float(recognised(sound, known) == clip.text)
+            rows.append(row)
+        result[shown]["spoken"] = mean_row(rows)
     return sounds
 
 
@@ -1723,13 +1642,13 @@ class Sizes:
     largest: int  # of the largest tensor, which is read from NVMe in one piece for each rank
     smallest_expert: int  # of the smaller of the two tensors of a mixture
     tensors: int  # of a layer of the language model that are large enough to be swapped
-    plain: int  # bytes one micro-batch keeps for the backward pass
-    checkpointed: int  # the same with gradient checkpointing
+    # {with gradient checkpointing: bytes that one micro-batch keeps for the backward pass}
+    kept: dict[bool, int]
 
 
-def measure(base: Base, cfg: Config, dtype: str, tokens: int, supervised: int) -> Sizes:
-    """Parameters counted on the meta device. Activations of the language model by a count of what its layers keep; not yet
-    measured. Exit 2 for LoRA targets that there are not."""
+def sizes_of(base: Base, cfg: Config, dtype: str, tokens: int, supervised: int) -> Sizes:
+    """Parameters counted on the meta device. Activations of the language model by a count of what its layers
+    keep; not yet measured. Exit 2 for LoRA targets that there are not."""
     c = base.config
     with torch.device("meta"):
         net = Omni(base)
@@ -1744,106 +1663,106 @@ def measure(base: Base, cfg: Config, dtype: str, tokens: int, supervised: int) -
     mixture = 4 * (c.n_routed_experts + (c.zero_expert_num or 0))
     mixture += c.moe_topk * (3 * c.hidden_size + 5 * c.expert_ffn_hidden_size)
     one = 2 * (attention + c.hidden_size + 4 * c.ffn_hidden_size) + mixture  # numbers a token in one layer
-    rows, words = cfg.batch_size * tokens * low, c.vocab_size + CODEBOOKS * base.audio_vocabulary
-    around = cfg.batch_size * supervised * words * (low + 8)  # logits, in fp32, and their gradient
+    rows, classes = cfg.batch_size * tokens * low, c.vocab_size + CODEBOOKS * base.audio_vocabulary
+    around = cfg.batch_size * supervised * classes * (low + 8)  # logits, in fp32, and their gradient
     around += 0 if cfg.lora_r else rows * 40 * base.vision["hidden_size"]
+    layer_by_layer = {False: c.num_layers * one, True: c.num_layers * c.hidden_size + one}
     return Sizes(
         parameters, trained, sum(fused) * c.num_layers, sum(fused), fused[-1], fused[0], swapped,
-        plain=rows * c.num_layers * one + around, checkpointed=rows * (c.num_layers * c.hidden_size + one) + around,
+        {on: rows * numbers + around for on, numbers in layer_by_layer.items()},
     )  # fmt: skip
 
 
-def layouts(
+def layouts_of(
     sizes: Sizes, cfg: Config, dtype: str, devices: int, local: int | None = None, nvme: Path | None = None
-) -> list[dict]:
-    """memory_rows with the time that the transfer of weights alone takes, and with NVMe last."""
+) -> list[Layout]:
+    """memory_layouts, with NVMe last, and with the time that the transfer of weights alone takes."""
     low = TORCH_DTYPES[dtype].itemsize
     frozen = low * (sizes.parameters - (0 if cfg.lora_r else sizes.trained))
-    kept = {on: sizes.checkpointed if on else sizes.plain for on in CHECKPOINTING[cfg.gradient_checkpointing]}
-    rows = memory_rows(sizes.trained, frozen, kept, dtype, devices, local, low * sizes.layer)
-    weights = low * sizes.parameters
+    kept = {on: sizes.kept[on] for on in CHECKPOINTING[cfg.gradient_checkpointing]}
+    layouts = memory_layouts(sizes.trained, frozen, kept, dtype, devices, local, low * sizes.layer)
     if nvme:
-        rows += nvme_rows(rows[-1], sizes, low, devices, local or devices, nvme)
-    for row in rows:
-        passes, zero3 = 2 + row["checkpointing"], "ZeRO-3" in row["layout"]
-        if zero3 and not row["checkpointing"]:
-            row["gpu_gb"] += weights / GB  # autograd holds on to slices of what was gathered
-        row["seconds"] = passes * max(
-            weights * (devices - 1) / devices / LINK if zero3 else 0,
-            weights / devices / HOST if "all on CPU" in row["layout"] else 0,
-            weights * (local or devices) / devices / DISK if "NVMe" in row["layout"] else 0,
-        )
-        if "all on CPU" in row["layout"] or "NVMe" in row["layout"]:
-            row["gpu_gb"] += (
-                low * sizes.layer / devices / GB
-            )  # a rank's own part of what is gathered, on its way
-        if row["seconds"] > 1:
-            row["note"] = (
-                f"at least {duration(row['seconds'])} a micro-step, {duration(row['seconds'] * cfg.accum)} a step"
-            )
-    return rows
+        layouts += nvme_layouts(layouts[-1], sizes, low, devices, local or devices, nvme)
+    weights, finished = low * sizes.parameters, []
+    for layout in layouts:
+        gpu = layout.gpu_gb
+        if layout.stage == 3 and not layout.checkpointing:
+            gpu += weights / GB  # autograd holds on to slices of what was gathered
+        if layout.offload not in ("", "optimizer"):
+            gpu += low * sizes.layer / devices / GB  # a rank's own part of what is gathered, on its way
+        seconds = transfer_seconds(layout, weights, devices, local or devices)
+        note = f"at least {duration(seconds)} a micro-step, {duration(seconds * cfg.accum)} a step"
+        finished.append(dataclasses.replace(layout, gpu_gb=gpu, note=note if seconds > 1 else ""))
+    return finished
 
 
-def nvme_rows(like: dict, sizes: Sizes, low: int, devices: int, local: int, nvme: Path) -> list[dict]:
-    """The layout "all on CPU" with weights on a disk, for machines with too little RAM: ds_zero3_offload.json with a buffer for
-    each tensor that may be in use at once, of the size of a rank's part of the largest. First the experts alone on the disk,
-    two tensors a layer, and all else resident on each GPU; then every weight there, and the tensors of a whole layer at once.
-    Prefetching is off: DeepSpeed 0.19.8 would ask for a tensor twice. Optimizer states stay in RAM: with LoRA they are small."""
-    buffer, around, rows = math.ceil(1.05 * sizes.largest / devices), sizes.parameters - sizes.experts, []
-    for name, tensors, resident in (
-        ("experts on NVMe", 4, around),
-        ("weights on NVMe", sizes.tensors + 1, 0),
-    ):
-        config = json.loads(json.dumps(like["config"]))
-        config["zero_optimization"] |= {
-            "offload_param": {"device": "nvme", "nvme_path": str(nvme), "buffer_count": tensors, "buffer_size": buffer,
-                              "pin_memory": True},
+def transfer_seconds(layout: Layout, weights: int, devices: int, local: int) -> float:
+    """That a micro-step needs to bring bytes of weights to the GPUs: forward, backward and, with gradient
+    checkpointing, once in between. The slowest way counts."""
+    return (2 + layout.checkpointing) * max(
+        weights * (devices - 1) / devices / LINK if layout.stage == 3 else 0,
+        weights / devices / HOST if layout.offload == "all" else 0,
+        weights * local / devices / DISK if "NVMe" in layout.offload else 0,
+    )
+
+
+def nvme_layouts(like: Layout, sizes: Sizes, low: int, devices: int, local: int, nvme: Path) -> list[Layout]:
+    """The layout "all on CPU" with weights on a disk, for machines with too little RAM:
+    ds_zero3_offload.json with a buffer for each tensor that may be in use at once, of the size of a rank's
+    part of the largest. First the experts alone on the disk, two tensors a layer, and all else resident on
+    each GPU; then every weight there, and the tensors of a whole layer at once. Prefetching is off: DeepSpeed
+    0.19.8 would ask for a tensor twice. Optimizer states stay in RAM: with LoRA they are small."""
+    buffer, around = math.ceil(1.05 * sizes.largest / devices), sizes.parameters - sizes.experts
+    layouts = []
+    for what, tensors, resident in (("experts", 4, around), ("weights", sizes.tensors + 1, 0)):
+        zero = like.config["zero_optimization"] | {
+            "offload_param": {"device": "nvme", "nvme_path": str(nvme), "buffer_count": tensors,
+                              "buffer_size": buffer, "pin_memory": True},
             "stage3_prefetch_bucket_size": 0, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0,
             "stage3_param_persistence_threshold": sizes.smallest_expert - 1 if resident else 0,
         }  # fmt: skip
-        config["aio"] = {"block_size": 2**20, "queue_depth": 8, "intra_op_parallelism": 1, "single_submit": False,
-                         "overlap_events": True}  # fmt: skip
-        host = (tensors * buffer * low + 14 * sizes.trained / devices) * local / GB
-        gpu = like["gpu_gb"] + low * resident / GB
-        rows.append(
-            like
-            | {"layout": f"ZeRO-3, {name}, checkpointing", "config": config, "host_gb": host, "gpu_gb": gpu}
+        aio = {"block_size": 2**20, "queue_depth": 8, "intra_op_parallelism": 1, "single_submit": False,
+               "overlap_events": True}  # fmt: skip
+        layout = dataclasses.replace(
+            like,
+            offload=f"{what} on NVMe",
+            gpu_gb=like.gpu_gb + low * resident / GB,
+            host_gb=(tensors * buffer * low + 14 * sizes.trained / devices) * local / GB,
+            config=like.config | {"zero_optimization": zero, "aio": aio},
         )
-    return rows
+        layouts.append(layout)
+    return layouts
 
 
 def check_nvme(cfg: Config) -> None:
-    """Exit 2 where DeepSpeed cannot read weights from a disk, or (0.19.8) reads them into what is still in use."""
+    """Exit 2 where DeepSpeed cannot read weights from a disk, or (0.19.8) reads them into what is still in
+    use."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not AsyncIOBuilder().is_compatible(verbose=False):
         refuse(f"--nvme_path {cfg.nvme_path}: DeepSpeed needs libaio for it: apt-get install libaio-dev")
     if not torch.cuda.is_available() and world_size() == 1:
-        refuse(
-            "--nvme_path: with one process on a CPU DeepSpeed computes wrong gradients; take two, or leave it out"
-        )
+        why = "with one process on a CPU DeepSpeed computes wrong gradients"
+        refuse(f"--nvme_path: {why}; take two, or leave it out")
 
 
 def duration(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 100
-        else f"{seconds / 60:.0f} min"
-        if seconds < 6000
-        else f"{seconds / 3600:.1f} h"
-    )
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def large(count: float) -> str:
-    """Bytes for people: 1.1 TB, 8.4 MB"""
-    name, unit = next(
-        (n, u) for n, u in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1)) if count >= u / 2
-    )
+def bytes_text(count: float) -> str:
+    """For people: 1.1 TB, 8.4 MB"""
+    units = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1))
+    name, unit = next((name, unit) for name, unit in units if count >= unit / 2)
     return f"{count / unit:.1f} {name}"
 
 
+@on_rank0
 def storage(cfg: Config) -> list[str]:
-    """Rank 0, without the network: the storage check, whose first lines are those of the public tutorial. -> what is short"""
+    """Without the network: the storage check, whose first lines are those of the public tutorial. -> what is
+    short"""
     from huggingface_hub import constants, try_to_load_from_cache
 
     folder = Path(cfg.model)
@@ -1852,130 +1771,115 @@ def storage(cfg: Config) -> list[str]:
         folder = Path(cached).parent if isinstance(cached, str) else None
     missing, shards, weights = missing_files(folder) if folder else ["all"], set(), PUBLISHED_BYTES
     if folder and (index := folder / "model.safetensors.index.json").exists():
-        listed = json.loads(index.read_text())
-        shards, weights = (
-            set(listed["weight_map"].values()),
-            listed.get("metadata", {}).get("total_size", weights),
-        )
+        listed = read_json(index)
+        shards = set(listed["weight_map"].values())
+        weights = listed.get("metadata", {}).get("total_size", weights)
     place, need = (folder, 0.0) if folder and not missing else (Path(constants.HF_HUB_CACHE), 1.06 * weights)
     status, free, short = "OK", disk_free(place), []
     if missing and Path(cfg.model).is_dir():
         status, need = f"{len(missing)} files missing", 0.0
-        short.append(
-            f"--model {cfg.model}: missing are {', '.join(missing[:8])}{' ...' if len(missing) > 8 else ''}"
-        )
+        more = " ..." if len(missing) > 8 else ""
+        short.append(f"--model {cfg.model}: missing are {', '.join(missing[:8])}{more}")
     elif need > free:
-        status = f"{large(need - free)} short"
-        short.append(
-            f"--model {cfg.model}: {large(need)} are needed in {place}, {large(free)} are free: set HF_HOME"
-        )
-    log.info(f"Model weights: {large(weights)}\nAvailable space: {large(free)} in {place}\nStatus: {status}")
-    told = f"{len(shards - set(missing))} of {len(shards)} are there" if shards else "not downloaded"
-    log.info(f"shards   {told}{f'; {large(need)} of disk for the download' if need else ''}")
+        status = f"{bytes_text(need - free)} short"
+        sizes = f"{bytes_text(need)} are needed in {place}, {bytes_text(free)} are free"
+        short.append(f"--model {cfg.model}: {sizes}: set HF_HOME")
+    log.info(f"Model weights: {bytes_text(weights)}\nAvailable space: {bytes_text(free)} in {place}")
+    log.info(f"Status: {status}")
+    here = f"{len(shards - set(missing))} of {len(shards)} are there" if shards else "not downloaded"
+    log.info(f"shards   {here}{f'; {bytes_text(need)} of disk for the download' if need else ''}")
     if cfg.nvme_path:
-        swap = disk_free(cfg.nvme_path)
-        log.info(f"nvme     {large(weights)} of weights once more in {cfg.nvme_path}, {large(swap)} free")
-        short += (
-            [f"--nvme_path {cfg.nvme_path}: {large(swap)} free, {large(weights)} needed"]
-            if swap < weights
-            else []
-        )
+        swap = bytes_text(free := disk_free(cfg.nvme_path))
+        log.info(f"nvme     {bytes_text(weights)} of weights once more in {cfg.nvme_path}, {swap} free")
+        if free < weights:
+            short.append(f"--nvme_path {cfg.nvme_path}: {swap} free, {bytes_text(weights)} needed")
     return short
 
 
 def machine_table(sizes: Sizes, cfg: Config) -> tuple[str, str]:
-    """-> (what holds the model and what each step then takes at least, by arithmetic; the first machine that needs no NVMe)"""
+    """-> (what holds the model and what each step then takes at least, by arithmetic; the first machine that
+    needs no NVMe)"""
     assumed = f"{HOST / 1e9:.0f} GB/s RAM, {LINK / 1e9:.0f} GB/s NVLink, {DISK / 1e9:.0f} GB/s NVMe"
     lines = [f"machines estimated for bf16, one clip a GPU; transfer alone, at assumed {assumed}"]
-    nearest = "none of those listed"
-    for machine, (devices, gpu, local, ram) in reversed(MACHINES.items()):
-        rows = layouts(sizes, cfg, "bf16", devices, local, Path("nvme"))
-        fits = next((row for row in rows if row["gpu_gb"] < 0.92 * gpu and row["host_gb"] < 0.9 * ram), None)
+    nearest = ""
+    for machine, (devices, gpu, local, ram) in MACHINES.items():
+        layouts = layouts_of(sizes, cfg, "bf16", devices, local, Path("nvme"))
+        fitting = next((layout for layout in layouts if layout.fits(gpu, ram, devices)), None)
         weights = 2 * sizes.parameters * local / devices / GB
-        told = "" if weights < 0.9 * ram else f"cannot hold the {weights:.0f} GB of weights in its RAM; "
-        told += (
-            f"{fits['layout']} ({fits['gpu_gb']:.0f} GB a GPU, {fits['host_gb']:.0f} GB RAM)"
-            if fits
-            else "does not fit"
-        )
-        lines.insert(1, f"  {machine:<30}{told}{': ' + fits['note'] if fits and 'note' in fits else ''}")
-        nearest = machine if fits and "NVMe" not in fits["layout"] else nearest
-    return "\n".join(lines), nearest
+        text = "" if weights < 0.9 * ram else f"cannot hold the {weights:.0f} GB of weights in its RAM; "
+        if fitting:
+            text += f"{fitting.name} ({fitting.gpu_gb:.0f} GB a GPU, {fitting.host_gb:.0f} GB RAM)"
+            text += f": {fitting.note}" if fitting.note else ""
+            nearest = nearest or ("" if "NVMe" in fitting.offload else machine)
+        else:
+            text += "does not fit"
+        lines.append(f"  {machine:<30}{text}")
+    return "\n".join(lines), nearest or "none of those listed"
 
 
-def plan(cfg: Config, base: Base, data: Data | None, source: Path, device: torch.device) -> dict:
-    """Print what this run is going to do, and check that it fits. -> the row of the memory plan that is taken"""
-    world, dtype, low = world_size(), cfg.dtype, TORCH_DTYPES[cfg.dtype].itemsize
-    tokens, supervised, lines = (
-        1650,
-        168,
-        ["data     none yet: the plan is for clips of 10 s with replies of 10 s"],
-    )
+def plan_of(cfg: Config, base: Base, data: Data | None, source: Path, device: torch.device) -> Layout:
+    """Print what this run is going to do, and check that it fits. -> the layout of memory that is taken"""
+    low = TORCH_DTYPES[cfg.dtype].itemsize
+    tokens, supervised = 1650, 168
+    lines = [("data", "none yet: the plan is for clips of 10 s with replies of 10 s")]
     if data:
-        collate = Collator(base, cfg)
-        some = data.train[:: max(1, len(data.train) // 256)]
-        lengths = [
-            (len(ids), len(ids) - start) for ids, _, start in (collate.sequence(clip, True) for clip in some)
-        ]
-        tokens, supervised = max(length for length, _ in lengths), max(length for _, length in lengths)
-        lines = describe(cfg, data, source)
+        collate, lengths = Collator(base, cfg), []
+        for clip in data.train[:: max(1, len(data.train) // 256)]:
+            ids, _, start = collate.sequence(clip, True)
+            lengths.append((len(ids), len(ids) - start))
+        tokens, supervised = map(max, zip(*lengths))
+        lines = [*describe(cfg, data, source), steps_line(cfg, device, "clips")]
     if tokens > base.config.max_position_embeddings:
         refuse(
-            f"sequences of {tokens} tokens, {base.source} takes {base.config.max_position_embeddings}: lower --frames"
+            f"sequences of {tokens} tokens, {base.source} takes {base.config.max_position_embeddings}: "
+            "lower --frames"
         )
-    sizes = measure(base, cfg, dtype, tokens, supervised)
-    rows = layouts(sizes, cfg, dtype, world, None, cfg.nvme_path)
+    sizes = sizes_of(base, cfg, cfg.dtype, tokens, supervised)
+    layouts = layouts_of(sizes, cfg, cfg.dtype, world_size(), None, cfg.nvme_path)
     table, nearest = machine_table(sizes, cfg)
-    advice = f"the nearest machine that would do: {nearest}; or give --nvme_path, a folder on a fast disk"
-    lines += [
-        f"sequence {tokens} tokens at most, {supervised} of them the reply",
-        f"loss     {cfg.text_weight:g} text + {cfg.audio_weight:g} each stream + {cfg.semantic_weight:g} semantic; published are "
-        "those of the first stage of pre-training, not of fine-tuning",
-        f"model    {base.source}, {sizes.parameters / 1e6:,.2f} M parameters; "
-        + (f"LoRA r {cfg.lora_r}: {sizes.trained / 1e6:.2f} M trained" if cfg.lora_r else "all are trained"),
-        f"experts  one mixture, {large(low * sizes.layer)}, is gathered whole on each GPU under ZeRO-3",
-        f"steps    {cfg.steps or 'not known yet,'} of {world} {'GPU' if device.type == 'cuda' else 'CPU process'} x "
-        f"{cfg.batch_size} clips x {cfg.accum} accum = {world * cfg.batch_size * cfg.accum} clips per step",
-    ]
-    state = sizes.trained * (12 + low)
-    whole = sizes.trained if cfg.lora_r else sizes.parameters
-    free, need = disk_free(cfg.output_dir) / GB, ((cfg.keep + 1) * state + whole * low) / GB
-    lines.append(f"disk     {need:.2f} GB for checkpoints and model, {free:.1f} GB free")
-    log.info("\n".join([f"Out: {cfg.output_dir} | Device: {device_name(device)}, {dtype}", *lines]))
     if cfg.check and not cfg.demo:
         log.info(table)
-    memory, row = choose_layout(rows, cfg.deepspeed, advice)
-    log.info(memory)
-    if need > free:
-        refuse(
-            f"--output_dir {cfg.output_dir}: {free:.2f} GB free, the run writes {need:.2f} GB; make room or lower --keep"
-        )
-    return row
+    trained = f"LoRA r {cfg.lora_r}: {sizes.trained / 1e6:.2f} M trained" if cfg.lora_r else "all are trained"
+    lines += [
+        ("sequence", f"{tokens} tokens at most, {supervised} of them the reply"),
+        (
+            "loss",
+            f"{cfg.text_weight:g} text + {cfg.audio_weight:g} each stream + {cfg.semantic_weight:g} semantic"
+            "; published are those of the first stage of pre-training, not of fine-tuning",
+        ),
+        ("model", f"{base.source}, {sizes.parameters / 1e6:,.2f} M parameters; {trained}"),
+        ("experts", f"one mixture, {bytes_text(low * sizes.layer)}, is gathered on each GPU under ZeRO-3"),
+    ]
+    whole = sizes.trained if cfg.lora_r else sizes.parameters
+    disk = (cfg.keep + 1) * sizes.trained * (12 + low) + whole * low
+    move = f"the nearest machine that would do: {nearest}; or give --nvme_path, a folder on a fast disk"
+    return show_plan(cfg, device, lines, layouts, move, disk)
 
 
-def describe(cfg: Config, data: Data, source: Path) -> list[str]:
+def describe(cfg: Config, data: Data, source: Path) -> list[tuple[str, str]]:
     """The plan's lines about the data."""
     clips = data.train if data.held_out is data.train else data.train + data.held_out
-    heard, said = ([np.load(path, mmap_mode="r").size / SAMPLE_RATE for path in paths] for paths in
-                   ([c.speech for c in clips], [c.reply for c in clips]))  # fmt: skip
-    pairs, narrow = (
-        [len(clip.seconds) for clip in clips],
-        [clip.name for clip in clips if min(clip.rates) < SAMPLE_RATE],
-    )
-    written = sum(bool(clip.text) for clip in clips)
-    lines = [
-        f"data     {source}: {len(data.train)} clips to train on, {len(data.held_out)} held out"
-        f"{' (the same: there is one clip)' if data.held_out is data.train else ''}, {len(data.bad)} left out as bad",
-        f"frames   {2 * min(pairs)} to {2 * max(pairs)}, two a second, {cfg.size}x{cfg.size}",
-        f"speech   in {min(heard):.1f} to {max(heard):.1f} s, out {min(said):.1f} to {max(said):.1f} s",
-        f"text     {written} of {len(clips)} clips have an out.txt",
-    ]
+    heard = [np.load(clip.speech, mmap_mode="r").size / SAMPLE_RATE for clip in clips]
+    said = [np.load(clip.reply, mmap_mode="r").size / SAMPLE_RATE for clip in clips]
+    pairs = [len(clip.seconds) for clip in clips]
+    narrow = [clip.name for clip in clips if min(clip.rates) < SAMPLE_RATE]
+    same = " (the same: there is one clip)" if data.held_out is data.train else ""
+    written, without = sum(bool(clip.text) for clip in clips), ""
     if written < len(clips):
-        lines[-1] += ": without it the model has no words to hold on to (a tiny one spoke .50 right, not .97)"
+        without = ": without it the model has no words to hold on to (a tiny one spoke .50 right, not .97)"
+    lines = [
+        (
+            "data",
+            f"{source}: {len(data.train)} clips to train on, {len(data.held_out)} held out{same}, "
+            f"{len(data.bad)} left out as bad",
+        ),
+        ("frames", f"{2 * min(pairs)} to {2 * max(pairs)}, two a second, {cfg.size}x{cfg.size}"),
+        ("speech", f"in {min(heard):.1f} to {max(heard):.1f} s, out {min(said):.1f} to {max(said):.1f} s"),
+        ("text", f"{written} of {len(clips)} clips have an out.txt{without}"),
+    ]
     if narrow:
-        lines.append(
-            f"warning: below 16 kHz, so dull: {', '.join(narrow[:5])}{' ...' if len(narrow) > 5 else ''}"
-        )
+        more = " ..." if len(narrow) > 5 else ""
+        lines.append(("", f"warning: below 16 kHz, so dull: {', '.join(narrow[:5])}{more}"))
     return lines
 
 
@@ -1984,21 +1888,24 @@ def describe(cfg: Config, data: Data, source: Path) -> list[str]:
 # ---------------------------------------------------------------------------
 
 
-def load_net(base: Base, cfg: Config, config: dict, finish_net: Callable[[Omni], nn.Module]) -> nn.Module:
-    """Every rank: the model for a layout of memory, under ZeRO-3 each rank's part of it; finish_net adds an adapter. ZeRO-3
-    gathers a mixture of experts whole: ranks choose different experts, and would else wait for each other for ever."""
+def load_net(base: Base, cfg: Config, config: dict, adapt: Callable[[Omni], nn.Module]) -> nn.Module:
+    """Every rank: the model for a layout of memory, under ZeRO-3 each rank's part of it; `adapt` adds an
+    adapter. ZeRO-3 gathers a mixture of experts whole: ranks choose different experts, and would else wait
+    for each other for ever."""
     import deepspeed  # after init_distributed has told it the device
     from transformers.integrations import HfDeepSpeedConfig
+    from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashMoE
 
+    weights = on_rank0(fetch_model)(base.source, *WEIGHTS)
+    base = dataclasses.replace(base, folder=weights)
     zero3 = config["zero_optimization"]["stage"] == 3
-    told = (
-        HfDeepSpeedConfig(config) if zero3 else None
-    )  # while it lives from_pretrained gives each rank its part
+    # from_pretrained looks whether one that says ZeRO-3 is alive
+    alive = HfDeepSpeedConfig(config) if zero3 else None
     net = load_omni(base, cfg.dtype)
-    del told
-    net = finish_net(net)
+    del alive
+    net = adapt(net)
     if zero3:
-        deepspeed.utils.set_z3_leaf_modules(net, [longcat_flash.LongcatFlashMoE])
+        deepspeed.utils.set_z3_leaf_modules(net, [LongcatFlashMoE])
     return net
 
 
@@ -2006,181 +1913,104 @@ def prepare(cfg: Config, base: Base, source: Path) -> tuple[Data, Any]:
     """Every rank: (the data, on rank 0 the codec). Exit 2 when the one does not fit the other."""
     codec = None
 
+    @on_rank0
     def read() -> Data:
         nonlocal codec
         check_codec(cfg, base)
         data = load_data(cfg, source, base)
         codec = open_codec(cfg, base, [clip.reply for clip in data.train])
         train = encode_replies(data.train, codec, base, cfg)
-        return Data(
-            train,
-            train if data.held_out is data.train else encode_replies(data.held_out, codec, base, cfg),
-            data.bad,
-        )
+        same = data.held_out is data.train
+        return Data(train, train if same else encode_replies(data.held_out, codec, base, cfg), data.bad)
 
-    return on_rank0(read), codec
+    return read(), codec
 
 
-def with_steps(cfg: Config, data: Data) -> Config:
-    """--steps, or as many as --epochs are."""
-    clips = cfg.batch_size * cfg.accum * world_size()
-    return dataclasses.replace(cfg, steps=cfg.steps or math.ceil(cfg.epochs * len(data.train) / clips))
+@on_rank0
+def demo_parts(cfg: Config, adapts: bool) -> tuple[str, Path]:
+    """(the demo's tiny model, or the one that was trained before; the clips made for it)"""
+    speech = demo_module("speech")
+    source = speech.make_data(cfg, adapts, write_wav)
+    if adapts:
+        return str(cfg.output_dir.parent / "model"), source
+    return tiny_model(cfg, __file__, partial(speech.build_tiny, script=sys.modules[__name__])), source
 
 
-def train(cfg: Config, source: Path, part: Literal["", "base", "adapt"] = "") -> dict:
-    """From the samples in `source` to cfg.output_dir/model. -> results.json. `part` of the demo: after the base comes more; how
-    it speaks before it is adapted is measured too."""
-    given, device = cfg, init_distributed()
-    if cfg.push_to_hub:
-        on_rank0(lambda: hub_check(cfg.hub_model_id, cfg.public, create=False))
+def train(cfg: Config, part: Literal["", "base", "adapt"] = "") -> dict:
+    """From the samples in --data_dir to cfg.output_dir/model. -> results.json. `part` of the demo: after the
+    base comes more; how it speaks before it is adapted is measured too."""
+    from_flags, device, source = cfg, open_run(cfg), cfg.data_dir
     cfg = dataclasses.replace(cfg, dtype=pick_dtype(cfg.dtype), model=cfg.model or BASE_MODEL)
-    if short := on_rank0(lambda: storage(cfg)):
+    if cfg.demo:
+        model, source = demo_parts(cfg, part == "adapt")
+        cfg = dataclasses.replace(cfg, model=model)
+    if short := storage(cfg):
         refuse("\n".join(short))
     if cfg.nvme_path:
         check_nvme(cfg)
     base = open_base(cfg.model)
     data, codec = prepare(cfg, base, source)
-    cfg = with_steps(cfg, data)
-    row = plan(cfg, base, data, source, device)
-    config = ds_config(row["config"], cfg.batch_size, cfg.accum, cfg.clip, cfg.dtype)
+    cfg = with_steps(cfg, WARMUP, len(data.train), cfg.batch_size * cfg.accum * world_size())
+    layout = plan_of(cfg, base, data, source, device)
     if cfg.check:
         return {}
-    on_rank0(lambda: take_run_folder(given))
-    facts = {"zero_stage": config["zero_optimization"]["stage"], "dtype": cfg.dtype, "base_model": cfg.model}
-    found, step, other_ranks = resume_checkpoint(
-        cfg.output_dir / "checkpoints", cfg.resume, world_size(), **facts
-    )
-    cfg = dataclasses.replace(
-        cfg, steps=max(cfg.steps, step)
-    )  # more GPUs make fewer steps of the same --epochs
-    base = dataclasses.replace(
-        base, folder=on_rank0(lambda: fetch_model(cfg.model, *SMALL, *PARTS, "*.safetensors"))
-    )
-    repo = on_rank0(lambda: hub_check(cfg.hub_model_id, cfg.public, create=True)) if cfg.push_to_hub else ""
-    on_rank0(lambda: prepare_run_folder(given, __file__, step, data.bad, config))
-
-    if other_ranks:
-        config["checkpoint"] = {"load_universal": True}
-    import deepspeed
-
+    # the demo makes as many clips as its steps take, and its models lie in folders of its own
+    facts = {"base_model": part or cfg.model, "data": "" if cfg.demo else contents(data)}
+    run = start_run(from_flags, cfg, __file__, layout, data.bad, "weighted cross-entropy", **facts)
+    cfg = run.cfg
     torch.manual_seed(cfg.seed)  # the same adapter on every rank
-    net = load_net(base, cfg, config, functools.partial(with_adapter, cfg=cfg, base=base))
-    if row["checkpointing"]:
+    net = load_net(base, cfg, run.config, partial(with_adapter, cfg=cfg, base=base))
+    if layout.checkpointing:
         core(net).llm.gradient_checkpointing_enable({"use_reentrant": False})
     trained = [p for p in net.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained, cfg.lr, (0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True
+    betas = (0.9, cfg.beta2)
+    optimizer = torch.optim.AdamW(trained, cfg.lr, betas, weight_decay=cfg.weight_decay, fused=True)
+    engine = open_engine(run, net, optimizer, frozen_left_out=True)
+    if part == "adapt" and cfg.eval_samples and not run.checkpoint:
+        keep_before(cfg, evaluate(engine.module, base, data, cfg, aloud=True), data, codec)
+    with out_of_memory(
+        f"lower --batch_size {cfg.batch_size}, give --gradient_checkpointing on, or start anew with a lower "
+        f"--size {cfg.size} or --frames {cfg.frames}"
+    ):
+        train_steps(cfg, run, engine, base, data)
+    return finish_run(
+        run,
+        export=partial(export, cfg, engine.module, base, codec),
+        evaluate=partial(final_results, cfg, engine.module, base, data, codec),
+        card=partial(card_of, cfg, base, source),
+        last=part != "base",
     )
-    engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=config)
-    before = cfg.output_dir / "before.json"
-    if part == "adapt" and not found:
-        result = evaluate(engine.module, base, data, cfg, aloud=True)
-        if rank() == 0:
-            listen(result, data, codec, cfg)
-            write_json(before, {shown: result[shown]["spoken"] for shown in SHOWN})
-    if found:
-        load_engine(engine, found, other_ranks, frozen_left_out=True)
-        log.info(f"resumed {found}{', saved by another number of ranks' if other_ranks else ''}")
-    try:
-        train_steps(cfg, engine, base, data, facts, step)
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            move = "--gradient_checkpointing on"
-            raise SystemExit(
-                f"error: out of memory: lower --batch_size {cfg.batch_size}, --size {cfg.size}, --frames {cfg.frames}, or {move}"
-            ) from error
-        raise
-    return publish(cfg, engine.module, base, codec, data, repo, source, last=part != "base")
 
 
-def train_steps(cfg: Config, engine: Any, base: Base, data: Data, facts: dict, step: int) -> None:
-    """From `step` to cfg.steps. Ends the process with 143 or 130 after a checkpoint when a signal comes, with 4 on divergence."""
-    device, collate, names = engine.device, Collator(base, cfg), ("text", *HEADS)
-    track = tracker(cfg.report_to, cfg.output_dir, "longcat_vss") if rank() == 0 else None
+def train_steps(cfg: Config, run: Run, engine: Any, base: Base, data: Data) -> None:
+    """From run.step to cfg.steps; what is saved is what is trained alone, 14 bytes a parameter in bf16."""
+    collate, device = Collator(base, cfg), engine.device
+    save = partial(save_run, run, engine, frozen_left_out=True)
+    evaluation = partial(evaluate_at, cfg, engine.module, base, data) if cfg.eval_samples else None
+    names = [f"{stream}_{what}" for what in ("loss", "accuracy") for stream in STREAMS]
     pool = ThreadPoolExecutor(1)  # reads the next batch while the GPU works
-    ahead = pool.submit(get_batch, data.train, collate, cfg, step * cfg.accum)
-    skipped, since, since_step = 0, time.monotonic(), step
-    bar = tqdm(total=cfg.steps, initial=step, unit="step", disable=None if rank() == 0 else True)
-    with bar, logging_redirect_tqdm([log]), catch_signals() as caught:
-        while step < cfg.steps:
-            for group in engine.optimizer.param_groups:
-                group["lr"] = learning_rate(cfg, step)
-            torch.manual_seed(seed_of(cfg.seed, step, rank()))  # of dropout
-            means = torch.zeros(10, device=device)
-            for micro in range(step * cfg.accum, (step + 1) * cfg.accum):
-                batch = {name: value.to(device) for name, value in ahead.result().items()}
-                ahead = pool.submit(get_batch, data.train, collate, cfg, micro + 1)
-                losses, hits = engine(**batch)
-                engine.backward(weighted(losses, cfg))
-                engine.step()  # skips the update, on all ranks, when a gradient is not finite
-                means += torch.cat([losses, hits]).detach() / cfg.accum
-            loss = weighted(means[:5], cfg)
-            step += 1
-            bar.update()
-
-            skipped = count_skipped(engine, loss, step, cfg.lr, skipped)
-            if step % cfg.log_every == 0 or step == cfg.steps:
-                loss, speed = (
-                    over_ranks(loss.item(), "mean"),
-                    (step - since_step) / (time.monotonic() - since),
-                )
-                left = timedelta(seconds=round((cfg.steps - step) / speed))
-                parts = [over_ranks(value, "mean") for value in means.tolist()]
-                right = " ".join(f"{value:.2f}" for value in parts[5:])
-                log.info(
-                    f"step {step:06d} | loss {loss:.4f} | right: text, streams {right} | {speed:.2f} steps/s | {left} left"
-                )
-                bar.set_postfix(loss=f"{loss:.4f}")
-                norm = engine.get_global_grad_norm()  # None until a first update was made
-                row = {
-                    "step": step,
-                    "loss": loss,
-                    "lr": group["lr"],
-                    "grad_norm": math.nan if norm is None else float(norm),
-                }
-                row |= {f"{name}_loss": value for name, value in zip(names, parts)}
-                row |= {f"{name}_accuracy": value for name, value in zip(names, parts[5:])}
-                row |= {
-                    "samples_per_s": speed * engine.train_batch_size(),
-                    "peak_memory_gb": peak_memory_gb(),
-                }
-                record(cfg.output_dir, row, track)
-                since, since_step = time.monotonic(), step
-            stop = int(over_ranks(max(caught, default=0), "max"))
-            if step % cfg.save_every == 0 or step == cfg.steps or stop:
-                save(cfg, engine, facts, step)
-            if stop:
-                log.info(
-                    f"stopped by {signal.Signals(stop).name} after step {step}; the same command goes on from there"
-                )
-                raise SystemExit(128 + stop)
-            if step % cfg.eval_every == 0 and step < cfg.steps and cfg.eval_samples:
-                evaluate_at(step, engine.module, base, data, cfg, track)
-            if step % cfg.save_every == 0 or step % cfg.eval_every == 0:  # the clock is for training alone
-                since, since_step = time.monotonic(), step
+    ahead = pool.submit(get_batch, data.train, collate, cfg, run.step * cfg.accum)
+    for step, row in training_steps(run, engine, save, evaluation):
+        means = torch.zeros(10, device=device)
+        for micro in range(step * cfg.accum, (step + 1) * cfg.accum):
+            batch = {name: value.to(device) for name, value in ahead.result().items()}
+            ahead = pool.submit(get_batch, data.train, collate, cfg, micro + 1)
+            losses, hits = engine(**batch)
+            engine.backward(weighted(losses, cfg))
+            engine.step()  # skips the update, on all ranks, when a gradient is not finite
+            means += torch.cat([losses, hits]).detach() / cfg.accum
+        row["loss"] = weighted(means[:5], cfg)
+        row.update(zip(names, means))
 
 
-def save(cfg: Config, engine: Any, facts: dict, step: int) -> None:
-    """Every rank: checkpoints/step_000200 to resume from, with what is trained alone: 14 bytes a parameter in bf16."""
-
-    def write(aside: Path) -> None:
-        engine.save_checkpoint(str(aside), tag="deepspeed", save_latest=False, exclude_frozen_parameters=True)
-
-    save_checkpoint(cfg.output_dir / "checkpoints", step, write, cfg.keep, ranks=world_size(), **facts)
-    log.info(f"saved {cfg.output_dir / 'checkpoints' / f'step_{step:06d}'}")
-
-
-def evaluate_at(step: int, net: nn.Module, base: Base, data: Data, cfg: Config, track: Any) -> None:
-    """Every rank: evaluate in the middle of the run, without speaking."""
+def evaluate_at(cfg: Config, net: nn.Module, base: Base, data: Data, step: int) -> dict[str, float]:
+    """Every rank: evaluate in the middle of the run, without speaking. -> what goes into metrics.jsonl"""
     result = evaluate(net, base, data, cfg, aloud=False)
+    loss, *others = (result[shown]["loss"] for shown in SHOWN)
     right = " | ".join(f"{shown} {result[shown]['accuracy']['semantic']:.2f}" for shown in SHOWN)
-    log.info(
-        f"eval step {step:06d} | held-out loss {result[SHOWN[0]]['loss']:.4f} | semantic codes right: {right}"
-    )
-    if rank() == 0:
-        row = {f"held_out_loss_{shown.replace(' ', '_')}": result[shown]["loss"] for shown in SHOWN[1:]}
-        record(cfg.output_dir, {"step": step, "held_out_loss": result[SHOWN[0]]["loss"]} | row, track)
-        write_loss_curve(cfg.output_dir, CURVES, "weighted cross-entropy")
+    log.info(f"eval step {step:06d} | held-out loss {loss:.4f} | semantic codes right: {right}")
+    names = [f"held_out_loss_{shown.replace(' ', '_')}" for shown in SHOWN[1:]]
+    return {"held_out_loss": loss} | dict(zip(names, others))
 
 
 # ---------------------------------------------------------------------------
@@ -2188,10 +2018,9 @@ def evaluate_at(step: int, net: nn.Module, base: Base, data: Data, cfg: Config, 
 # ---------------------------------------------------------------------------
 
 
-def export(cfg: Config, net: nn.Module, base: Base, codec: Any) -> None:
-    """Every rank: model/ with what was trained (the adapter as PEFT has it; with --lora_r 0 the whole model in LongCat's files),
-    the fitted codec if there is one, and the scripts that speak with it."""
-    target = cfg.output_dir / "model"
+def export(cfg: Config, net: nn.Module, base: Base, codec: Any, target: Path) -> None:
+    """Every rank: model/ with what was trained (the adapter as PEFT has it; with --lora_r 0 the whole model
+    in LongCat's files), the fitted codec if there is one, and the scripts that speak with it."""
     weights = full_weights(net, TORCH_DTYPES[cfg.dtype], lambda p: p.requires_grad or not cfg.lora_r)
     if rank() == 0:
         target.mkdir(exist_ok=True)
@@ -2202,92 +2031,80 @@ def export(cfg: Config, net: nn.Module, base: Base, codec: Any) -> None:
         if isinstance(codec, MelCodec):
             (target / "audio_codec").mkdir(exist_ok=True)
             codec.save(target / "audio_codec" / "mel_codec.safetensors")
-        kept = {
-            name: getattr(cfg, name)
-            for name in ("frames", "size", "max_reply", "repetition_penalty", "dtype")
-        }
-        write_json(target / "longcat_vss.json", kept)
-        for name in (Path(__file__).name, "common.py", "ds_zero2.json", "ds_zero3_offload.json"):
-            shutil.copyfile(Path(__file__).with_name(name), target / name)
-        for path in target.rglob("*"):
-            sync(path)
+        kept = ("frames", "size", "max_reply", "repetition_penalty", "dtype")
+        write_json(target / "longcat_vss.json", {name: getattr(cfg, name) for name in kept})
+        copy_code(target, __file__, "ds_zero2.json", "ds_zero3_offload.json")
     barrier()
 
 
-def publish(
-    cfg: Config, net: nn.Module, base: Base, codec: Any, data: Data, repo: str, source: Path, last: bool
-) -> dict:
-    """Every rank: model/, its evaluation, its card; the Hub last. Exit code 3 when only the push failed. -> results.json"""
-    folder, target = cfg.output_dir, cfg.output_dir / "model"
-    results = on_rank0(
-        lambda: json.loads(path.read_text()) if (path := folder / "results.json").exists() else {}
-    )
-    if results.get("steps") != cfg.steps:
-        export(cfg, net, base, codec)  # before the evaluation: a run that dies there keeps its model
-        result = evaluate(net, base, data, cfg, aloud=cfg.speak) if cfg.eval_samples else {}
-        if rank() == 0:
-            sounds = listen(result, data, codec, cfg) if result else {}
-            results = report(result, data, codec, cfg) | summary(folder, cfg.steps)
-            show_samples(folder / "samples", sounds, result, data, codec, cfg)
-            if cfg.demo and sounds:  # else nothing of what users say leaves the machine
-                for path in sorted((folder / "samples").glob("*.png"))[:2]:
-                    shutil.copyfile(path, target / path.name)
-                    shutil.copyfile(path.with_suffix(".wav"), target / path.with_suffix(".wav").name)
-            write_loss_curve(folder, CURVES, "weighted cross-entropy")
-            shutil.copyfile(folder / "loss.png", target / "loss.png")
-            write_json(folder / "results.json", results)
-        results = on_rank0(lambda: results)
-    if rank() == 0:
-        write_card(cfg, results, base, repo, source)  # a late push too: it names the repo
-        show(results, folder)
+def final_results(cfg: Config, net: nn.Module, base: Base, data: Data, codec: Any) -> dict:
+    """Every rank: what results.json says of the finished model, and the samples"""
+    if not cfg.eval_samples:
+        return {"score": None, "score_is": "not evaluated: --eval_samples 0", "controls": {}, "tables": {}}
+    result = evaluate(net, base, data, cfg, aloud=cfg.speak)
 
-    def push() -> None:
-        if repo:
-            push_finished(target, repo, f"{Path(__file__).name}, step {cfg.steps}")
-        if last:
-            finish(folder)
+    @on_rank0
+    def judge() -> dict:
+        sounds, samples = listen(result, data, codec, cfg), cfg.output_dir / "samples"
+        show_samples(samples, sounds, result, data, codec)
+        if cfg.demo:  # else nothing of what users say leaves the machine
+            for path in sorted(samples.glob("*.png"))[:2]:
+                for name in (path.name, path.with_suffix(".wav").name):
+                    shutil.copyfile(samples / name, cfg.output_dir / "model" / name)
+        return results_of(result, data, codec, cfg)
 
-    on_rank0(push)
-    return results
+    return judge()
 
 
-def report(result: dict, data: Data, codec: Any, cfg: Config) -> dict:
-    """-> results.json: score, controls and the table."""
-    if not result:
-        return {
-            "score": None,
-            "score_is": "not evaluated: --eval_samples 0",
-            "controls": {},
-            "evaluation": {},
-        }
-    which, count = (
-        "training" if data.held_out is data.train else "held-out",
-        min(cfg.eval_samples, len(data.held_out)),
-    )
-    kept = {
-        shown: {name: value for name, value in result[shown].items() if name != "replies"} for shown in SHOWN
-    }
-    if "recognised" in kept[SHOWN[0]].get("spoken", {}):
-        score, of = (
-            {shown: kept[shown]["spoken"]["recognised"] for shown in SHOWN},
-            "spoken replies recognised",
-        )
-    else:
-        score, of = (
-            {shown: kept[shown]["accuracy"]["semantic"] for shown in SHOWN},
-            "semantic codes right, given those before",
-        )
-    before = json.loads(path.read_text()) if (path := cfg.output_dir / "before.json").exists() else {}
+def results_of(result: dict, data: Data, codec: Any, cfg: Config) -> dict:
+    """Rank 0: an evaluation as results.json has it: score, controls and tables."""
+    which = "training" if data.held_out is data.train else "held-out"
+    count = f"{min(cfg.eval_samples, len(data.held_out))} {which} clips"
+    scores = {shown: result[shown]["accuracy"]["semantic"] for shown in SHOWN}
+    score_is = f"semantic codes right, given those before, {count}"
+    spoken = {shown: result[shown].get("spoken", {}) for shown in SHOWN}
+    if "recognised" in spoken[SHOWN[0]]:
+        scores = {shown: spoken[shown]["recognised"] for shown in SHOWN}
+        score_is = f"spoken replies recognised, {count}"
+    mean = baseline(data, codec, cfg)
+    so_far = {"loss": {shown: result[shown]["loss"] for shown in SHOWN} | {"training mean": None}}
+    for what in ("cross_entropy", "accuracy"):
+        for stream in STREAMS:
+            row = {shown: result[shown][what][stream] for shown in SHOWN}
+            row["training mean"] = mean[what].get(stream)
+            so_far[f"{what}, {stream}".replace("_", " ")] = row
+    tables = {"given the reply so far": so_far, "spoken": table_of(spoken | {"training mean": mean})}
+    before = cfg.output_dir / "before.json"
+    if before.exists():
+        tables[BEFORE] = table_of(read_json(before))
     return {
-        "score": score[SHOWN[0]], "score_is": f"{of}, {count} {which} clips",
-        "controls": {shown.replace(" ", "_"): score[shown] for shown in SHOWN[1:]},
-        "held_out_loss": kept[SHOWN[0]]["loss"], "evaluation": kept, "training_mean": baseline(data, codec, cfg),
-        **({"before": before} if before else {}),
-    }  # fmt: skip
+        "score": scores[SHOWN[0]],
+        "score_is": score_is,
+        "controls": {shown.replace(" ", "_"): scores[shown] for shown in SHOWN[1:]},
+        "held_out_loss": result[SHOWN[0]]["loss"],
+        "tables": {title: rows for title, rows in tables.items() if rows},
+    }
 
 
-def show_samples(folder: Path, sounds: dict, result: dict, data: Data, codec: Any, cfg: Config) -> None:
-    """Rank 0: for each spoken reply NAME.wav, NAME_target.wav and NAME.png with both spectra, and samples.jsonl."""
+def table_of(columns: dict[str, dict[str, float]]) -> dict[str, dict[str, float | None]]:
+    """{column: {name: number}} -> {name: {column: number, or None}}, a row for each name of the first"""
+    table = {}
+    for name in next(iter(columns.values())):
+        row = {column: numbers.get(name) for column, numbers in columns.items()}
+        table[name.replace("_", " ")] = row
+    return table
+
+
+@on_rank0
+def keep_before(cfg: Config, result: dict, data: Data, codec: Any) -> None:
+    """How the model speaks before it is adapted, for the results at the end"""
+    listen(result, data, codec, cfg)
+    write_json(cfg.output_dir / "before.json", {shown: result[shown]["spoken"] for shown in SHOWN})
+
+
+def show_samples(folder: Path, sounds: dict, result: dict, data: Data, codec: Any) -> None:
+    """Rank 0: for each spoken reply NAME.wav, NAME_target.wav and NAME.png with both spectra, and
+    samples.jsonl."""
     from matplotlib.figure import Figure
 
     clips, rows = {clip.name: clip for clip in data.held_out}, []
@@ -2300,161 +2117,92 @@ def show_samples(folder: Path, sounds: dict, result: dict, data: Data, codec: An
         rows.append({"clip": name, "text": said, "wanted": clip.text, "seconds": len(sound) / codec.rate})
         axes = (figure := Figure(figsize=(8, 4.2), layout="constrained")).subplots(2, 1, sharex=True)
         both = ((f"wanted: {clip.text}", target, SAMPLE_RATE), (f"spoken: {said}", sound, codec.rate))
-        for place, (title, wave_of, rate) in zip(axes, both):
-            long_enough = np.pad(wave_of, (0, max(0, 512 - len(wave_of)))) + 1e-6
-            place.specgram(long_enough, NFFT=512, Fs=rate, noverlap=352, vmin=-120, vmax=-20)
-            place.set(
-                title="".join(c if c.isprintable() else "?" for c in title), ylabel="Hz", ylim=(0, 8000)
-            )
+        for place, (title, samples, rate) in zip(axes, both):
+            padded = np.pad(samples, (0, max(0, 512 - len(samples)))) + 1e-6
+            place.specgram(padded, NFFT=512, Fs=rate, noverlap=352, vmin=-120, vmax=-20)
+            printable = "".join(c if c.isprintable() else "?" for c in title)
+            place.set(title=printable, ylabel="Hz", ylim=(0, 8000))
         axes[1].set(xlabel="s")
-        figure.savefig(path.with_suffix(".png"), dpi=90)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph")  # of a script that the font lacks
+            figure.savefig(path.with_suffix(".png"), dpi=90)
     write_lines(folder / "samples.jsonl", rows)
 
 
-def show(results: dict, folder: Path) -> None:
-    """The table at the end of a run, and where things are."""
-    lines = [f"\nscore                 {results['score'] or 0:.3f}   {results['score_is']}"]
-    lines += [
-        f"{name:<22}{value:.3f}   a control: must be low" for name, value in results["controls"].items()
-    ]
-    if before := results.get("before"):
-        told = "   ".join(f"{shown} {before[shown]['recognised']:.3f}" for shown in SHOWN)
-        lines.append(f"before this training  {told}")
-    if evaluation := results["evaluation"]:
-        mean = results["training_mean"]
-        lines.append(
-            f"{'given the reply so far':<26}" + "".join(f"{shown:>16}" for shown in (*SHOWN, "training mean"))
-        )
-        for what in ("cross_entropy", "accuracy"):
-            for head in HEADS:
-                values = [evaluation[shown][what][head] for shown in SHOWN] + [mean[what][head]]
-                lines.append(
-                    f"{f'{what}, {head}'.replace('_', ' '):<26}"
-                    + "".join(f"{value:16.3f}" for value in values)
-                )
-        values = [evaluation[shown]["text"]["accuracy"] for shown in SHOWN]
-        lines.append(f"{'accuracy, text':<26}" + "".join(f"{value:16.3f}" for value in values))
-        for name in next((evaluation[s]["spoken"] for s in SHOWN if "spoken" in evaluation[s]), {}):
-            values = [evaluation[shown].get("spoken", {}).get(name, math.nan) for shown in SHOWN] + [
-                mean.get(name, math.nan)
-            ]
-            lines.append(
-                f"{f'spoken, {name}'.replace('_', ' '):<26}" + "".join(f"{value:16.3f}" for value in values)
-            )
-        lines.append(f"held-out loss         {results['held_out_loss']:.4f}")
-    lines += [
-        f"speed                 {results['samples_per_s']:.2f} clips/s, peak memory {results['peak_memory_gb']:.2f} GB",
-        f"model                 {folder / 'model'}\nsamples               {folder / 'samples'}: wavs, spectra, samples.jsonl",
-    ]
-    log.info("\n".join(lines))
-
-
-def write_card(cfg: Config, results: dict, base: Base, repo: str, source: Path) -> None:
-    numbers = {"score": results["score"]} | results["controls"]
-    numbers |= {
-        name: results.get(name)
-        for name in ("held_out_loss", "steps", "final_loss", "samples_per_s", "peak_memory_gb")
-    }
-    numbers |= results["evaluation"].get(SHOWN[0], {}).get("spoken", {})
-    rows, snippet, made = card_parts(cfg.output_dir, numbers, repo)
-    data = "generated clips and words" if cfg.demo else f"`{source.name}`"
-    what = (
-        f"a LoRA adapter (r {cfg.lora_r}, PEFT)"
-        if cfg.lora_r
-        else "all weights, in LongCat-Flash-Omni's files"
-    )
-    known = f"base_model: {base.source}\n" if not Path(base.source).exists() else ""
-    pictures = sorted(
-        path.name for path in (cfg.output_dir / "model").glob("*.png") if path.name != "loss.png"
-    )
-    shown = "\n".join(f"![wanted and spoken]({name})" for name in pictures)
+def card_of(cfg: Config, base: Base, source: Path, results: dict) -> dict:
+    """Rank 0: what write_card wants"""
+    data = "generated clips and words" if cfg.demo else source.name
+    what = "all weights, in LongCat-Flash-Omni's files"
+    if cfg.lora_r:
+        what = f"a LoRA adapter (r {cfg.lora_r}, PEFT)"
+    local = Path(base.source).exists()
     codec = f', codec="{cfg.codec.name}"  # your checkout of it' if cfg.codec else ""
-    (cfg.output_dir / "model" / "README.md").write_text(f"""---
-library_name: {"peft" if cfg.lora_r else "pytorch"}
-pipeline_tag: any-to-any
-{known}tags: [longcat-flash-omni, speech-to-speech, video, deepspeed]
----
-# {(repo or cfg.hub_model_id).split("/")[-1]}
-
-`{Path(base.source).name if Path(base.source).exists() else base.source}`, fine-tuned to answer spoken questions
-about videos aloud, on {data} by `longcat_vss.py`, which lies in this repository. Here are {what}.
-
-| measured | |
-|---|---|
-{rows}
-
-Score: {results["score_is"]}. The controls show the same with the video blanked and the audio silenced.
-
-{shown}
-![loss](loss.png)
-
-```python
-import sys
-
-{snippet}
-sys.path.insert(0, folder)  # longcat_vss.py, whose first lines say what it needs
-from longcat_vss import reply, write_wav
-
-text, sound, rate = reply("in.mp4", "in.wav", folder{codec})
-write_wav("out.wav", sound, rate)
-```
-
-{made}
-""")
+    pictures = sorted(path.name for path in (cfg.output_dir / "model").glob("*.png"))
+    return {
+        "about": f"`{Path(base.source).name if local else base.source}`, fine-tuned to answer spoken "
+        f"questions about videos aloud, on `{data}` by `longcat_vss.py`, which lies in this repository. Here "
+        f"are {what}. The controls show the same with the video blanked and the audio silenced.",
+        "usage": "from longcat_vss import reply, write_wav\n\n"
+        f'text, sound, rate = reply("in.mp4", "in.wav", folder{codec})\nwrite_wav("out.wav", sound, rate)',
+        "more": "\n".join(f"![wanted and spoken]({name})" for name in pictures if name != "loss.png"),
+        "data": data,
+        "library_name": "peft" if cfg.lora_r else "pytorch",
+        "pipeline_tag": "any-to-any",
+        "base_model": "" if local else base.source,
+        "tags": ["longcat-flash-omni", "speech-to-speech", "video", "deepspeed"],
+    }
 
 
 def reply(
     video: str | Path, speech: str | Path, model: str | Path, codec: str | Path = "", **flags: Any
 ) -> tuple[str, np.ndarray, int]:
-    """What a finished model, a folder or a Hub id, answers to a video and a spoken question: (text, float32 (N,), sampling rate).
+    """What a finished model, a folder or a Hub id, answers to a video and a spoken question: (text, float32
+    (N,), sampling rate).
 
-    Under ZeRO-3, when the plan or deepspeed= says so, every rank must call it. Raises OSError when the model cannot be found,
-    BadSample (a ValueError) when video or speech cannot be used.
+    Under ZeRO-3, when the plan or deepspeed= says so, every rank must call it. Exit 2 when the model cannot
+    be found; raises BadSample (a ValueError) when video or speech cannot be used.
     """
-    folder, device = fetch_model(str(model), "*"), init_distributed()
-    made = json.loads(path.read_text()) if (path := folder / "longcat_vss.json").exists() else {}
-    adapter = folder / "adapter_config.json"
-    below = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else str(folder)
-    if device.type == "cpu" and made.get("dtype") == "fp16":
-        made["dtype"] = "fp32"
-    cfg = Config(report_to="none", lora_r=0, codec=Path(codec) if codec else None, **{**made, **flags})
+    device, folder = init_distributed(), on_rank0(fetch_model)(str(model), "*")
+    path, adapter = folder / "longcat_vss.json", folder / "adapter_config.json"
+    saved = read_json(path) if path.exists() else {}
+    below = read_json(adapter)["base_model_name_or_path"] if adapter.exists() else str(folder)
+    if device.type == "cpu" and saved.get("dtype") == "fp16":
+        saved["dtype"] = "fp32"
+    cfg = Config(report_to="none", lora_r=0, codec=Path(codec) if codec else None, **{**saved, **flags})
     cfg = dataclasses.replace(cfg, dtype=pick_dtype(cfg.dtype))
-    clip = on_rank0(lambda: make_sample("predict", Path(video), Path(speech), None, "", cfg))
+    clip = on_rank0(make_sample)("predict", Path(video), Path(speech), None, "", cfg)
     base = open_base(below)
-    base = dataclasses.replace(
-        base, folder=on_rank0(lambda: fetch_model(below, *SMALL, *PARTS, "*.safetensors"))
-    )
     check_codec(cfg, base)
-    fitted = folder / "audio_codec" / "mel_codec.safetensors"
-    spoken = MelCodec.load(fitted) if fitted.exists() else open_codec(cfg, base, [])
-    sizes = dataclasses.replace(measure(base, cfg, cfg.dtype, 0, 0), trained=0)
-    rows = layouts(sizes, cfg, cfg.dtype, world_size(), None, cfg.nvme_path)
-    taken = choose_layout(rows, cfg.deepspeed, "give more GPUs, or --nvme_path")[1]["config"]
-    config = ds_config(taken, 1, 1, 1.0, cfg.dtype)
-    net = load_net(base, cfg, config, functools.partial(with_finished, folder=folder)).eval()
+    inside = folder / "audio_codec" / "mel_codec.safetensors"
+    spoken = MelCodec.load(inside) if inside.exists() else open_codec(cfg, base, [])
+    sizes = dataclasses.replace(sizes_of(base, cfg, cfg.dtype, 0, 0), trained=0)
+    layouts = layouts_of(sizes, cfg, cfg.dtype, world_size(), None, cfg.nvme_path)
+    _, layout = choose_layout(layouts, cfg.deepspeed, "give more GPUs, or --nvme_path")
+    config = ds_config(layout.config, "DeepSpeed's config", 1, 1, 1.0, cfg.dtype)
+    net = load_net(base, cfg, config, partial(with_finished, folder=folder)).eval()
     if together := config["zero_optimization"]["stage"] == 3:
         import deepspeed
 
         net = deepspeed.initialize(model=net, config=config)[0].module
     net = core(net if together else net.to(device))
     batch = {name: value.to(device) for name, value in Collator(base, cfg)([clip], reply=False).items()}
-    texts, codes = net.speak(
-        batch, math.ceil(cfg.max_reply / FRAME_SECONDS), cfg.repetition_penalty, together
-    )
+    most = math.ceil(cfg.max_reply / FRAME_SECONDS)
+    texts, codes = net.speak(batch, most, cfg.repetition_penalty, together)
     text = base.tokenizer.decode(texts[0], skip_special_tokens=True).strip()
     return text, spoken.decode(codes_from(codes[0], spoken.sizes)), spoken.rate
 
 
 def check(cfg: Config) -> None:
-    """--check: storage first, then as far as they are there the model, the data, memory and time. Exit 2 if anything is short."""
-    device = init_distributed()
+    """--check: storage first, then as far as they are there the model, the data, memory and time. Exit 2 if
+    anything is short."""
+    device = open_run(cfg)
     cfg = dataclasses.replace(cfg, model=cfg.model or BASE_MODEL)
-    wrong, base, data = on_rank0(lambda: storage(cfg)), published_base(cfg.model), None
-    if cfg.push_to_hub:
-        on_rank0(lambda: hub_check(cfg.hub_model_id, cfg.public, create=False))
+    wrong, base, data = storage(cfg), published_base(cfg.model), None
     try:
         base = open_base(cfg.model)
-    except SystemExit:
+    except SystemExit as stop:
+        if stop.code != 2:  # a signal
+            raise
         wrong.append(f"--model {cfg.model} cannot be opened: the plan is for the published sizes, in bf16")
     cfg = dataclasses.replace(cfg, dtype=pick_dtype(cfg.dtype) if base.folder else "bf16")
     if not cfg.data_dir.is_dir():
@@ -2462,14 +2210,16 @@ def check(cfg: Config) -> None:
     elif base.folder:
         try:
             data, _ = prepare(cfg, base, cfg.data_dir)
-            cfg = with_steps(cfg, data)
-        except SystemExit:
-            wrong.append(
-                f"--data_dir {cfg.data_dir} or --codec cannot be used as they are: the plan is for clips of 10 s"
-            )
+        except SystemExit as stop:
+            if stop.code != 2:
+                raise
+            unusable = f"--data_dir {cfg.data_dir} or --codec cannot be used as they are"
+            wrong.append(f"{unusable}: the plan is for clips of 10 s")
+    samples = len(data.train) if data else 0
+    cfg = with_steps(cfg, WARMUP, samples, cfg.batch_size * cfg.accum * world_size())
     for text in wrong:
         log.warning(f"error: {text}")
-    plan(cfg, base, data, cfg.data_dir, device)
+    plan_of(cfg, base, data, cfg.data_dir, device)
     if wrong:
         raise SystemExit(2)
 
@@ -2492,38 +2242,26 @@ def predict(cfg: Config) -> None:
 
 
 def demo(cfg: Config) -> None:
-    """A tiny model learns to speak; then, frozen, other words in another voice by LoRA. Both are runs as any other."""
-    init_distributed()
-    speech = demo_module("speech")
-    build = functools.partial(speech.build_tiny, script=sys.modules[__name__])
-    tiny = on_rank0(lambda: tiny_model(cfg, __file__, build))
-    spoken = on_rank0(lambda: speech.make_data(cfg, adapted=False, write_wav=write_wav))
-    other = on_rank0(lambda: speech.make_data(cfg, adapted=True, write_wav=write_wav))
-    base = train(dataclasses.replace(cfg, model=tiny), spoken, "base")
+    """A tiny model learns to speak; then, frozen, other words in another voice by LoRA. Both are runs as any
+    other."""
+    base, folder = train(cfg, "base"), cfg.output_dir
     if cfg.check:
         return
-    adapt = ADAPT | {
-        "steps": min(cfg.steps, ADAPT["steps"]),
-        "model": str(cfg.output_dir / "model"),
-        "push_to_hub": False,
-    }
-    adapted = train(dataclasses.replace(cfg, output_dir=cfg.output_dir / "lora", **adapt), other, "adapt")
-    if rank() == 0:
-        before = adapted["before"][SHOWN[0]]["recognised"]
-        log.info(f"\nscore                 {base['score']:.3f}   {base['score_is']}")
-        log.info(
-            "".join(
-                f"{name:<22}{value:.3f}   a control: must be low\n"
-                for name, value in base["controls"].items()
-            ).rstrip()
-        )
-        log.info(
-            f"LoRA, other words     {before:.3f} -> {adapted['score']:.3f}   in another voice, over the frozen model"
-        )
-        write_json(
-            cfg.output_dir / "results.json", base | {"lora": {"before": before, "score": adapted["score"]}}
-        )
-        finish(cfg.output_dir)
+    adapt = ADAPT | {"steps": min(cfg.steps, ADAPT["steps"]), "push_to_hub": False}
+    adapted = train(dataclasses.replace(cfg, output_dir=folder / "lora", **adapt), "adapt")
+
+    @on_rank0
+    def add_adapted() -> None:
+        tables = dict(base["tables"])
+        if {BEFORE, "spoken"} <= adapted["tables"].keys():
+            before, after = (adapted["tables"][title]["recognised"] for title in (BEFORE, "spoken"))
+            tables["new words and voice"] = {"before LoRA": before, "after LoRA": after}
+        together = base | {"tables": tables}
+        write_json(folder / "results.json", together)
+        show_results(together, folder)
+        write_text(folder / "SUCCESS", time.strftime("%Y-%m-%dT%H:%M:%S%z\n"))
+
+    add_adapted()
 
 
 def main() -> None:
@@ -2535,7 +2273,7 @@ def main() -> None:
     elif cfg.check:
         check(cfg)
     else:
-        train(cfg, cfg.data_dir)
+        train(cfg)
 
 
 if __name__ == "__main__":

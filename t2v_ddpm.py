@@ -1,45 +1,46 @@
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11"
 # dependencies = [
-#   "av", "deepspeed", "einops", "huggingface_hub", "matplotlib", "numpy", "opencv-python-headless", "pillow", "safetensors",
-#   "torch", "tqdm", "transformers", "tyro",
+#   "av==18.1.0", "deepspeed==0.19.8", "einops==0.8.2", "huggingface_hub==2.4.0", "matplotlib==3.11.2",
+#   "numpy==2.4.6", "opencv-python-headless==5.0.0.93", "pillow==13.0.0", "requests==2.34.2",
+#   "safetensors==0.8.0", "torch>=2.6", "tqdm==4.70.1", "transformers==5.23.0", "tyro==1.0.17",
 # ]
 # ///
 """Text to video by diffusion on pixels: a 3-D U-Net with FiLM on CLIP text, cosine DDPM, DDIM sampling.
 
-    python t2v_ddpm.py --demo                          # minutes on 2 CPU cores: moving shapes, scored by what the samples show
-    MANIFEST=clips.jsonl python t2v_ddpm.py            # one GPU (or a CPU): the debugging path
-    MANIFEST=clips.jsonl ./run.sh t2v_ddpm.py 4        # four GPUs, logged, pushed to the Hub at the end
-    python t2v_ddpm.py --prompt "a dog runs"           # sample the finished model: mp4, gif and png
+    python t2v_ddpm.py --demo                   # minutes on 2 CPU cores: moving shapes, scored by the samples
+    MANIFEST=clips.jsonl python t2v_ddpm.py     # one GPU (or a CPU): the debugging path
+    MANIFEST=clips.jsonl ./run.sh t2v_ddpm.py 4 # four GPUs, logged, pushed to the Hub at the end
+    python t2v_ddpm.py --prompt "a dog runs"    # sample the finished model: mp4, gif and png
 
-MANIFEST is a file of JSON lines, {"video": "dog.mp4", "caption": "a dog runs"} (or "captions": [...]), MSR-VTT's annotation
-JSON, or a folder of x.mp4 beside x.json with a "description". Without one the model trains, at its real size, on generated
-clips. The variables MANIFEST, OUTDIR, STEPS, BS, FRAMES, SIZE and LR stand for the flags --manifest, --output_dir, --steps,
---batch_size, --frames, --size and --lr; a flag wins.
+MANIFEST is a file of JSON lines, {"video": "dog.mp4", "caption": "a dog runs"} (or "captions": [...]),
+MSR-VTT's annotation JSON, or a folder of x.mp4 beside x.json with a "description". Without one the model
+trains, at its real size, on generated clips. The variables MANIFEST, OUTDIR, STEPS, BS, FRAMES, SIZE and LR
+stand for the flags --manifest, --output_dir, --steps, --batch_size, --frames, --size and --lr; a flag wins.
 
-Writes the run folder described in README.md, with ckpt_000200.pt = {step, model, ema} and samples/preview_step000200.png at
-every --save_every. The same command again goes on from the newest whole checkpoint.
+Writes the run folder described in README.md, with ckpt_000200.pt = {step, model, ema} and
+samples/preview_step000200.png at every --save_every. The same command again goes on from the newest whole
+checkpoint.
 
-Measured: --demo, 3 minutes on 2 CPU cores: all five attributes right in 1.00 of 88 samples for captions never seen, 0.00 with the
-captions shuffled. On a GPU: not yet measured.
+Measured: --demo, 3 minutes on 2 CPU cores: all five attributes right in 1.00 of 88 samples for captions never
+seen, 0.00 with the captions shuffled. On a GPU: not yet measured.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
-import shutil
-import signal
-import time
+import zipfile
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import timedelta
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -50,67 +51,61 @@ import tyro
 from einops import rearrange
 from torch import Tensor, nn
 from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from common import (
     GB,
-    card_parts,
-    catch_signals,
+    Free,
+    Layout,
+    Lower,
+    Run,
+    asked_to_stop,
     check_settings,
-    choose_layout,
-    count_skipped,
+    copy_code,
     decode_all,
     demo_module,
-    device_name,
-    disk_free,
-    ds_config,
     epoch_order,
-    finish,
+    fingerprint,
+    finish_run,
     first_of,
     full_weights,
     gathered,
-    hub_check,
-    init_distributed,
     is_url,
-    learning_rate,
     leave_out,
-    load_engine,
     log,
-    memory_plan,
+    memory_layouts,
     numbered,
     offline,
     on_rank0,
-    over_ranks,
-    peak_memory_gb,
+    open_engine,
+    open_run,
+    out_of_memory,
     pick_dtype,
-    prepare_run_folder,
-    push_finished,
     rank,
     read_flags,
     read_json,
     read_rows,
-    record,
     refuse,
-    resume_checkpoint,
     run,
     save_array,
-    save_checkpoint,
+    save_run,
     saved_bytes,
     seed_of,
-    summary,
-    take_run_folder,
-    tracker,
+    show_plan,
+    start_run,
+    steps_line,
+    stop_if_asked,
+    training_steps,
+    with_steps,
     world_size,
     write_grid,
     write_json,
-    write_loss_curve,
     write_samples,
     write_whole,
 )
 
 TIMESTEPS = 1000  # of the diffusion, as DDPM has
 STAND_IN = "stand-in"  # for CLIP: see stand_in_text
-CURVES = ("loss", "held_out_loss")  # in loss.png
+WARMUP = 100  # steps, when --warmup_steps is not given
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 # ---------------------------------------------------------------------------
@@ -121,18 +116,18 @@ TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.flo
 @dataclass(frozen=True)
 class Config:
     demo: bool = False  # a tiny model on clips made on the spot: minutes on 2 CPU cores, no network
-    check: bool = False  # all checks and the plan, no training
-    output_dir: Path = Path("runs/t2v_ddpm")  # run folder; the same folder again resumes the run
+    check: Free[bool] = False  # all checks and the plan, no training
+    output_dir: Free[Path] = Path("runs/t2v_ddpm")  # run folder; the same folder again resumes the run
     seed: int = 0
 
     # data
 
-    manifest: Path | None = None  # JSON lines, MSR-VTT's JSON or a folder; without one: generated clips
+    manifest: Free[Path | None] = None  # JSON lines, MSR-VTT's JSON or a folder; without one: generated clips
     frames: int = 8  # per clip, spread evenly over the video
     size: int = 64  # height and width, pixels
-    max_bad: float = 0.05  # share of unusable samples above which the run refuses
-    cache_dir: Path = Path("cache")  # decoded frames, encoded captions, downloads
-    num_workers: int = os.cpu_count() or 1  # threads that decode
+    max_bad: Free[float] = 0.05  # share of unusable samples above which the run refuses
+    cache_dir: Free[Path] = Path("cache")  # decoded frames, encoded captions, downloads
+    num_workers: Free[int] = os.cpu_count() or 1  # threads that decode
 
     # model
 
@@ -146,67 +141,66 @@ class Config:
     # diffusion
 
     prediction: Literal["noise", "v"] = "noise"  # what the model predicts
-    shift: float = (
-        1.0  # divides alpha_bar / (1 - alpha_bar) by its square: above 1, more steps see mostly noise
-    )
+    # divides alpha_bar / (1 - alpha_bar) by its square: above 1, more steps see mostly noise
+    shift: float = 1.0
     timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"  # of the training loss
 
     # optimisation
 
-    steps: int = 1000  # optimizer steps in all, over all resumes
-    batch_size: int = 2  # clips per GPU per micro-step; lower this first when memory runs out
-    accum: int = 1  # micro-steps per optimizer step
-    lr: float = 1e-4
-    warmup_steps: int = 100
+    steps: Free[int] = 1000  # optimizer steps in all, over all resumes
+    batch_size: Lower[int] = 2  # clips per GPU per micro-step; lower this first when memory runs out
+    accum: Lower[int] = 1  # micro-steps per optimizer step
+    lr: Free[float] = 1e-4
+    warmup_steps: Free[int | None] = None  # default: 100, but at most a tenth of the steps
     lr_decay: bool = False  # to 0 at the last step, along a cosine
     weight_decay: float = 0.0
     beta2: float = 0.999  # of AdamW
-    clip: float = 1.0  # gradient norm limit
+    clip: Free[float] = 1.0  # gradient norm limit
     ema: float = 0.999  # decay of the averaged weights, which are sampled and pushed
-    dtype: Literal["bf16", "fp16", "fp32"] | None = (
-        None  # default: bf16, fp16 on GPUs without it, fp32 on a CPU
-    )
-    deepspeed: Annotated[str, tyro.conf.arg(aliases=["--deepspeed_config"])] = (
-        "auto"  # JSON file, or auto: what fits
-    )
+    # default: bf16, fp16 on GPUs without it, fp32 on a CPU
+    dtype: Literal["bf16", "fp16", "fp32"] | None = None
+    # JSON file, or auto: what fits
+    deepspeed: Free[Annotated[str, tyro.conf.arg(aliases=["--deepspeed_config"])]] = "auto"
 
     # sampling
 
-    prompt: str = ""  # sample this caption from --model and stop
-    model: str = ""  # for --prompt, a folder or a Hub id; default: <output_dir>/model
-    sampler: Literal["ddim", "ddpm"] = "ddim"  # ddpm: all 1000 steps, ancestral
-    sample_steps: int = 50  # of ddim
-    guidance: float = 3.0  # 1 = none
+    prompt: Free[str] = ""  # sample this caption from --model and stop
+    model: Free[str] = ""  # for --prompt, a folder or a Hub id; default: <output_dir>/model
+    sampler: Free[Literal["ddim", "ddpm"]] = "ddim"  # ddpm: all 1000 steps, ancestral
+    sample_steps: Free[int] = 50  # of ddim
+    guidance: Free[float] = 3.0  # 1 = none
 
     # watching and saving
 
-    log_every: int = 20
-    eval_every: int = 1000
-    save_every: int = 200
-    keep: int = 3  # newest checkpoints (and ckpt_*.pt) kept
-    resume: bool = True  # --no_resume: refuse a folder that has checkpoints
-    report_to: Literal["none", "tensorboard", "wandb"] = (
+    log_every: Free[int] = 20
+    eval_every: Free[int] = 1000
+    save_every: Free[int] = 200
+    keep: Free[int] = 3  # newest checkpoints (and ckpt_*.pt) kept
+    resume: Free[bool] = True  # --no_resume: refuse a folder that has checkpoints
+    report_to: Free[Literal["none", "tensorboard", "wandb"]] = (
         "wandb" if os.environ.get("WANDB_API_KEY") else "none"
     )
 
     # Hub
 
-    push_to_hub: bool = False  # needs HF_TOKEN, and HF_USER_ID or a full --hub_model_id
-    hub_model_id: str = "t2v_ddpm"
-    public: bool = False  # visibility of a new repository
+    push_to_hub: Free[bool] = False  # needs HF_TOKEN, and HF_USER_ID or a full --hub_model_id
+    hub_model_id: Free[str] = "t2v_ddpm"
+    public: Free[bool] = False  # visibility of a new repository
 
     def __post_init__(self) -> None:
         check_settings(
             self,
-            at_least_1="frames base levels blocks patch steps batch_size accum sample_steps log_every eval_every save_every keep "
-            "num_workers",
+            at_least_1="frames base levels blocks patch steps batch_size accum sample_steps log_every "
+            "eval_every save_every keep num_workers",
+            at_least_0="warmup_steps",
             above_0="lr shift clip guidance",
             shares="caption_dropout ema max_bad",
         )
         if self.size < 1 or self.size % self.multiple:
             raise ValueError(
-                f"--size {self.size} must be a multiple of {self.multiple} (--patch {self.patch} x 2 for each of "
-                f"{self.levels - 1} downsamplings): take {max(1, round(self.size / self.multiple)) * self.multiple}"
+                f"--size {self.size} must be a multiple of {self.multiple} (--patch {self.patch} x 2 for "
+                f"each of {self.levels - 1} downsamplings): take "
+                f"{max(1, round(self.size / self.multiple)) * self.multiple}"
             )
         if self.base % 8:
             raise ValueError(f"--base {self.base} must be a multiple of 8, the groups of the normalisation")
@@ -222,15 +216,17 @@ class Config:
         return self.patch * 2 ** (self.levels - 1)
 
 
-# The demo is a preset: the same code with other numbers. Recipe and scores: README.md and benchmarks/RESULTS.md.
+# The demo is a preset: the same code with other numbers. Recipe and scores: README.md and
+# benchmarks/RESULTS.md.
 DEMO = dict(
-    demo=True, output_dir=Path("runs/t2v_ddpm_demo"), size=16, base=32, levels=2, blocks=1, patch=2, text_encoder=STAND_IN,
-    report_to="none", prediction="v", shift=3.0, timestep_sampling="logit_normal", steps=2000, batch_size=8, lr=1.5e-3,
-    warmup_steps=50, lr_decay=True, beta2=0.99, ema=0.98, sample_steps=20, log_every=100, eval_every=500, save_every=500,
+    demo=True, output_dir=Path("runs/t2v_ddpm_demo"), size=16, base=32, levels=2, blocks=1, patch=2,
+    text_encoder=STAND_IN, report_to="none", prediction="v", shift=3.0, timestep_sampling="logit_normal",
+    steps=2000, batch_size=8, lr=1.5e-3, warmup_steps=50, lr_decay=True, beta2=0.99, ema=0.98,
+    sample_steps=20, log_every=100, eval_every=500, save_every=500,
 )  # fmt: skip
 VARIABLES = {
-    "MANIFEST": "--manifest", "OUTDIR": "--output_dir", "STEPS": "--steps", "BS": "--batch_size", "FRAMES": "--frames",
-    "SIZE": "--size", "LR": "--lr",
+    "MANIFEST": "--manifest", "OUTDIR": "--output_dir", "STEPS": "--steps", "BS": "--batch_size",
+    "FRAMES": "--frames", "SIZE": "--size", "LR": "--lr",
 }  # fmt: skip
 
 # ---------------------------------------------------------------------------
@@ -246,7 +242,8 @@ class Row:
 
 
 def is_msr_vtt(manifest: Path) -> bool:
-    """MSR-VTT has one JSON object with the keys `videos` and `sentences`; JSON lines have an object a line."""
+    """MSR-VTT has one JSON object with the keys `videos` and `sentences`; JSON lines have an object a
+    line."""
     with manifest.open("rb") as file:
         start = file.read(1 << 16).lstrip(b"\xef\xbb\xbf \t\r\n")
     if not start.startswith(b"{") or not re.search(rb'"(videos|sentences|info)"\s*:\s*[\[{]', start):
@@ -255,7 +252,8 @@ def is_msr_vtt(manifest: Path) -> bool:
 
 
 def msr_vtt_rows(manifest: Path) -> list[tuple[str, dict]]:
-    """The training split, with all sentences of a video; video0.mp4 lies anywhere below the annotation's folder."""
+    """The training split, with all sentences of a video; video0.mp4 lies anywhere below the annotation's
+    folder."""
     annotation = read_json(manifest)
     sentences: dict[str, list[str]] = {}
     for row in annotation["sentences"]:
@@ -271,12 +269,13 @@ def msr_vtt_rows(manifest: Path) -> list[tuple[str, dict]]:
 
 
 def read_manifest(manifest: Path) -> tuple[list[Row], list[dict]]:
-    """-> (a row for each video, bad samples) of JSON lines, MSR-VTT's JSON or a folder. Exit 2 if missing, empty or not JSON."""
-    found = msr_vtt_rows(manifest) if manifest.is_file() and is_msr_vtt(manifest) else read_rows(manifest)
+    """-> (a row for each video, bad samples) of JSON lines, MSR-VTT's JSON or a folder. Exit 2 if missing,
+    empty or not JSON."""
+    listed = msr_vtt_rows(manifest) if manifest.is_file() and is_msr_vtt(manifest) else read_rows(manifest)
     folder = manifest if manifest.is_dir() else manifest.parent
     rows: dict[str, Row] = {}
     bad = []
-    for where, row in found:
+    for where, row in listed:
         video = first_of(row, "video", "video_path", "path", "file")
         captions = first_of(row, "caption", "captions", "text", "description")
         captions = [captions] if isinstance(captions, str) else captions
@@ -295,8 +294,9 @@ def read_manifest(manifest: Path) -> tuple[list[Row], list[dict]]:
     return list(rows.values()), bad
 
 
+@on_rank0
 def load_videos(cfg: Config) -> tuple[list[Path], list[tuple[str, ...]], list[dict]]:
-    """Rank 0: -> (cached clips, their captions, bad samples). Exit 2 when too many samples are bad, or all."""
+    """(cached clips, their captions, bad samples). Exit 2 when too many samples are bad, or all."""
     rows, bad = read_manifest(cfg.manifest)
     clips, undecoded = decode_all(rows, cfg.frames, cfg.size, cfg.cache_dir, cfg.num_workers)
     good = [(clip, row.captions) for clip, row in zip(clips, rows) if clip]
@@ -309,7 +309,7 @@ def load_videos(cfg: Config) -> tuple[list[Path], list[tuple[str, ...]], list[di
 # ---------------------------------------------------------------------------
 
 
-@functools.cache
+@cache
 def word_direction(word: str, width: int) -> np.ndarray:
     """Where no text encoder is at hand: for each word a fixed random direction, normal numbers (width,)"""
     seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "big")
@@ -317,8 +317,8 @@ def word_direction(word: str, width: int) -> np.ndarray:
 
 
 def stand_in_text(captions: list[str], width: int = 512) -> Tensor:
-    """Instead of CLIP where there is no network: each word a fixed random direction, averaged. It knows words, not meaning.
-    -> (N, width)"""
+    """Instead of CLIP where there is no network: each word a fixed random direction, averaged. It knows
+    words, not meaning. -> (N, width)"""
 
     def direction(word: str) -> np.ndarray:
         vector = word_direction(word, width)
@@ -329,7 +329,8 @@ def stand_in_text(captions: list[str], width: int = 512) -> Tensor:
 
 
 def clip_text(captions: list[str], source: str, device: torch.device) -> Tensor:
-    """Last hidden states of a frozen CLIP text encoder, averaged over the real tokens. -> (N, D), D = 512 for ViT-B/32.
+    """Last hidden states of a frozen CLIP text encoder, averaged over the real tokens. -> (N, D), D = 512 for
+    ViT-B/32.
 
     Raises OSError when `source`, a folder or a Hub id, has no such model or cannot be reached.
     """
@@ -342,7 +343,8 @@ def clip_text(captions: list[str], source: str, device: torch.device) -> Tensor:
     cut = sum(len(ids) > length for ids in tokenizer(captions).input_ids)
     if cut:
         log.warning(
-            f"warning: {cut} of {len(captions)} captions are longer than {length} tokens; their ends are not read"
+            f"warning: {cut} of {len(captions)} captions are longer than {length} tokens; their ends are not "
+            "read"
         )
     with torch.no_grad():
         for start in tqdm(range(0, len(captions), 256), "encode captions", disable=None):
@@ -359,8 +361,9 @@ def clip_text(captions: list[str], source: str, device: torch.device) -> Tensor:
     return torch.cat(pooled)
 
 
+@on_rank0
 def encode_text(captions: list[str], cfg: Config, device: torch.device) -> tuple[Tensor, str]:
-    """Rank 0: each caption encoded once and cached on disk; the encoder is gone from the GPU afterwards.
+    """Each caption encoded once and cached on disk; the encoder is gone from the GPU afterwards.
     -> ((N, D), the encoder that was used)"""
     if cfg.text_encoder == STAND_IN:
         return stand_in_text(captions), STAND_IN
@@ -374,7 +377,8 @@ def encode_text(captions: list[str], cfg: Config, device: torch.device) -> tuple
             reason = str(error).splitlines()[0]
             if cfg.manifest:
                 refuse(
-                    f"--text_encoder {cfg.text_encoder}: {reason}\ndownload it where there is network, and give its folder"
+                    f"--text_encoder {cfg.text_encoder}: {reason}\ndownload it where there is network, and "
+                    "give its folder"
                 )
             log.warning(
                 f"warning: {cfg.text_encoder} is out of reach ({reason}); a stand-in encodes the captions: "
@@ -387,7 +391,8 @@ def encode_text(captions: list[str], cfg: Config, device: torch.device) -> tuple
 
 @dataclass(frozen=True)
 class Clips:
-    """Clip i is frames[i], uint8 (F, H, W, 3) or a .npy file of it; its captions are the rows[i] of `text` (captions, D)."""
+    """Clip i is frames[i], uint8 (F, H, W, 3) or a .npy file of it; its captions are the rows[i] of `text`
+    (captions, D)."""
 
     frames: list[np.ndarray | Path]
     captions: list[tuple[str, ...]]
@@ -406,7 +411,13 @@ class Clips:
         )
         return Clips(frames, captions, rows, self.text)
 
-    def some_captions(self, count: int) -> tuple[list[str], Tensor]:
+    def contents(self) -> list:
+        """What makes these clips: captions, and frames or the name of their file, which says which video,
+        size and reader"""
+        frames = [f.name if isinstance(f, Path) else zlib.crc32(f) for f in self.frames]
+        return list(zip(self.captions, frames))
+
+    def different_captions(self, count: int) -> tuple[list[str], Tensor]:
         """Up to `count` different captions, and their encodings (count, D)"""
         rows = {several[0]: numbers[0] for several, numbers in zip(self.captions, self.rows)}
         chosen = list(rows)[:: max(1, len(rows) // count)][:count]
@@ -424,24 +435,23 @@ class Data:
 def load_data(cfg: Config, device: torch.device) -> Data:
     """Every rank. Exit 2 when there is nothing to train on."""
     if cfg.manifest:
-        frames, captions, bad = on_rank0(lambda: load_videos(cfg))
-        held_out = (
-            set(range(0, len(frames), 20)) if len(frames) >= 20 else set()
-        )  # every 20th video, none of a handful
+        frames, captions, bad = load_videos(cfg)
+        # every 20th video, none of a handful
+        held_out = set(range(0, len(frames), 20)) if len(frames) >= 20 else set()
     else:
         shapes, bad = demo_module("shapes"), []
         frames, captions, held_out = shapes.generated_clips(cfg.seed, cfg.frames, cfg.size)
-    unique = {
-        caption: row for row, caption in enumerate(dict.fromkeys(c for several in captions for c in several))
-    }
-    text, encoder = on_rank0(lambda: encode_text(list(unique), cfg, device))
-    clips = Clips(frames, captions, [[unique[c] for c in several] for several in captions], text)
+    unique = dict.fromkeys(itertools.chain.from_iterable(captions))
+    text, encoder = encode_text(list(unique), cfg, device)
+    row_of = {caption: row for row, caption in enumerate(unique)}
+    clips = Clips(frames, captions, [[row_of[c] for c in several] for several in captions], text)
     train = clips.part([i for i in range(len(frames)) if i not in held_out])
     return Data(train, clips.part(sorted(held_out)) if held_out else train, encoder, bad)
 
 
 def get_batch(clips: Clips, cfg: Config, micro_step: int) -> tuple[Tensor, Tensor]:
-    """This rank's clips at a micro-step: a pure function of (seed, micro-step, rank), so that a resumed run repeats the order."""
+    """This rank's clips at a micro-step: a pure function of (seed, micro-step, rank), so that a resumed run
+    repeats the order."""
     first = (micro_step * world_size() + rank()) * cfg.batch_size
     places = [divmod(place, len(clips.frames)) for place in range(first, first + cfg.batch_size)]
     return clips.batch(
@@ -463,8 +473,9 @@ def sinusoids(x: Tensor, width: int) -> Tensor:
 
 
 def places(clips: int, sizes: tuple[int, int, int], device: torch.device) -> Tensor:
-    """Frame, row and column of each pixel, evenly from -sqrt(3) to sqrt(3) (unit variance), as in CoordConv (Liu et al. 2018):
-    without them the model learns late that things move. sizes = (F, H, W) -> (B*F, 3, H, W)"""
+    """Frame, row and column of each pixel, evenly from -sqrt(3) to sqrt(3) (unit variance), as in CoordConv
+    (Liu et al. 2018): without them the model learns late that things move. sizes = (F, H, W) -> (B*F, 3, H,
+    W)"""
     axes = [
         torch.linspace(-1, 1, n, device=device) * math.sqrt(3) if n > 1 else torch.zeros(n, device=device)
         for n in sizes
@@ -528,8 +539,8 @@ class Resize(nn.Module):
 
 
 class UNet3DCond(nn.Module):
-    """3-D U-Net on pixels: frames folded into the batch for 2-D convolutions in channels_last, attention along time between
-    them; cheaper per step than 3-D or (2+1)-D convolutions (benchmarks/RESULTS.md)."""
+    """3-D U-Net on pixels: frames folded into the batch for 2-D convolutions in channels_last, attention
+    along time between them; cheaper per step than 3-D or (2+1)-D convolutions (benchmarks/RESULTS.md)."""
 
     def __init__(
         self, base: int = 64, levels: int = 3, blocks: int = 2, patch: int = 1, text_dim: int = 512
@@ -572,13 +583,15 @@ class UNet3DCond(nn.Module):
         nn.init.zeros_(self.leave[-1].bias)
 
     def standardise(self, text: Tensor) -> None:
-        """Take mean and spread of the training captions' encodings (N, D): what all captions share says nothing."""
+        """Take mean and spread of the training captions' encodings (N, D): what all captions share says
+        nothing."""
         spread = text.var(0, correction=0).mean().sqrt()
         self.text_mean.copy_(text.mean(0))
         self.text_std.copy_(spread if spread > 1e-6 else torch.ones(()))  # one caption alone has none
 
     def forward(self, x: Tensor, timesteps: Tensor, text: Tensor, drop: Tensor | None = None) -> Tensor:
-        """x (B, F, 3, H, W), timesteps (B,) in [0, 1000), text (B, D); drop (B,) bool leaves captions out. -> x's shape"""
+        """x (B, F, 3, H, W), timesteps (B,) in [0, 1000), text (B, D); drop (B,) bool leaves captions out. ->
+        x's shape"""
         frames, dtype = x.shape[1], self.enter.weight.dtype
         text = self.text(((text - self.text_mean) / self.text_std).to(dtype))  # (B, W)
         if drop is not None:
@@ -609,10 +622,11 @@ class UNet3DCond(nn.Module):
 
 
 def cosine_alpha_bar(shift: float = 1.0) -> Tensor:
-    """alpha_bar (1000,) float32 of the cosine schedule (Nichol and Dhariwal 2021, equation 17, betas at most 0.999).
+    """alpha_bar (1000,) float32 of the cosine schedule (Nichol and Dhariwal 2021, equation 17, betas at most
+    0.999).
 
-    `shift` divides the signal-to-noise ratio alpha_bar / (1 - alpha_bar) by its square: larger pictures and motion, seen only at
-    high noise, want more of it (Hoogeboom et al. 2023, equation 5).
+    `shift` divides the signal-to-noise ratio alpha_bar / (1 - alpha_bar) by its square: larger pictures and
+    motion, seen only at high noise, want more of it (Hoogeboom et al. 2023, equation 5).
     """
     u = torch.arange(TIMESTEPS + 1, dtype=torch.float64) / TIMESTEPS
     f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -628,13 +642,15 @@ def add_noise(x: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
 
 
 def diffusion_target(x: Tensor, noise: Tensor, alpha_bar: Tensor, prediction: str) -> Tensor:
-    """What the model predicts: the noise, or v = sqrt(a) noise - sqrt(1 - a) x (Salimans and Ho 2022, appendix D)."""
+    """What the model predicts: the noise, or v = sqrt(a) noise - sqrt(1 - a) x (Salimans and Ho 2022,
+    appendix D)."""
     a = alpha_bar.view(-1, 1, 1, 1, 1)
     return noise if prediction == "noise" else a.sqrt() * noise - (1 - a).sqrt() * x
 
 
 def clean_and_noise(x: Tensor, output: Tensor, alpha_bar: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
-    """The inverse: (x_0 clipped to [-1, 1], the noise that goes with it) from a noisy x and the model's output; alpha_bar ()"""
+    """The inverse: (x_0 clipped to [-1, 1], the noise that goes with it) from a noisy x and the model's
+    output; alpha_bar ()"""
     a, b = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
     clean = (x - b * output) / a if prediction == "noise" else a * x - b * output
     clean = clean.clamp(-1, 1)
@@ -679,10 +695,11 @@ def to_pixels(clips: Tensor) -> np.ndarray:
 
 @torch.no_grad()
 def sample(model: UNet3DCond, text: Tensor, shape: tuple[int, ...], cfg: Config, seed: int = 0) -> Tensor:
-    """Clips (N, *shape) in [-1, 1] for text (N, D); shape = (F, 3, H, W).
+    """On rank 0: clips (N, *shape) in [-1, 1] for text (N, D); shape = (F, 3, H, W).
 
-    DDIM (Song et al. 2021, equation 12) with eta 0 over `sample_steps` evenly spaced timesteps that end at the noisiest, or with
-    eta 1 over all 1000, which is DDPM's ancestral sampler. Guidance after Ho and Salimans 2022; x_0 is clipped in each step.
+    DDIM (Song et al. 2021, equation 12) with eta 0 over `sample_steps` evenly spaced timesteps that end at
+    the noisiest, or with eta 1 over all 1000, which is DDPM's ancestral sampler. Guidance after Ho and
+    Salimans 2022; x_0 is clipped in each step.
     """
     device = next(model.parameters()).device
     generator, text = torch.Generator(device).manual_seed(seed), text.to(device)
@@ -692,6 +709,7 @@ def sample(model: UNet3DCond, text: Tensor, shape: tuple[int, ...], cfg: Config,
     x = torch.randn(len(text), *shape, generator=generator, device=device)
     both = torch.arange(2 * len(text), device=device) >= len(text)  # second half without captions
     for i, t in enumerate(timesteps.tolist()):
+        stop_if_asked()
         if cfg.guidance == 1:
             output = model(x, torch.full((len(x),), t, device=device), text)
         else:
@@ -715,7 +733,8 @@ def slices(count: int, size: int) -> Iterator[slice]:
 
 
 def held_out_loss(model: UNet3DCond, clips: Clips, cfg: Config) -> dict[str, float]:
-    """Loss at 8 fixed timesteps with fixed noise, on up to 64 clips; the same with each clip's caption replaced by another's."""
+    """Loss at 8 fixed timesteps with fixed noise, on up to 64 clips; the same with each clip's caption
+    replaced by another's."""
     device, alpha_bar = next(model.parameters()).device, cosine_alpha_bar(cfg.shift)
     count = min(64, len(clips.frames))
     frames, text = clips.batch(list(range(count)), [0] * count)
@@ -725,6 +744,7 @@ def held_out_loss(model: UNet3DCond, clips: Clips, cfg: Config) -> dict[str, flo
     for t in range(TIMESTEPS // 16, TIMESTEPS, TIMESTEPS // 8):
         noise = torch.randn(whole.shape, generator=generator)
         for part in slices(count, cfg.batch_size):
+            stop_if_asked()
             x, e = whole[part], noise[part]
             a = alpha_bar[t].expand(len(x))
             target = diffusion_target(x, e, a, cfg.prediction)
@@ -746,34 +766,32 @@ def sample_pixels(model: UNet3DCond, text: Tensor, cfg: Config, seed: int) -> np
 
 
 def evaluate(model: UNet3DCond, data: Data, cfg: Config) -> dict:
-    """The score of results.json. Generated clips: asked = made on held-out captions, read back from the sampled pixels, next to
-    the same clips held against each other's captions. Videos: 1 - loss / power of the target, on held-out videos."""
-    held_out, loss = data.held_out, held_out_loss(model, data.held_out, cfg)
+    """The score of results.json. Generated clips: asked = made on held-out captions, read back from the
+    sampled pixels, next to the same clips held against each other's captions. Videos: 1 - loss / power of the
+    target, on held-out videos."""
+    held_out, losses = data.held_out, held_out_loss(model, data.held_out, cfg)
+    loss_table = {"loss": {"with captions": losses["loss"], "captions swapped": losses["captions_swapped"]}}
+    results = {"held_out_loss": losses["loss"], "controls": {}, "tables": {"held out": loss_table}}
     if cfg.manifest:
         which = (
             "the training videos (there are fewer than 20)" if held_out is data.train else "held-out videos"
         )
-        score = 1 - loss["loss"] / loss["power"]
-        return {
-            "score": score,
-            "score_is": f"share of the target explained, {which}",
-            "controls": {},
-            "held_out": loss,
-        }
+        explained = 1 - losses["loss"] / losses["power"]
+        return results | {"score": explained, "score_is": f"share of the target explained, {which}"}
     shapes = demo_module("shapes")
     asked = shapes.held_out_captions(shapes.DDPM_SHAPES)
     asked = asked * max(1, 96 // len(asked))
     table = {caption: held_out.text[rows[0]] for (caption,), rows in zip(held_out.captions, held_out.rows)}
     text = torch.stack([table[shapes.caption_of(a)] for a in asked])
     clips = sample_pixels(model, text, cfg, cfg.seed)
-    made, other = shapes.score_and_control(clips, asked, shapes.DDPM_SHAPES)
-    return {
-        "score": made["all_five"],
-        "score_is": f"asked = made for all five attributes, {len(asked)} clips of {len(table)} held-out captions",
-        "controls": {"captions_shuffled": other["all_five"]},
-        "asked_is_made": made,
-        "captions_shuffled": other,
-        "held_out": loss,
+    right, shuffled = shapes.score_and_control(clips, asked, shapes.DDPM_SHAPES)
+    attributes = {name: {"as asked": right[name], "captions shuffled": shuffled[name]} for name in right}
+    count = f"{len(asked)} clips of {len(table)} held-out captions"
+    return results | {
+        "score": right["all_five"],
+        "score_is": f"asked = made for all five attributes, {count}",
+        "controls": {"captions_shuffled": shuffled["all_five"]},
+        "tables": {"asked is made": attributes} | results["tables"],
     }
 
 
@@ -782,57 +800,57 @@ def evaluate(model: UNet3DCond, data: Data, cfg: Config) -> dict:
 # ---------------------------------------------------------------------------
 
 
-def activation_bytes(model: UNet3DCond, cfg: Config, dtype: str) -> int:
-    """What one micro-batch keeps for the backward pass, counted on the meta device: no memory, no arithmetic."""
+def activation_bytes(model: UNet3DCond, cfg: Config) -> int:
+    """What one micro-batch keeps for the backward pass, counted on the meta device: no memory, no
+    arithmetic."""
+    count = cfg.batch_size
     with torch.device("meta"):
-        twin = UNet3DCond(**model.config).to(TORCH_DTYPES[dtype])
-        batch, width = (cfg.batch_size, cfg.frames, 3, cfg.size, cfg.size), model.config["text_dim"]
-        return saved_bytes(
-            lambda: twin(torch.empty(batch), torch.empty(cfg.batch_size), torch.empty(cfg.batch_size, width)),
-            twin,
-        )
+        twin = UNet3DCond(**model.config).to(TORCH_DTYPES[cfg.dtype])
+        clips = torch.empty(count, cfg.frames, 3, cfg.size, cfg.size)
+        times, text = torch.empty(count), torch.empty(count, model.config["text_dim"])
+        return saved_bytes(lambda: twin(clips, times, text), twin)
 
 
-def memory_advice(model: UNet3DCond, cfg: Config, dtype: str) -> str:
-    now = activation_bytes(model, cfg, dtype)
+def memory_advice(model: UNet3DCond, cfg: Config) -> str:
+    now = activation_bytes(model, cfg)
     less = [
         ("BS", "batch_size", cfg.batch_size // 2),
         ("FRAMES", "frames", cfg.frames // 2),
         ("SIZE", "size", cfg.size // 2 // cfg.multiple * cfg.multiple),
     ]
     lines = [
-        f"activations of a micro-batch: {now / GB:.2f} GB at BS={cfg.batch_size} FRAMES={cfg.frames} SIZE={cfg.size}"
+        f"activations of a micro-batch: {now / GB:.2f} GB at BS={cfg.batch_size} FRAMES={cfg.frames} "
+        f"SIZE={cfg.size}"
     ]
     for name, field, value in less:
         if value >= 1:
-            saved = now - activation_bytes(model, dataclasses.replace(cfg, **{field: value}), dtype)
+            saved = now - activation_bytes(model, dataclasses.replace(cfg, **{field: value}))
             lines.append(f"  {name}={value} saves {saved / GB:.2f} GB")
     return "\n".join(lines)
 
 
-def plan(cfg: Config, model: UNet3DCond, data: Data, dtype: str, device: torch.device) -> dict | Path:
-    """Print what this run is going to do, and check that it fits. -> the DeepSpeed JSON file, or the layout that `auto` takes"""
-    parameters, world = sum(p.numel() for p in model.parameters()), world_size()
-    rows = memory_plan(parameters, 0, activation_bytes(model, cfg, dtype), dtype, world)
-    memory, row = choose_layout(rows, cfg.deepspeed, memory_advice(model, cfg, dtype))
-    free, need = disk_free(cfg.output_dir) / GB, 28 * (cfg.keep + 2) * parameters / GB  # 28: see save()
-    log.info(
-        f"Out: {cfg.output_dir} | Device: {device_name(device)}, {dtype}\n"
-        f"data     {cfg.manifest or 'generated clips of moving shapes, no --manifest given'}: {len(data.train.frames)} clips to "
-        f"train on, {len(data.held_out.frames)} to evaluate, {len(data.bad)} left out as bad; {cfg.frames} frames of "
-        f"{cfg.size}x{cfg.size}\n"
-        f"text     {data.encoder}{' for CLIP: it knows words, not meaning' if data.encoder == STAND_IN else ''}, "
-        f"{data.train.text.shape[1]} numbers a caption\n"
-        f"model    UNet3DCond, base {cfg.base}, {parameters / 1e6:.2f} M parameters, all trained; predicts {cfg.prediction}\n"
-        f"steps    {cfg.steps} of {world} {'GPU' if device.type == 'cuda' else 'CPU process'} x {cfg.batch_size} clips x "
-        f"{cfg.accum} accum = {world * cfg.batch_size * cfg.accum} samples per step\n"
-        f"disk     {need:.2f} GB for checkpoints and model, {free:.1f} GB free\n{memory}"
-    )
-    if need > free:
-        refuse(
-            f"--output_dir {cfg.output_dir}: {free:.2f} GB free, the run writes {need:.2f} GB; make room or lower --keep"
-        )
-    return row["config"]
+def plan_of(cfg: Config, model: UNet3DCond, data: Data, device: torch.device) -> Layout:
+    """Print what this run is going to do, and check that it fits. -> the layout of memory that is taken"""
+    parameters = sum(p.numel() for p in model.parameters())
+    layouts = memory_layouts(parameters, 0, {False: activation_bytes(model, cfg)}, cfg.dtype, world_size())
+    source = cfg.manifest or "generated clips of moving shapes, no --manifest given"
+    stand_in = " for CLIP: it knows words, not meaning" if data.encoder == STAND_IN else ""
+    lines = [
+        (
+            "data",
+            f"{source}: {len(data.train.frames)} clips to train on, {len(data.held_out.frames)} to evaluate, "
+            f"{len(data.bad)} left out as bad; {cfg.frames} frames of {cfg.size}x{cfg.size}",
+        ),
+        ("text", f"{data.encoder}{stand_in}, {data.train.text.shape[1]} numbers a caption"),
+        (
+            "model",
+            f"UNet3DCond, base {cfg.base}, {parameters / 1e6:.2f} M parameters, all trained; predicts "
+            f"{cfg.prediction}",
+        ),
+        steps_line(cfg, device, "clips"),
+    ]
+    disk = 28 * (cfg.keep + 2) * parameters  # 28: see save()
+    return show_plan(cfg, device, lines, layouts, memory_advice(model, cfg), disk)
 
 
 def update_ema(ema: dict[str, Tensor], module: nn.Module, decay: float) -> None:
@@ -842,145 +860,100 @@ def update_ema(ema: dict[str, Tensor], module: nn.Module, decay: float) -> None:
 
 
 def train(cfg: Config) -> None:
-    device, dtype, folder = init_distributed(), pick_dtype(cfg.dtype), cfg.output_dir
-    if cfg.push_to_hub:
-        on_rank0(lambda: hub_check(cfg.hub_model_id, cfg.public, create=False))
+    from_flags, device = cfg, open_run(cfg)
+    cfg = with_steps(dataclasses.replace(cfg, dtype=pick_dtype(cfg.dtype)), warmup=WARMUP)
     data = load_data(cfg, device)
     torch.manual_seed(cfg.seed)  # the same weights on every rank
     model = UNet3DCond(cfg.base, cfg.levels, cfg.blocks, cfg.patch, data.train.text.shape[1])
-    model.standardise(data.train.text[[row for rows in data.train.rows for row in rows]])
-    config = ds_config(plan(cfg, model, data, dtype, device), cfg.batch_size, cfg.accum, cfg.clip, dtype)
+    model.standardise(data.train.text[list(itertools.chain.from_iterable(data.train.rows))])
+    layout = plan_of(cfg, model, data, device)
     if cfg.check:
         return
-    on_rank0(lambda: take_run_folder(cfg))
-    stage = config["zero_optimization"]["stage"]
-    facts = {"zero_stage": stage, "dtype": dtype, "text_encoder": data.encoder}
-    found, step, other_ranks = resume_checkpoint(folder / "checkpoints", cfg.resume, world_size(), **facts)
-    repo = on_rank0(lambda: hub_check(cfg.hub_model_id, cfg.public, create=True)) if cfg.push_to_hub else ""
-    on_rank0(lambda: prepare_run_folder(cfg, __file__, step, data.bad, config))
-
-    if other_ranks:
-        config["checkpoint"] = {"load_universal": True}
-    import deepspeed  # after init_distributed has told it the device
-
+    facts = {
+        "text_encoder": data.encoder,
+        "data": fingerprint(data.train.contents() + data.held_out.contents()),
+    }
+    run = start_run(from_flags, cfg, __file__, layout, data.bad, "mean squared error", **facts)
+    betas = (0.9, cfg.beta2)
     optimizer = torch.optim.AdamW(
-        model.parameters(), cfg.lr, (0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True
+        model.parameters(), cfg.lr, betas, weight_decay=cfg.weight_decay, fused=True
     )
-    engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    ema = {name: weight.to(device) for name, weight in full_weights(engine.module, torch.float32).items()}
-    if found:
-        load_engine(engine, found, other_ranks)
-        ema = torch.load(found / "ema.pt", weights_only=True, map_location=device)
-        log.info(f"resumed {found}{', saved by another number of ranks' if other_ranks else ''}")
-    try:
-        train_steps(cfg, engine, optimizer, ema, data, facts, step)
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise SystemExit(f"error: out of memory\n{memory_advice(model, cfg, dtype)}") from error
-        raise
-    on_rank0(lambda: publish(cfg, averaged(model, ema), ema, data, repo))
+    engine = open_engine(run, model, optimizer)
+    if run.checkpoint:
+        ema = torch.load(run.checkpoint / "ema.pt", weights_only=True, map_location=device)
+    else:
+        ema = {name: weight.to(device) for name, weight in full_weights(engine.module, torch.float32).items()}
+    with out_of_memory(partial(memory_advice, model, cfg)):
+        train_steps(cfg, run, engine, ema, data)
+    model = averaged(engine.module, ema)
+    finish_run(
+        run,
+        export=partial(export, cfg, model, ema, data.encoder),
+        evaluate=partial(final_results, cfg, model, data),
+        card=partial(card_of, cfg, data),
+    )
 
 
-def train_steps(
-    cfg: Config, engine, optimizer, ema: dict[str, Tensor], data: Data, facts: dict, step: int
-) -> None:
-    """From `step` to cfg.steps. Ends the process with 143 or 130 after a checkpoint when a signal comes, with 4 on divergence."""
+def train_steps(cfg: Config, run: Run, engine, ema: dict[str, Tensor], data: Data) -> None:
     device, alpha_bar = engine.device, cosine_alpha_bar(cfg.shift).to(engine.device)
-    track = tracker(cfg.report_to, cfg.output_dir, "t2v_ddpm") if rank() == 0 else None
+    steps = training_steps(
+        run,
+        engine,
+        save=partial(save, cfg, run, engine, ema, data),
+        evaluate=on_rank0(lambda step: evaluate_at(step, averaged(engine.module, ema), data, cfg)),
+    )
     pool = ThreadPoolExecutor(1)  # reads the next batch while the GPU works
-    ahead = pool.submit(get_batch, data.train, cfg, step * cfg.accum)
-    skipped, since, since_step = 0, time.monotonic(), step
-    bar = tqdm(total=cfg.steps, initial=step, unit="step", disable=None if rank() == 0 else True)
-    with bar, logging_redirect_tqdm([log]), catch_signals() as caught:
-        while step < cfg.steps:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(cfg, step)
-            noise = torch.Generator(device).manual_seed(seed_of(cfg.seed, step, rank()))
-            mean = torch.zeros((), device=device)
-            for micro in range(step * cfg.accum, (step + 1) * cfg.accum):
-                frames, text = ahead.result()
-                ahead = pool.submit(get_batch, data.train, cfg, micro + 1)
-                loss = diffusion_loss(engine, frames.to(device), text.to(device), alpha_bar, cfg, noise)
-                engine.backward(loss)
-                engine.step()  # skips the update, on all ranks, when a gradient is not finite
-                mean += loss.detach() / cfg.accum
-            step += 1
-            bar.update()
-
-            if engine.was_step_applied():
-                update_ema(ema, engine.module, min(cfg.ema, (1 + step) / (10 + step)))
-            skipped = count_skipped(engine, mean, step, cfg.lr, skipped)
-            if step % cfg.log_every == 0 or step == cfg.steps:
-                loss, speed = (
-                    over_ranks(mean.item(), "mean"),
-                    (step - since_step) / (time.monotonic() - since),
-                )
-                left = timedelta(seconds=round((cfg.steps - step) / speed))
-                log.info(f"step {step:06d} | loss {loss:.4f} | {speed:.2f} steps/s | {left} left")
-                bar.set_postfix(loss=f"{loss:.4f}")
-                norm = engine.get_global_grad_norm()  # None until a first update was made
-                row = {
-                    "step": step,
-                    "loss": loss,
-                    "lr": group["lr"],
-                    "grad_norm": math.nan if norm is None else float(norm),
-                }
-                row |= {
-                    "samples_per_s": speed * engine.train_batch_size(),
-                    "peak_memory_gb": peak_memory_gb(),
-                }
-                record(cfg.output_dir, row, track)
-                since, since_step = time.monotonic(), step
-            stop = int(over_ranks(max(caught, default=0), "max"))
-            if step % cfg.save_every == 0 or step == cfg.steps or stop:
-                save(cfg, engine, ema, data, facts, step, in_a_hurry=bool(stop))
-            if stop:
-                log.info(
-                    f"stopped by {signal.Signals(stop).name} after step {step}; the same command goes on from there"
-                )
-                raise SystemExit(128 + stop)
-            if step % cfg.eval_every == 0 and step < cfg.steps and rank() == 0:
-                losses = held_out_loss(averaged(engine.module, ema), data.held_out, cfg)
-                log.info(
-                    f"eval step {step:06d} | held-out loss {losses['loss']:.4f} | swapped {losses['captions_swapped']:.4f}"
-                )
-                record(
-                    cfg.output_dir,
-                    {"step": step} | {f"held_out_{name}": v for name, v in losses.items()},
-                    track,
-                )
-                write_loss_curve(cfg.output_dir, CURVES, "mean squared error")
-            if step % cfg.save_every == 0 or step % cfg.eval_every == 0:  # the clock is for training alone
-                since, since_step = time.monotonic(), step
+    ahead = pool.submit(get_batch, data.train, cfg, run.step * cfg.accum)
+    for step, row in steps:
+        noise = torch.Generator(device).manual_seed(seed_of(cfg.seed, step, rank()))
+        row["loss"] = torch.zeros((), device=device)
+        for micro in range(step * cfg.accum, (step + 1) * cfg.accum):
+            frames, text = ahead.result()
+            ahead = pool.submit(get_batch, data.train, cfg, micro + 1)
+            loss = diffusion_loss(engine, frames.to(device), text.to(device), alpha_bar, cfg, noise)
+            engine.backward(loss)
+            engine.step()  # skips the update, on all ranks, when a gradient is not finite
+            row["loss"] += loss.detach() / cfg.accum
+        if engine.was_step_applied():
+            update_ema(ema, engine.module, min(cfg.ema, (2 + step) / (11 + step)))
 
 
-def save(
-    cfg: Config, engine, ema: dict[str, Tensor], data: Data, facts: dict, step: int, in_a_hurry: bool
-) -> None:
+def evaluate_at(step: int, model: UNet3DCond, data: Data, cfg: Config) -> dict[str, float]:
+    """Rank 0: evaluate in the middle of the run. -> what goes into metrics.jsonl"""
+    losses = held_out_loss(model, data.held_out, cfg)
+    swapped = losses["captions_swapped"]
+    log.info(f"eval step {step:06d} | held-out loss {losses['loss']:.4f} | swapped {swapped:.4f}")
+    return {f"held_out_{name}": value for name, value in losses.items()}
+
+
+def save(cfg: Config, run: Run, engine, ema: dict[str, Tensor], data: Data, step: int) -> None:
     """Every rank: checkpoints/step_000200 to resume from, then ckpt_000200.pt and, without hurry, a preview.
 
     In fp32 28 bytes a parameter: weights, master weights, two moments, EMA; and weights and EMA once more.
     """
 
-    def write(aside: Path) -> None:
-        engine.save_checkpoint(str(aside), tag="deepspeed", save_latest=False)
+    def add_ema(aside: Path) -> None:
         if rank() == 0:
             torch.save(ema, aside / "ema.pt")
 
-    folder = cfg.output_dir
-    save_checkpoint(folder / "checkpoints", step, write, cfg.keep, ranks=world_size(), **facts)
+    save_run(run, engine, step, add_ema)
     weights = full_weights(engine.module, torch.float32)
-    if rank() == 0:
-        target = folder / f"ckpt_{step:06d}.pt"
+
+    @on_rank0
+    def save_weights() -> None:
+        target = run.folder / f"ckpt_{step:06d}.pt"
         state = {"step": step, "model": weights, "ema": {name: weight.cpu() for name, weight in ema.items()}}
         write_whole(target, lambda aside: torch.save(state, aside))
-        for old in numbered(folder, "ckpt_", ".pt")[: -cfg.keep]:
+        whole = [path for path in numbered(run.folder, "ckpt_", ".pt") if zipfile.is_zipfile(path)]
+        for old in whole[: -cfg.keep]:
             old.unlink()
         log.info(f"saved {target}")
-    if rank() == 0 and not in_a_hurry:
-        captions, text = data.held_out.some_captions(4)
-        pictures = sample_pixels(averaged(engine.module, ema), text, cfg, cfg.seed)
-        write_grid(pictures, captions, folder / "samples" / f"preview_step{step:06d}.png")
+        if not asked_to_stop():
+            captions, text = data.held_out.different_captions(4)
+            pictures = sample_pixels(averaged(engine.module, ema), text, cfg, cfg.seed)
+            write_grid(pictures, captions, run.folder / "samples" / f"preview_step{step:06d}.png")
+
+    save_weights()
 
 
 def averaged(model: UNet3DCond, ema: dict[str, Tensor]) -> UNet3DCond:
@@ -995,106 +968,52 @@ def averaged(model: UNet3DCond, ema: dict[str, Tensor]) -> UNet3DCond:
 # ---------------------------------------------------------------------------
 
 
-def publish(cfg: Config, model: UNet3DCond, ema: dict[str, Tensor], data: Data, repo: str) -> None:
-    """Rank 0: model/, its evaluation, its card; the Hub last. Exit code 3 when only the push failed."""
-    folder, target = cfg.output_dir, cfg.output_dir / "model"
-    results = json.loads(path.read_text()) if (path := folder / "results.json").exists() else {}
-    if results.get("steps") != cfg.steps:
-        export(cfg, model, ema, data.encoder)  # before the evaluation: a run that dies there keeps its model
-        results = evaluate(model, data, cfg) | summary(folder, cfg.steps)
-        captions, text = data.held_out.some_captions(6)
-        pictures = sample_pixels(model, text, cfg, cfg.seed)
-        write_samples(pictures, captions, target / "samples")
-        write_loss_curve(folder, CURVES, "mean squared error")
-        shutil.copyfile(folder / "loss.png", target / "loss.png")
-        write_json(folder / "results.json", results)
-    write_card(
-        cfg, results, data.encoder, repo, data.held_out.captions[0][0]
-    )  # again when the push comes later: it names the repo
-    show(results, folder)
-    if repo:
-        push_finished(target, repo, f"{Path(__file__).name}, step {cfg.steps}")
-    finish(folder)
-
-
-def export(cfg: Config, model: UNet3DCond, ema: dict[str, Tensor], encoder: str) -> None:
+@on_rank0
+def export(cfg: Config, model: UNet3DCond, ema: dict[str, Tensor], encoder: str, target: Path) -> None:
     from safetensors.torch import save_file
 
-    target = cfg.output_dir / "model"
     target.mkdir(exist_ok=True)
     weights = {name: weight.cpu().contiguous() for name, weight in ema.items()}
     write_whole(target / "model.safetensors", lambda aside: save_file(weights, aside))
     kept = ("frames", "size", "prediction", "shift", "sampler", "sample_steps", "guidance")
-    write_json(
-        target / "config.json",
-        {"model": model.config, "text_encoder": encoder} | {k: getattr(cfg, k) for k in kept},
-    )
-    for source in (Path(__file__), Path(__file__).with_name("common.py")):
-        shutil.copyfile(source, target / source.name)
+    config = {"model": model.config, "text_encoder": encoder} | {name: getattr(cfg, name) for name in kept}
+    write_json(target / "config.json", config)
+    copy_code(target, __file__)
 
 
-def show(results: dict, folder: Path) -> None:
-    """The table at the end of a run, and where things are."""
-    log.info(f"\nscore                 {results['score']:.3f}   {results['score_is']}")
-    for name, value in results["controls"].items():
-        log.info(f"{name:<22}{value:.3f}   a control: must be low")
-    for name, value in results.get("asked_is_made", {}).items():
-        log.info(f"  {name:<20}{value:.3f}   captions shuffled {results['captions_shuffled'][name]:.3f}")
-    losses = results["held_out"]
-    log.info(f"held-out loss         {losses['loss']:.4f}  captions swapped {losses['captions_swapped']:.4f}")
-    log.info(
-        f"speed                 {results['samples_per_s']:.1f} clips/s, peak memory {results['peak_memory_gb']:.2f} GB"
-    )
-    log.info(
-        f"model                 {folder / 'model'}\nsamples               {folder / 'model' / 'samples.png'}"
-    )
+@on_rank0
+def final_results(cfg: Config, model: UNet3DCond, data: Data) -> dict:
+    """What results.json says of the finished model; and model/samples.png, .mp4 and .gif"""
+    results = evaluate(model, data, cfg)
+    captions, text = data.held_out.different_captions(6)
+    pictures = sample_pixels(model, text, cfg, cfg.seed)
+    write_samples(pictures, captions, cfg.output_dir / "model" / "samples")
+    return results
 
 
-def write_card(cfg: Config, results: dict, encoder: str, repo: str, caption: str) -> None:
-    numbers = {"score": results["score"]} | results["controls"]
-    numbers |= {name: results[name] for name in ("steps", "final_loss", "samples_per_s", "peak_memory_gb")}
-    rows, snippet, made = card_parts(cfg.output_dir, numbers, repo)
-    clips = f"`{cfg.manifest.name}`" if cfg.manifest else "generated clips of moving shapes"
-    (cfg.output_dir / "model" / "README.md").write_text(f"""---
-library_name: pytorch
-pipeline_tag: text-to-video
-tags: [text-to-video, ddpm, deepspeed]
----
-# {(repo or cfg.hub_model_id).split("/")[-1]}
-
-A text-to-video diffusion model on pixels, {cfg.frames} frames of {cfg.size}x{cfg.size}: a 3-D U-Net with FiLM on the text
-features of `{encoder}`, trained from scratch on {clips} by `t2v_ddpm.py`, which lies in this repository.
-
-| measured | |
-|---|---|
-{rows}
-
-Score: {results["score_is"]}.
-
-![samples](samples.png)
-![loss](loss.png)
-
-```python
-import sys
-
-{snippet}
-sys.path.insert(0, folder)  # t2v_ddpm.py and common.py; they need torch, einops, tyro, safetensors, transformers, tqdm
-from common import write_video
-from t2v_ddpm import generate
-
-frames = generate({json.dumps(caption)}, folder)  # uint8 (F, H, W, 3)
-write_video(frames, "sample")  # sample.mp4 and sample.gif
-```
-
-{made}
-""")
+def card_of(cfg: Config, data: Data, results: dict) -> dict:
+    """Rank 0: what write_card wants"""
+    clips = cfg.manifest.name if cfg.manifest else "generated clips of moving shapes"
+    caption = json.dumps(data.held_out.captions[0][0])
+    return {
+        "about": f"A text-to-video diffusion model on pixels, {cfg.frames} frames of {cfg.size}x{cfg.size}: "
+        f"a 3-D U-Net with FiLM on the text features of `{data.encoder}`, trained from scratch on {clips} by "
+        "`t2v_ddpm.py`, which lies in this repository.",
+        "usage": "from common import write_video\nfrom t2v_ddpm import generate\n\n"
+        f'frames = generate({caption}, folder)  # uint8 (F, H, W, 3)\nwrite_video(frames, "sample")',
+        "more": "![samples](samples.png)",
+        "data": clips,
+        "library_name": "pytorch",
+        "pipeline_tag": "text-to-video",
+        "tags": ["text-to-video", "ddpm", "deepspeed"],
+    }
 
 
 def generate(prompt: str, model: str | Path, seed: int = 0, **sampling) -> np.ndarray:
     """One clip for a caption from a finished model, a folder or a Hub id: uint8 (F, H, W, 3).
 
-    sampling: sampler, sample_steps, guidance as in Config; what the model was trained with by default. Raises OSError when
-    the model cannot be found.
+    sampling: sampler, sample_steps, guidance as in Config; what the model was trained with by default. Raises
+    OSError when the model cannot be found.
     """
     from huggingface_hub import snapshot_download
     from safetensors.torch import load_file

@@ -1,38 +1,41 @@
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11"
 # dependencies = [
-#   "av", "deepspeed", "diffusers", "einops", "huggingface_hub", "matplotlib", "numpy", "opencv-python-headless", "peft",
-#   "pillow", "safetensors", "sentencepiece", "torch", "tqdm", "transformers", "tyro",
+#   "av==18.1.0", "deepspeed==0.19.8", "diffusers==0.42.1", "einops==0.8.2", "huggingface_hub==2.4.0",
+#   "matplotlib==3.11.2", "numpy==2.4.6", "opencv-python-headless==5.0.0.93", "peft==0.21.2",
+#   "pillow==13.0.0", "requests==2.34.2", "safetensors==0.8.0", "sentencepiece==0.2.3", "torch>=2.6",
+#   "tqdm==4.70.1", "transformers==5.23.0", "tyro==1.0.17",
 # ]
 # ///
 """Text to video in latent space: Open-Sora 1.2 (ST-DiT, rectified flow, 3-D VAE, buckets) in one file.
 
-    python t2v_rflow.py --demo                                  # minutes on 2 CPU cores: moving shapes, two sizes, two lengths
-    python t2v_rflow.py --manifest clips.csv --cache latents    # one GPU: fine-tune the published weights; --lora_r 16: LoRA
-    ./run.sh t2v_rflow.py 8 --manifest clips.csv --cache latents --recipe speed --stage 1      # as the 18,000-hour run
-    python t2v_rflow.py --prompt "a dog runs"                   # sample the finished model: mp4, gif and png
-    python t2v_rflow.py --prompt "a dog runs" --image first.png # ... from a first frame; --extend clip.mp4: what comes next
-    python t2v_rflow.py --watch runs/t2v_rflow                  # on another GPU: samples of each new checkpoint
+    python t2v_rflow.py --demo                 # minutes on 2 CPU cores: moving shapes, two sizes, two lengths
+    python t2v_rflow.py --manifest clips.csv --cache latents    # one GPU: fine-tune the published weights
+    ./run.sh t2v_rflow.py 8 --manifest clips.csv --cache latents --recipe speed --stage 1
+    python t2v_rflow.py --prompt "a dog runs"  # sample the finished model: mp4, gif and png
+    python t2v_rflow.py --prompt "a dog runs" --image first.png # from a first frame; --extend clip.mp4: go on
+    python t2v_rflow.py --watch runs/t2v_rflow # on another GPU: samples of each new checkpoint
 
-MANIFEST is CSV, parquet or JSON lines with the columns path and text and, if there, num_frames, height, width, fps, aesthetic
-score, motion score and camera motion; what is missing is read from the files. OpenVid's and MiraData's own columns are known.
-Clips go into buckets by resolution, length and aspect ratio; in one step each GPU may have another bucket, of equal cost.
+MANIFEST is CSV, parquet or JSON lines with the columns path and text and, if there, num_frames, height,
+width, fps, aesthetic score, motion score and camera motion; what is missing is read from the files. OpenVid's
+and MiraData's own columns are known. Clips go into buckets by resolution, length and aspect ratio; in one
+step each GPU may have another bucket, of equal cost. --recipe speed is that of the 18,000-hour run.
 
---model takes hpcai-tech/OpenSora-STDiT-v3, a folder that a run wrote, or scratch; the model is exported under the same names.
---vae is the published 3-D VAE, diffusers' AutoencoderKLWan for training from scratch, or pixels. --cache encodes captions and
-clips once; each clip then keeps its bucket and its frames in all epochs.
+--model takes hpcai-tech/OpenSora-STDiT-v3, a folder that a run wrote, or scratch; the model is exported under
+the same names. --lora_r 16 trains LoRA. --vae is the published 3-D VAE, diffusers' AutoencoderKLWan for
+training from scratch, or pixels. --cache encodes captions and clips once; each clip then keeps its bucket and
+its frames in all epochs.
 
 Writes the run folder described in README.md. The same command again goes on from the newest whole checkpoint.
 
-Measured: --demo, 8 minutes on 2 CPU cores: all five attributes right in .98 of 176 samples for captions never seen, 0.00 with the
-captions shuffled. The published weights and a GPU: not yet measured.
+Measured: --demo, 8 minutes on 2 CPU cores: all five attributes right in .98 of 176 samples for captions never
+seen, 0.00 with the captions shuffled. The published weights and a GPU: not yet measured.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import io
 import itertools
@@ -40,14 +43,12 @@ import json
 import math
 import os
 import re
-import shutil
-import signal
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import timedelta
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -55,86 +56,83 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from diffusers import AutoencoderKL, AutoencoderKLWan
 from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from common import (
+    CHECKPOINTING,
     CONTAINERS,
     GB,
     BadSample,
+    Free,
+    Layout,
+    Lower,
+    Run,
     append_json,
     brief,
-    card_parts,
-    catch_signals,
     check_settings,
     check_weights,
-    choose_layout,
-    count_skipped,
+    copy_code,
     demo_module,
-    device_name,
     disk_free,
-    ds_config,
     epoch_order,
     fetch_model,
-    finish,
+    fingerprint,
+    finish_run,
     first_of,
     fitted,
     from_all_ranks,
     gathered,
-    hub_check,
-    init_distributed,
     is_url,
-    learning_rate,
     leave_out,
-    load_engine,
     local_file,
     log,
-    memory_rows,
+    memory_layouts,
+    merged_over_ranks,
     numbered,
     on_rank0,
-    opened,
+    open_engine,
+    open_run,
+    open_video,
+    out_of_memory,
     over_ranks,
-    peak_memory_gb,
     pick_dtype,
-    prepare_run_folder,
-    push_finished,
     rank,
     read_flags,
     read_json,
     read_rows,
-    record,
     refuse,
-    resume_checkpoint,
+    rounds,
     run,
     save_array,
-    save_checkpoint,
+    save_run,
     saved_bytes,
     seed_of,
+    show_plan,
     split_clips,
-    summary,
-    take_run_folder,
+    start_run,
+    stop_if_asked,
     tracker,
+    training_steps,
     upright,
+    with_steps,
     world_size,
     write_json,
-    write_loss_curve,
     write_samples,
     write_whole,
 )
 
 PUBLISHED = "hpcai-tech/OpenSora-STDiT-v3"
+VAES = {"opensora": "hpcai-tech/OpenSora-VAE-v1.2", "wan": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"}
+WARMUP = 1000  # steps, when --warmup_steps is not given
 TIMESTEPS = 1000  # the model is told t * 1000; 1 is noise
 IMAGE_FPS = 120.0  # what upstream tells the model of an image (IMG_FPS)
 PIECE = 17  # frames that Open-Sora's VAE encodes together; trained with this alone
 MICRO = 4  # pictures through a 2-D encoder or decoder at a time
-SPATIAL_FACTOR = (
-    0.18215  # between the two halves of Open-Sora's VAE: Stable Diffusion's factor, not SDXL's 0.13025
-)
-CURVES = ("loss", "held_out_loss")  # in loss.png
+# between the two halves of Open-Sora's VAE: Stable Diffusion's factor, not SDXL's 0.13025
+SPATIAL_FACTOR = 0.18215
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 # ---------------------------------------------------------------------------
@@ -145,35 +143,35 @@ TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.flo
 @dataclass(frozen=True)
 class Config:
     demo: bool = False  # a tiny model on clips made on the spot: minutes on 2 CPU cores, no network
-    check: bool = False  # all checks and the plan, no training
-    output_dir: Path = Path("runs/t2v_rflow")  # run folder; the same folder again resumes the run
+    check: Free[bool] = False  # all checks and the plan, no training
+    output_dir: Free[Path] = Path("runs/t2v_rflow")  # run folder; the same folder again resumes the run
     seed: int = 0
 
     # data
 
-    manifest: Path | None = (
-        None  # CSV, parquet or JSON lines: path, text, and if there num_frames, height, width, fps
-    )
-    videos: Path | None = None  # folder that relative paths start from; default: the manifest's
-    recipe: Literal["none", "speed", "full"] = (
-        "none"  # settings of a published run, at --stage; other flags win
-    )
+    # CSV, parquet or JSON lines: path, text, and if there num_frames, height, width, fps
+    manifest: Free[Path | None] = None
+    videos: Free[Path | None] = None  # folder that relative paths start from; default: the manifest's
+    # settings of a published run, at --stage; other flags win
+    recipe: Literal["none", "speed", "full"] = "none"
     stage: Literal["1", "2", "3", "demo"] = "2"  # of Open-Sora's table of buckets
-    buckets: Path | None = None  # JSON of another table, {"240p": {"51": [probability, clips in a batch]}}
-    tokens_per_gpu: int = 110_000  # of one micro-batch, on 80 GB; lower this first when memory runs out
-    cache: Path | None = None  # encode captions and clips once, into this folder; without it in each step
+    # JSON of another table, {"240p": {"51": [probability, clips in a batch]}}
+    buckets: Free[Path | None] = None
+    tokens_per_gpu: Lower[int] = 110_000  # of a micro-batch, on 80 GB; lower this first when memory runs out
+    # encode captions and clips once, into this folder; without it in each step
+    cache: Free[Path | None] = None
     val_fraction: float = 0.02  # share of the videos held out
-    max_bad: float = 0.05  # share of unusable samples above which the run refuses
-    num_workers: int = os.cpu_count() or 1  # threads that decode
-    cache_dir: Path = Path("cache")  # downloads
+    max_bad: Free[float] = 0.05  # share of unusable samples above which the run refuses
+    num_workers: Free[int] = os.cpu_count() or 1  # threads that decode
+    cache_dir: Free[Path] = Path("cache")  # downloads
 
     # model
 
-    model: str = (
-        ""  # STDiT3: Hub id, folder or scratch; default: the published one, for --prompt <output_dir>/model
-    )
+    # STDiT3: Hub id, folder or scratch; default: the published one, for --prompt <output_dir>/model
+    model: str = ""
     vae: Literal["opensora", "wan", "pixels"] = "opensora"
-    vae_model: str = ""  # Hub id or folder; default: hpcai-tech/OpenSora-VAE-v1.2, for wan Wan-AI/Wan2.1-T2V-1.3B-Diffusers
+    # Hub id or folder; default: hpcai-tech/OpenSora-VAE-v1.2, for wan Wan-AI/Wan2.1-T2V-1.3B-Diffusers
+    vae_model: str = ""
     text: Literal["t5", "words"] = "t5"  # words: fixed random directions, for the demo
     text_model: str = "DeepFloyd/t5-v1_1-xxl"  # Hub id or folder
     depth: int = 28  # of scratch: pairs of spatial and temporal blocks
@@ -186,76 +184,73 @@ class Config:
     mask_share: float = 0.25  # of clips with frames that are given: image to video, extension
     base_size: int = 512  # pixels a side that need no shift towards noise
     shift: float = 1.0  # factor of the shift by size and length
-    gradient_checkpointing: bool = True
+    gradient_checkpointing: Free[Literal["auto", "on", "off"]] = "auto"  # auto: when it does not fit without
 
     # optimisation
 
-    steps: int = 0  # optimizer steps in all, over all resumes; 0: as many as --epochs are
-    epochs: float = 1.0  # passes over the buckets
-    accum: int = 1  # micro-steps per optimizer step
-    lr: float = 1e-4
-    warmup_steps: int = 1000
+    steps: Free[int] = 0  # optimizer steps in all, over all resumes; 0: as many as --epochs are
+    epochs: Free[float] = 1.0  # passes over the buckets
+    accum: Lower[int] = 1  # micro-steps per optimizer step
+    lr: Free[float] = 1e-4
+    warmup_steps: Free[int | None] = None  # default: 1000, but at most a tenth of the steps
     lr_decay: bool = False  # to 0 at the last step, along a cosine
     weight_decay: float = 0.0
     beta2: float = 0.999  # of AdamW
     eps: float = 1e-15  # of AdamW
-    clip: float = 1.0  # gradient norm limit
+    clip: Free[float] = 1.0  # gradient norm limit
     ema: float = 0.99  # decay of the averaged weights, which are sampled and pushed
-    average: int = (
-        0  # after the run, also try the mean of the last N checkpoints; the best by held-out loss is kept
-    )
-    dtype: Literal["bf16", "fp16", "fp32"] | None = (
-        None  # default: bf16, fp16 on GPUs without it, fp32 on a CPU
-    )
-    deepspeed: Annotated[str, tyro.conf.arg(aliases=["--deepspeed_config"])] = (
-        "auto"  # JSON file, or auto: what fits
-    )
+    # after the run, also try the mean of the last N checkpoints; the best by held-out loss is kept
+    average: Free[int] = 0
+    # default: bf16, fp16 on GPUs without it, fp32 on a CPU
+    dtype: Literal["bf16", "fp16", "fp32"] | None = None
+    # JSON file, or auto: what fits
+    deepspeed: Free[Annotated[str, tyro.conf.arg(aliases=["--deepspeed_config"])]] = "auto"
 
     # sampling
 
-    prompt: str = ""  # sample this caption from --model and stop
-    image: Path | None = None  # of --prompt: the first frame
-    extend: Path | None = None  # of --prompt: a clip to go on with
-    watch: Path | None = None  # sample each new checkpoint of this run folder, on another GPU or machine
-    resolution: str = "240p"
-    ratio: str = "9:16"  # height to width
-    frames: int = 51
-    fps: int = 24
-    sample_steps: int = 30
-    guidance: float = 7.0  # 1 = none
-    aes: float = 6.5  # aesthetic score that is asked for; 0: none
+    prompt: Free[str] = ""  # sample this caption from --model and stop
+    image: Free[Path | None] = None  # of --prompt: the first frame
+    extend: Free[Path | None] = None  # of --prompt: a clip to go on with
+    # sample each new checkpoint of this run folder, on another GPU or machine
+    watch: Free[Path | None] = None
+    resolution: Free[str] = "240p"
+    ratio: Free[str] = "9:16"  # height to width
+    frames: Free[int] = 51
+    fps: Free[int] = 24
+    sample_steps: Free[int] = 30
+    guidance: Free[float] = 7.0  # 1 = none
+    aes: Free[float] = 6.5  # aesthetic score that is asked for; 0: none
 
     # watching and saving
 
-    log_every: int = 10
-    eval_every: int = 500
-    save_every: int = 200
-    keep: int = 3  # newest checkpoints kept
-    resume: bool = True  # --no_resume: refuse a folder that has checkpoints
-    report_to: Literal["none", "tensorboard", "wandb"] = (
+    log_every: Free[int] = 10
+    eval_every: Free[int] = 500
+    save_every: Free[int] = 200
+    keep: Free[int] = 3  # newest checkpoints kept
+    resume: Free[bool] = True  # --no_resume: refuse a folder that has checkpoints
+    report_to: Free[Literal["none", "tensorboard", "wandb"]] = (
         "wandb" if os.environ.get("WANDB_API_KEY") else "none"
     )
 
     # Hub
 
-    push_to_hub: bool = False  # needs HF_TOKEN, and HF_USER_ID or a full --hub_model_id
-    hub_model_id: str = "t2v_rflow"
-    public: bool = False  # visibility of a new repository
+    push_to_hub: Free[bool] = False  # needs HF_TOKEN, and HF_USER_ID or a full --hub_model_id
+    hub_model_id: Free[str] = "t2v_rflow"
+    public: Free[bool] = False  # visibility of a new repository
 
     def __post_init__(self) -> None:
         check_settings(
             self,
-            at_least_1="tokens_per_gpu num_workers depth width heads base_size accum frames fps sample_steps log_every "
-            "eval_every save_every keep lora_alpha",
+            at_least_1="tokens_per_gpu num_workers depth width heads base_size accum frames fps sample_steps "
+            "log_every eval_every save_every keep lora_alpha",
+            at_least_0="steps lora_r average warmup_steps",
             above_0="lr shift clip guidance eps epochs",
             shares="caption_dropout mask_share ema max_bad val_fraction",
         )
-        for name in ("steps", "lora_r", "average", "warmup_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} {getattr(self, name)}: 0 or more")
         if self.width % (4 * self.heads):
             raise ValueError(
-                f"--width {self.width} must be a multiple of 4 x --heads {self.heads}: sines and cosines of two axes"
+                f"--width {self.width} must be a multiple of 4 x --heads {self.heads}: sines and cosines of "
+                "two axes"
             )
         if self.demo and self.manifest:
             raise ValueError(f"--demo makes its own clips: leave out --manifest {self.manifest}")
@@ -266,25 +261,28 @@ class Config:
         size_of(self.resolution, self.ratio)
 
 
-VAES = {"opensora": "hpcai-tech/OpenSora-VAE-v1.2", "wan": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"}
-# The demo is a preset: the same code with other numbers. Recipe and scores: README.md and benchmarks/RESULTS.md.
+# The demo is a preset: the same code with other numbers. Recipe and scores: README.md and
+# benchmarks/RESULTS.md.
 DEMO = dict(
-    demo=True, output_dir=Path("runs/t2v_rflow_demo"), report_to="none", stage="demo", cache=Path("cache/t2v_rflow_demo_latents"),
-    model="scratch", vae="pixels", text="words", depth=2, width=96, heads=4, frame_places=True, mask_share=0.1, base_size=12,
-    shift=2.5, gradient_checkpointing=False, steps=3600, lr=3e-3, warmup_steps=50, lr_decay=True, beta2=0.99, eps=1e-8, ema=0.99,
-    resolution="16p", ratio="1:1", frames=6, fps=8, sample_steps=20, guidance=3.0, aes=0.0, log_every=100, eval_every=1200,
-    save_every=1200,
+    demo=True, output_dir=Path("runs/t2v_rflow_demo"), report_to="none", stage="demo",
+    cache=Path("cache/t2v_rflow_demo_latents"), model="scratch", vae="pixels", text="words", depth=2,
+    width=96, heads=4, frame_places=True, mask_share=0.1, base_size=12, shift=2.5,
+    gradient_checkpointing="off", steps=3600, lr=3e-3, warmup_steps=50, lr_decay=True, beta2=0.99, eps=1e-8,
+    ema=0.99, resolution="16p", ratio="1:1", frames=6, fps=8, sample_steps=20, guidance=3.0, aes=0.0,
+    log_every=100, eval_every=1200, save_every=1200,
 )  # fmt: skip
 # Stages of two published runs; their buckets are Open-Sora's of that stage. Other flags win over these.
 RECIPES = {
-    # Lambda's Open-Sora tutorial (github.com/LambdaLabsML/Open-Sora, docs/tutorial): 192 H100, 18,000 GPU hours, on OpenVid-1M,
-    # in stage 3 with MiraData; 2,210, 7,099 and 14,778 steps. Their table of buckets was not seen.
+    # Lambda's Open-Sora tutorial (github.com/LambdaLabsML/Open-Sora, docs/tutorial): 192 H100, 18,000 GPU
+    # hours, on OpenVid-1M, in stage 3 with MiraData; 2,210, 7,099 and 14,778 steps. Their table of buckets
+    # was not seen.
     "speed": {
         "1": dict(epochs=5.0, lr=1.6e-4, warmup_steps=400, weight_decay=0.01, mask_share=0.2),
         "2": dict(epochs=5.0, lr=1.6e-4, warmup_steps=400, weight_decay=0.01, mask_share=0.25),
         "3": dict(epochs=5.0, lr=2e-4, warmup_steps=1000, weight_decay=0.01, mask_share=0.25),
     },
-    # Open-Sora 1.2's own (its report and configs/opensora-v1-2/train/stage*.py): 96 H100, 30,000, 23,000 and 15,000 steps
+    # Open-Sora 1.2's own (its report and configs/opensora-v1-2/train/stage*.py): 96 H100, 30,000, 23,000 and
+    # 15,000 steps
     "full": {
         "1": dict(epochs=2.0, lr=1e-4, warmup_steps=1000, mask_share=0.2),
         "2": dict(epochs=0.5, lr=1e-4, warmup_steps=1000, mask_share=0.2),
@@ -298,80 +296,52 @@ RECIPES = {
 
 # Height:width. The last is 50:27 upstream, whose own key, 2.08, is 25/12.
 RATIOS = "3:8 9:21 12:25 1:2 9:17 27:50 9:16 5:8 2:3 3:4 1:1 4:3 3:2 16:9 17:9 2:1 25:12".split()
-# Height x width in the order of RATIOS, as opensora/datasets/aspect.py (branch opensora/v1.2) has them: even sides of equal area
-# save for 144p and six others that were set by hand, so a table and no formula.
+# Height x width in the order of RATIOS, as opensora/datasets/aspect.py (branch opensora/v1.2) has them: even
+# sides of equal area save for 144p and six others that were set by hand, so a table and no formula.
 PUBLISHED_SIZES = {
-    "144p": "117x312 125x291 133x277 135x270 139x262 141x260 144x256 151x241 156x234 166x221 192x192 221x165 235x156 256x144 "
-    "263x139 271x135 277x132",
-    "240p": "196x522 210x490 222x462 226x452 232x438 236x436 240x426 252x404 262x393 276x368 320x320 370x278 392x262 426x240 "
-    "440x232 452x226 462x222",
-    "360p": "294x784 314x732 332x692 340x680 350x662 352x652 360x640 380x608 392x588 416x554 480x480 554x416 588x392 640x360 "
-    "660x350 678x340 692x332",
-    "480p": "392x1046 420x980 444x925 452x904 466x880 470x870 480x854 506x810 522x784 554x738 640x640 740x555 784x522 854x480 "
-    "880x466 906x454 924x444",
-    "720p": "588x1568 628x1466 666x1388 678x1356 698x1318 706x1306 720x1280 758x1212 784x1176 832x1110 960x960 1108x832 1176x784 "
-    "1280x720 1320x698 1358x680 1386x666",
-    "1080p": "882x2352 942x2198 998x2080 1018x2036 1048x1980 1058x1958 1080x1920 1138x1820 1176x1764 1248x1664 1440x1440 "
-    "1662x1246 1764x1176 1920x1080 1980x1048 2036x1018 2078x998",
+    "144p": "117x312 125x291 133x277 135x270 139x262 141x260 144x256 151x241 156x234 166x221 192x192 221x165 "
+    "235x156 256x144 263x139 271x135 277x132",
+    "240p": "196x522 210x490 222x462 226x452 232x438 236x436 240x426 252x404 262x393 276x368 320x320 370x278 "
+    "392x262 426x240 440x232 452x226 462x222",
+    "360p": "294x784 314x732 332x692 340x680 350x662 352x652 360x640 380x608 392x588 416x554 480x480 554x416 "
+    "588x392 640x360 660x350 678x340 692x332",
+    "480p": "392x1046 420x980 444x925 452x904 466x880 470x870 480x854 506x810 522x784 554x738 640x640 "
+    "740x555 784x522 854x480 880x466 906x454 924x444",
+    "720p": "588x1568 628x1466 666x1388 678x1356 698x1318 706x1306 720x1280 758x1212 784x1176 832x1110 "
+    "960x960 1108x832 1176x784 1280x720 1320x698 1358x680 1386x666",
+    "1080p": "882x2352 942x2198 998x2080 1018x2036 1048x1980 1058x1958 1080x1920 1138x1820 1176x1764 "
+    "1248x1664 1440x1440 1662x1246 1764x1176 1920x1080 1980x1048 2036x1018 2078x998",
 }
 SIZES = {
     name: dict(zip(RATIOS, (tuple(map(int, size.split("x"))) for size in sizes.split()), strict=True))
     for name, sizes in PUBLISHED_SIZES.items()
 }
 
-# {resolution: {frames: (keep, batch)}}: what a clip is resized to, with which probability, and how many to a batch on 80 GB; keep
-# may be (of the resolution, of the length); batch None: keeps longer clips out. From configs/opensora-v1-2/train/stage{1,2,3}.py,
-# without PixArt's squares (256, 512, 1024, 2048): their clips go to the next lower resolution. One frame is an image.
-BUCKETS = {
+# {resolution: {frames: (keep, batch)}}: what a clip is resized to, with which probability, and how many to a
+# batch on 80 GB; keep may be (of the resolution, of the length); batch None: keeps longer clips out. From
+# configs/opensora-v1-2/train/stage{1,2,3}.py, without PixArt's squares (256, 512, 1024, 2048): their clips go
+# to the next lower resolution. One frame is an image.
+Buckets = dict[str, dict[int, tuple[Any, int | None]]]
+BUCKETS: dict[str, Buckets] = {
     "demo": {"12p": {4: (1.0, 12), 6: (1.0, 8)}, "16p": {4: (1.0, 7), 6: (1.0, 5)}},
     "1": {
-        "144p": {
-            1: (1.0, 475),
-            51: (1.0, 51),
-            102: ((1.0, 0.33), 27),
-            204: ((1.0, 0.1), 13),
-            408: ((1.0, 0.1), 6),
-        },
-        "240p": {
-            1: (0.3, 297),
-            51: (0.4, 20),
-            102: ((0.4, 0.33), 10),
-            204: ((0.4, 0.1), 5),
-            408: ((0.4, 0.1), 2),
-        },
-        "360p": {
-            1: (0.2, 141),
-            51: (0.15, 8),
-            102: ((0.15, 0.33), 4),
-            204: ((0.15, 0.1), 2),
-            408: ((0.15, 0.1), 1),
-        },
+        "144p": {1: (1.0, 475), 51: (1.0, 51), 102: ((1.0, 0.33), 27), 204: ((1.0, 0.1), 13),
+                 408: ((1.0, 0.1), 6)},
+        "240p": {1: (0.3, 297), 51: (0.4, 20), 102: ((0.4, 0.33), 10), 204: ((0.4, 0.1), 5),
+                 408: ((0.4, 0.1), 2)},
+        "360p": {1: (0.2, 141), 51: (0.15, 8), 102: ((0.15, 0.33), 4), 204: ((0.15, 0.1), 2),
+                 408: ((0.15, 0.1), 1)},
         "480p": {1: (0.1, 89)},
         "720p": {1: (0.05, 36)},
         "1080p": {1: (0.1, 5)},
     },
     "2": {
-        "144p": {
-            1: (1.0, 475),
-            51: (1.0, 51),
-            102: ((1.0, 0.33), 27),
-            204: ((1.0, 0.1), 13),
-            408: ((1.0, 0.1), 6),
-        },
-        "240p": {
-            1: (0.3, 297),
-            51: (0.4, 20),
-            102: ((0.4, 0.33), 10),
-            204: ((0.4, 1.0), 5),
-            408: ((0.4, 1.0), 2),
-        },
-        "360p": {
-            1: (0.5, 141),
-            51: (0.15, 8),
-            102: ((0.3, 0.5), 4),
-            204: ((0.3, 1.0), 2),
-            408: ((0.5, 0.5), 1),
-        },
+        "144p": {1: (1.0, 475), 51: (1.0, 51), 102: ((1.0, 0.33), 27), 204: ((1.0, 0.1), 13),
+                 408: ((1.0, 0.1), 6)},
+        "240p": {1: (0.3, 297), 51: (0.4, 20), 102: ((0.4, 0.33), 10), 204: ((0.4, 1.0), 5),
+                 408: ((0.4, 1.0), 2)},
+        "360p": {1: (0.5, 141), 51: (0.15, 8), 102: ((0.3, 0.5), 4), 204: ((0.3, 1.0), 2),
+                 408: ((0.5, 0.5), 1)},
         "480p": {1: (0.5, 89), 51: (0.2, 5), 102: (0.2, 2), 204: (0.1, 1)},
         "720p": {1: (0.1, 36), 51: (0.03, 1)},
         "1080p": {1: (0.01, 5)},
@@ -384,11 +354,10 @@ BUCKETS = {
         "720p": {1: (0.3, 36), 51: (0.2, 2), 102: (0.1, 1), 204: (0.0, None)},
         "1080p": {1: (0.1, 5)},
     },
-}
+}  # fmt: skip
 PUBLISHED_TOKENS = 110_000  # of a batch on 80 GB: video rows of the tables hold 95,000 to 143,000
-WINDOW = (
-    32  # steps sorted by cost together: stage 2 waits 10 % for its costliest of 192 ranks with 8, 2 % with 32
-)
+# steps sorted by cost together: stage 2 waits 10 % for its costliest of 192 ranks with 8, 2 % with 32
+WINDOW = 32
 ENOUGH = 0.8  # of a resolution's area: bucket.py's `approx`
 
 
@@ -398,52 +367,28 @@ def ratios_of(resolution: str) -> list[str]:
 
 
 def area_of(resolution: str) -> int:
-    """Pixels: H * W of 9:16 where published (240p: 102,240), else N * N of "Np". ValueError for another name."""
+    """Pixels: H * W of 9:16 where published (240p: 102,240), else N * N of "Np". Or ValueError."""
     if not (resolution.endswith("p") and resolution[:-1].isdecimal() and int(resolution[:-1])):
-        raise ValueError(
-            f"resolution {resolution}: one of {', '.join(SIZES)}, or a side in pixels and p, as 16p"
-        )
+        known = ", ".join(SIZES)
+        raise ValueError(f"resolution {resolution}: one of {known}, or a side in pixels and p, as 16p")
     return math.prod(SIZES[resolution]["9:16"]) if resolution in SIZES else int(resolution[:-1]) ** 2
 
 
 def size_of(resolution: str, ratio: str) -> tuple[int, int]:
-    """-> (height, width) in pixels; `ratio` is height:width, so 9:16 of 240p is (240, 426). ValueError for one not there."""
+    """-> (height, width) in pixels; `ratio` is height:width, so 9:16 of 240p is (240, 426). Or ValueError."""
     area = area_of(resolution)
     if ratio not in ratios_of(resolution):
-        raise ValueError(
-            f"aspect ratio {ratio} (height:width) of {resolution}: one of {', '.join(ratios_of(resolution))}"
-        )
+        known = ", ".join(ratios_of(resolution))
+        raise ValueError(f"aspect ratio {ratio} (height:width) of {resolution}: one of {known}")
     return SIZES[resolution][ratio] if resolution in SIZES else (math.isqrt(area), math.isqrt(area))
 
 
-def scaled(buckets: dict, tokens_per_gpu: int, codec: Any) -> dict:
-    """`buckets` with upstream's batches in proportion to --tokens_per_gpu, and in inverse proportion to the tokens that a clip
-    has with this codec. With upstream's codec and 110,000 tokens they are upstream's. A bucket whose single clip has over 4/3 of
-    the tokens takes none: its clips go to shorter lengths and lower resolutions. Lengths become those that the codec has."""
-
-    def cell(resolution: str, frames: int, keep: Any, batch: int | None) -> tuple[Any, int | None]:
-        clip = (frames, *size_of(resolution, "9:16" if resolution in SIZES else "1:1"))
-        tokens = tokens_of(codec)(codec.whole_length(frames), *clip[1:])
-        if not batch or tokens > tokens_per_gpu * 4 / 3:
-            return keep if not batch else (0.0, 0.0), None
-        return keep, max(
-            1, int(batch * tokens_per_gpu / PUBLISHED_TOKENS * published_tokens(*clip) / tokens + 1e-6)
-        )
-
-    return {
-        r: {codec.whole_length(f): cell(r, f, *row) for f, row in of.items()} for r, of in buckets.items()
-    }
-
-
 def tokens_of(codec: Any) -> Callable[[int, int, int], int]:
-    """Tokens of a clip (frames, height, width): 2 x 2 latents each"""
+    """-> tokens of a clip (frames, height, width): 2 x 2 latents each"""
 
     def count(frames: int, height: int, width: int) -> int:
-        return (
-            codec.latent_frames(frames)
-            * math.ceil(height // codec.space / 2)
-            * math.ceil(width // codec.space / 2)
-        )
+        rows, columns = (math.ceil(side // codec.space / 2) for side in (height, width))
+        return codec.latent_frames(frames) * rows * columns
 
     return count
 
@@ -453,18 +398,44 @@ def published_tokens(frames: int, height: int, width: int) -> int:
     return tokens_of(OpenSoraVAE)(frames, height, width)
 
 
-def read_buckets(path: Path) -> dict:
-    """A table like BUCKETS[stage] from JSON, {"240p": {"51": [0.4, 20]}}. Exit 2 for one that is not like that."""
+def scaled(buckets: Buckets, tokens_per_gpu: int, codec: Any) -> Buckets:
+    """`buckets` with upstream's batches in proportion to --tokens_per_gpu, and in inverse proportion to the
+    tokens that a clip has with this codec. With upstream's codec and 110,000 tokens they are upstream's. A
+    bucket whose single clip has over 4/3 of the tokens takes none: its clips go to shorter lengths and lower
+    resolutions. Lengths become those that the codec has."""
+    adapted: Buckets = {}
+    for resolution, lengths in buckets.items():
+        size = size_of(resolution, "9:16" if resolution in SIZES else "1:1")
+        adapted[resolution] = {}
+        for frames, (keep, batch) in lengths.items():
+            tokens = tokens_of(codec)(codec.whole_length(frames), *size)
+            if batch and tokens > tokens_per_gpu * 4 / 3:
+                keep, batch = (0.0, 0.0), None
+            elif batch:
+                share = tokens_per_gpu / PUBLISHED_TOKENS * published_tokens(frames, *size) / tokens
+                batch = max(1, int(batch * share + 1e-6))
+            adapted[resolution][codec.whole_length(frames)] = keep, batch
+    return adapted
+
+
+def keeping_all(buckets: Buckets) -> Buckets:
+    """The same buckets for evaluation: they take every clip that fits"""
+    sure: Buckets = {}
+    for resolution, lengths in buckets.items():
+        sure[resolution] = {f: (1.0 if batch else keep, batch) for f, (keep, batch) in lengths.items()}
+    return sure
+
+
+def read_buckets(path: Path) -> Buckets:
+    """A table like BUCKETS[stage] from JSON, {"240p": {"51": [0.4, 20]}}. Exit 2 for any other."""
+    table: Buckets = {}
     try:
-        table = {
-            r: {int(f): (keep, batch) for f, (keep, batch) in of.items()} for r, of in read_json(path).items()
-        }
-        for resolution in table:
+        for resolution, lengths in read_json(path).items():
             area_of(resolution)
+            table[resolution] = {int(frames): (keep, batch) for frames, (keep, batch) in lengths.items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        refuse(
-            f'--buckets {path}: {error}; a table has the form {{"240p": {{"51": [0.4, 20]}}}}: probability, clips in a batch'
-        )
+        form = '{"240p": {"51": [0.4, 20]}}: probability, clips in a batch'
+        refuse(f"--buckets {path}: {error}; a table has the form {form}")
     return table
 
 
@@ -472,8 +443,9 @@ def read_buckets(path: Path) -> dict:
 # Data: manifest
 # ---------------------------------------------------------------------------
 
-# Columns of Open-Sora (path, text, num_frames, aes, flow, cmotion), OpenVid-1M (video, caption, frame, "aesthetic score") and
-# MiraData (file_path, dense_caption, frame_number); the first that has something in it counts.
+# Columns of Open-Sora (path, text, num_frames, aes, flow, cmotion), OpenVid-1M (video, caption, frame,
+# "aesthetic score") and MiraData (file_path, dense_caption, frame_number); the first that has something in it
+# counts.
 COLUMNS = {
     "path": "path video video_path file_path clip_id".split(),
     "text": "text caption dense_caption short_caption".split(),
@@ -490,6 +462,7 @@ KEEP, SHUFFLE, CAPTION, FRAMES, MASKS = range(1, 6)  # what random numbers are f
 
 @dataclass(frozen=True, slots=True)  # slots: there may be millions
 class Row:
+    name: str  # as the manifest has it: what its random numbers go by, wherever the files lie
     path: str  # or http(s) URL
     text: str
     scores: tuple[str, str, str]  # as SCORES, "" where unknown
@@ -502,17 +475,20 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """The numbers of N clips that a plan needs."""
+    """The numbers of N clips that the batches of an epoch are planned by."""
 
     num_frames: np.ndarray  # int32 (N,)
     height: np.ndarray  # int32 (N,), pixels, upright
     width: np.ndarray  # int32 (N,)
     fps: np.ndarray  # float32 (N,)
 
+    def part(self, keep: np.ndarray) -> Table:
+        return Table(*(column[keep] for column in (self.num_frames, self.height, self.width, self.fps)))
+
 
 def rng_of(use: int, *parts: int) -> np.random.Generator:
-    """Random numbers that are a function of (use, seed, epoch, ...) alone, so a resumed run draws them again. `use` comes first,
-    for numpy takes [1, 2] and [1, 2, 0] as one seed."""
+    """Random numbers that are a function of (use, seed, epoch, ...) alone, so a resumed run draws them again.
+    `use` comes first, for numpy takes [1, 2] and [1, 2, 0] as one seed."""
     return np.random.default_rng([use, *parts])
 
 
@@ -525,49 +501,45 @@ def number(value: Any) -> float:
     return value if 0 < value < 1e9 else 0.0
 
 
-def read_manifest(manifest: Path, videos: Path | None = None) -> tuple[list[Row], list[dict]]:
-    """-> (a row for each clip, bad samples) of CSV, parquet, JSON lines or a folder. Relative paths are below `videos`, by
-    default beside the manifest. Exit 2 if it is missing, empty, none of these, or without a column of paths or of captions."""
-    found = read_rows(manifest)
-    there = dict.fromkeys(itertools.chain.from_iterable(row for _, row in found))
-    columns = {what: [name for name in names if name in there] for what, names in COLUMNS.items()}
+def manifest_rows(manifest: Path, videos: Path | None = None) -> tuple[list[Row], list[dict]]:
+    """-> (a row for each clip, bad samples) of CSV, parquet, JSON lines or a folder. Relative paths are below
+    `videos`, by default beside the manifest. Exit 2 if it is missing, empty, none of these, or without a
+    column of paths or of captions."""
+    listed = read_rows(manifest)
+    present = dict.fromkeys(itertools.chain.from_iterable(row for _, row in listed))
+    columns = {what: [name for name in names if name in present] for what, names in COLUMNS.items()}
     for what in ("path", "text"):
         if not columns[what]:
-            refuse(
-                f"{manifest} has no column {' or '.join(COLUMNS[what])}; it has {', '.join(map(str, there))}"
-            )
-    folder = str(
-        videos or (manifest if manifest.is_dir() else manifest.parent)
-    )  # Path / str takes 3 us, of each of millions
+            wanted, has = " or ".join(COLUMNS[what]), ", ".join(map(str, present))
+            refuse(f"{manifest} has no column {wanted}; it has {has}")
+    # a string: Path / str takes 3 us, of each of millions
+    folder = str(videos or (manifest if manifest.is_dir() else manifest.parent))
     rows, bad = [], []
-    for where, row in found:
-        path, text = first_of(row, *columns["path"]), first_of(row, *columns["text"])
-        if not isinstance(path, str):
+    for where, row in listed:
+        name, text = first_of(row, *columns["path"]), first_of(row, *columns["text"])
+        if not isinstance(name, str):
             bad.append({"where": where, "reason": "no path"})
             continue
-        path = f"{path}.mp4" if path == row.get("clip_id") else path
-        path = path if is_url(path) or path.startswith("/") else f"{folder}/{path}"
+        name = f"{name}.mp4" if name == row.get("clip_id") else name
+        path = name if is_url(name) or name.startswith("/") else f"{folder}/{name}"
         if not (isinstance(text, str) and text.strip()):
             bad.append({"where": where, "video": path, "reason": "no caption"})
             continue
-        aes, flow = (number(first_of(row, *columns[name])) for name in SCORES[:2])
+        aes, flow = (number(first_of(row, *columns[score])) for score in SCORES[:2])
         camera = str(first_of(row, *columns[SCORES[2]]) or "").replace("_", " ").strip().lower()
-        scores = (
-            f"{aes:.1f}" if aes else "",
-            f"{flow:.1f}" if flow else "",
-            "" if camera == "undetermined" else camera,
-        )
+        camera = "" if camera == "undetermined" else camera
+        scores = (f"{aes:.1f}" if aes else "", f"{flow:.1f}" if flow else "", camera)
         cells = first_of(row, *columns["num_frames"]), row.get("height"), row.get("width")
         sizes = [int(number(cell)) for cell in cells]
         fps = IMAGE_FPS if sizes[0] == 1 else number(row.get("fps"))
-        rows.append(Row(path, text.strip(), scores, *sizes, fps, where))
+        rows.append(Row(name, path, text.strip(), scores, *sizes, fps, where))
     return rows, bad
 
 
 def probe(path: Path) -> tuple[int, int, int, float]:
-    """-> (num_frames, height, width, fps) of a video or image. Decodes one frame: the header alone does not say whether the
-    picture lies on its side, nor whether it can be decoded at all. Raises BadSample."""
-    with opened(path, FORMATS) as (container, stream):
+    """-> (num_frames, height, width, fps) of a video or image. Decodes one frame: the header alone does not
+    say whether the picture lies on its side, nor whether it can be decoded at all. Raises BadSample."""
+    with open_video(path, FORMATS) as (container, stream):
         image, fps = container.format.name in IMAGES.split(","), float(stream.average_rate or 0)
         count = 1 if image else stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
         if not stream.frames and not image:
@@ -581,39 +553,33 @@ def probe(path: Path) -> tuple[int, int, int, float]:
     return count, height, width, IMAGE_FPS if count == 1 else fps
 
 
-def digest_of(rows: list[Row]) -> str:
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(f"{row.path}|{row.text}|{row.num_frames}|{row.height}|{row.width}|{row.fps}\n".encode())
-    return digest.hexdigest()[:32]
-
-
-def measure(rows: list[Row], cache: Path, workers: int) -> tuple[list[Row], Table, list[dict]]:
-    """-> (good rows, their Table, bad samples): what the manifest does not say is read from the files, in threads, and noted in
-    cache/looked_at, for a million of them take minutes."""
+def clip_table(rows: list[Row], cache: Path, workers: int) -> tuple[list[Row], Table, list[dict]]:
+    """-> (good rows, their Table, bad samples): what the manifest does not say is read from the files, in
+    threads, and noted in cache/looked_at, for a million of them take minutes."""
 
     def look(row: Row) -> tuple[int, int, int, float] | dict:
         try:
             seen = probe(local_file(row.path, cache))
         except BadSample as error:
             return {"where": row.where, "video": row.path, "reason": str(error)}
-        return tuple(
-            said or saw
-            for said, saw in zip((row.num_frames, row.height, row.width, row.fps), seen, strict=True)
-        )
+        said = (row.num_frames, row.height, row.width, row.fps)
+        return tuple(of_manifest or of_file for of_manifest, of_file in zip(said, seen, strict=True))
 
-    known = [(row.num_frames, row.height, row.width, row.fps) for row in rows]
+    known: list = [(row.num_frames, row.height, row.width, row.fps) for row in rows]
     lacking = [i for i, numbers in enumerate(known) if not all(numbers)]
-    noted = cache / "looked_at" / f"{digest_of(rows)}.npy" if lacking else None
+    noted = cache / "looked_at" / f"{fingerprint(rows)}.npy" if lacking else None
     if noted and noted.exists():
         for i, *numbers in np.load(noted).tolist():
             known[int(i)] = tuple(numbers)
         lacking = [i for i in lacking if not all(known[i])]
-    with ThreadPoolExecutor(workers) as pool:  # the decoders release the GIL
+    pool = ThreadPoolExecutor(workers)  # the decoders release the GIL
+    try:
         looked = pool.map(look, (rows[i] for i in lacking))
         shown = tqdm(looked, "look at", len(lacking), unit="clip", disable=None if lacking else True)
         for i, numbers in zip(lacking, shown, strict=True):
             known[i] = numbers
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # a signal ends it at once
     good = [i for i, numbers in enumerate(known) if not isinstance(numbers, dict)]
     if lacking:
         save_array(noted, np.array([(i, *known[i]) for i in good], np.float64).reshape(-1, 5))
@@ -622,24 +588,24 @@ def measure(rows: list[Row], cache: Path, workers: int) -> tuple[list[Row], Tabl
     return [rows[i] for i in good], table, [numbers for numbers in known if isinstance(numbers, dict)]
 
 
-def scored_caption(row: Row, rng: np.random.Generator | None) -> str:
-    """The caption with its scores in the form that upstream's inference writes (opensora/utils/inference_utils.py), "...
-    aesthetic score: 5.5. motion score: 10. camera motion: pan left." Each is left out one time in five
-    (tools/datasets/datautil.py), so that the model is at home without. `rng`: Source.rng; None leaves none out."""
+def scored_caption(text: str, scores: tuple[str, str, str], rng: np.random.Generator | None) -> str:
+    """The caption with its scores in the form that upstream's inference writes
+    (opensora/utils/inference_utils.py), "... aesthetic score: 5.5. motion score: 10. camera motion: pan
+    left." Each is left out one time in five (tools/datasets/datautil.py), so that the model is at home
+    without. `rng`: Source.rng; None leaves none out."""
     draws = rng.random(3) if rng else np.ones(3)
-    told = [
-        f"{name}: {value}."
-        for name, value, u in zip(SCORES, row.scores, draws, strict=True)
-        if value and u >= 0.2
-    ]
-    if not told or SCORES[0] in row.text:  # written there by who made the manifest
-        return row.text
-    return " ".join([row.text if row.text.endswith((".", "!", "?")) else f"{row.text}.", *told])
+    if SCORES[0] in text:  # written there by who made the manifest
+        return text
+    named = zip(SCORES, scores, draws, strict=True)
+    parts = [f"{name}: {value}." for name, value, draw in named if value and draw >= 0.2]
+    if parts and not text.endswith((".", "!", "?")):
+        text = f"{text}."
+    return " ".join([text, *parts])
 
 
 def frames_of(num_frames: int, frames: int, rng: np.random.Generator) -> range:
-    """The frames of a clip that a bucket takes: `frames` in a row from a random one on. The last of all is left: headers often
-    count one too many. `rng`: Source.rng. BadSample when the clip is shorter."""
+    """The frames of a clip that a bucket takes: `frames` in a row from a random one on. The last of all is
+    left: headers often count one too many. `rng`: Source.rng. BadSample when the clip is shorter."""
     if num_frames < frames:
         raise BadSample(f"{num_frames} frames, {frames} needed")
     start = int(rng.integers(max(1, num_frames - frames)))
@@ -647,7 +613,7 @@ def frames_of(num_frames: int, frames: int, rng: np.random.Generator) -> range:
 
 
 # ---------------------------------------------------------------------------
-# Data: plan of an epoch
+# Data: the batches of an epoch
 # ---------------------------------------------------------------------------
 
 
@@ -664,9 +630,14 @@ class Bucket:
     def size(self) -> tuple[int, int]:
         return size_of(self.resolution, self.ratio)
 
+    @property
+    def name(self) -> str:
+        """Without the ratio, as losses and scores are told apart"""
+        return f"{self.resolution}_{self.frames}"
+
 
 @dataclass(frozen=True)
-class Plan:
+class Epoch:
     """What each rank trains on in each step of an epoch. Ranks may hold different shapes in one step."""
 
     buckets: tuple[Bucket, ...]
@@ -678,48 +649,40 @@ class Plan:
     imbalance: float  # mean over steps of the costliest rank / the mean rank: what waiting for it costs
     imbalance_shuffled: float  # the same for upstream's order, a plain shuffle
 
-    def batch(self, step: int, rank: int) -> tuple[Bucket, np.ndarray, np.ndarray]:
-        """What a rank trains on in a step: one_batch of it"""
-        return self.one_batch(self.order[step, rank])
-
-    def one_batch(self, b: int) -> tuple[Bucket, np.ndarray, np.ndarray]:
-        """-> (its shape, the rows of its clips, those of the next batches of the shape, to take the place of bad clips)"""
+    def batch(self, b: int) -> tuple[Bucket, np.ndarray, np.ndarray]:
+        """-> (its shape, the rows of its clips, those of the next batches of the shape, to take the place of
+        bad clips)"""
         end = np.searchsorted(self.bucket_of, self.bucket_of[b], "right")
-        rows, after = (
-            self.rows[self.starts[b] : self.starts[b + 1]],
-            self.rows[self.starts[b + 1] : self.starts[end]],
-        )
-        return self.buckets[self.bucket_of[b]], rows, after
+        first, after, last = self.starts[[b, b + 1, end]]
+        return self.buckets[self.bucket_of[b]], self.rows[first:after], self.rows[after:last]
 
     def first_of_each(self, most: int) -> list[int]:
         """The first `most` batches of each resolution and length"""
-        names, taken = [(b.resolution, b.frames) for b in self.buckets], []
-        for name in dict.fromkeys(names):
-            taken += np.flatnonzero(np.isin(self.bucket_of, [i for i, n in enumerate(names) if n == name]))[
-                :most
-            ].tolist()
-        return taken
+        by_name: dict[str, list[int]] = {bucket.name: [] for bucket in self.buckets}
+        for b, index in enumerate(self.bucket_of.tolist()):
+            batches = by_name[self.buckets[index].name]
+            if len(batches) < most:
+                batches.append(b)
+        return list(itertools.chain.from_iterable(by_name.values()))
 
-    def wanted(self, batches: Iterable[int] | None = None) -> list[tuple[Bucket, int]]:
+    def clips(self, batches: Iterable[int] | None = None) -> list[tuple[Bucket, int]]:
         """(shape, row) of every clip of these batches, by default of all"""
-        parts = map(self.one_batch, range(len(self.bucket_of)) if batches is None else batches)
+        parts = map(self.batch, range(len(self.bucket_of)) if batches is None else batches)
         return [(bucket, int(row)) for bucket, rows, _ in parts for row in rows]
 
     def table(self) -> str:
         """For people: clips and batches by resolution and length, then what is left out and why."""
         clips, used = np.diff(self.starts), self.order.ravel()
-        lines = {}
-        for index, b in enumerate(self.buckets):
-            mine, was = used[self.bucket_of[used] == index], lines.get((b.resolution, b.frames), (0, 0, 0))
-            lines[b.resolution, b.frames] = (
-                was[0] + clips[mine].sum(),
-                was[1] + len(mine),
-                max(was[2], b.batch_size),
-            )
-        text = [f"{'resolution':10} {'frames':>6} {'clips':>10} {'batches':>9} {'of':>5}"]
-        text += [f"{r:10} {f:6} {n:10,} {b:9,} {size:5}" for (r, f), (n, b, size) in lines.items()]
-        text += ["left out:", dropped_text(self.dropped)]
-        return "\n".join(text)
+        counts: dict[tuple[str, int], tuple[int, int, int]] = {}
+        for index, bucket in enumerate(self.buckets):
+            here, key = used[self.bucket_of[used] == index], (bucket.resolution, bucket.frames)
+            total, batches, largest = counts.get(key, (0, 0, 0))
+            total, batches = total + clips[here].sum(), batches + len(here)
+            counts[key] = total, batches, max(largest, bucket.batch_size)
+        lines = [f"{'resolution':10} {'frames':>6} {'clips':>10} {'batches':>9} {'of':>5}"]
+        for (resolution, frames), (total, batches, largest) in counts.items():
+            lines.append(f"{resolution:10} {frames:6} {total:10,} {batches:9,} {largest:5}")
+        return "\n".join([*lines, "left out:", dropped_text(self.dropped)])
 
 
 def dropped_text(dropped: dict[str, int]) -> str:
@@ -727,85 +690,84 @@ def dropped_text(dropped: dict[str, int]) -> str:
 
 
 def assign(
-    table: Table, buckets: dict, seed: int, epoch: int
+    table: Table, buckets: Buckets, seed: int, epoch: int
 ) -> tuple[np.ndarray, list[tuple[str, int, str]], dict[str, int]]:
-    """-> (int64 (N,), which of the cells each clip goes to, -1 for none; the cells, (resolution, frames, ratio); clips that go to
-    none, by reason).
+    """-> (int64 (N,), which of the cells each clip goes to, -1 for none; the cells, (resolution, frames,
+    ratio); clips that go to none, by reason).
 
-    The rules of Bucket.get_bucket_id (opensora/datasets/bucket.py): resolutions large to small, a clip having 0.8 of the area;
-    there lengths long to short, a clip having more frames, images going to images alone; the chance of the length passes it on to
-    a shorter one, the chance of the resolution to a lower one; then the nearest ratio. The random numbers are other ones.
+    The rules of Bucket.get_bucket_id (opensora/datasets/bucket.py): resolutions large to small, a clip having
+    0.8 of the area; there lengths long to short, a clip having more frames, images going to images alone; the
+    chance of the length passes it on to a shorter one, the chance of the resolution to a lower one; then the
+    nearest ratio. The random numbers are other ones.
     """
     pixels, aspect = table.height.astype(np.int64) * table.width, table.height / table.width
     aspects, which = np.unique(aspect, return_inverse=True)  # data sets have few: no table of clips x ratios
     cell, cells = np.full(len(pixels), -1), []
     large, long = np.zeros(len(pixels), bool), np.zeros(len(pixels), bool)
     for resolution in sorted(buckets, key=area_of, reverse=True):
-        values = [
-            round(int(h) / int(w), 2) for h, w in (ratio.split(":") for ratio in ratios_of(resolution))
-        ]  # its keys
-        nearest = np.abs(np.array(values) - aspects[:, None]).argmin(1)[which]
+        ratios = ratios_of(resolution)
+        keys = [round(int(h) / int(w), 2) for h, w in (ratio.split(":") for ratio in ratios)]  # upstream's
+        nearest = np.abs(np.array(keys) - aspects[:, None]).argmin(1)[which]
         fits = pixels >= ENOUGH * area_of(resolution)
         large |= fits
         looking = fits & (cell < 0)
         for frames in sorted(buckets[resolution], reverse=True):
-            keep, batch = buckets[resolution][frames]
-            of_resolution, of_length = keep if isinstance(keep, tuple | list) else (keep, 1.0)
-            if not (
-                0 <= of_resolution <= 1
-                and 0 <= of_length <= 1
-                and ((batch or 0) >= 1 or not of_resolution * of_length)
-            ):
-                raise ValueError(
-                    f"bucket {resolution}, {frames} frames, {keep}, {batch}: (probability, 1 clip or more)"
-                )
+            of_resolution, of_length = chances(resolution, frames, *buckets[resolution][frames])
             enough = fits & (table.num_frames == 1 if frames == 1 else table.num_frames > frames)
             long |= enough
-            # One line a clip: its draw depends neither on the clips that follow nor on the rest of the buckets.
-            drawn = rng_of(KEEP, seed, epoch, area_of(resolution), frames).random((len(pixels), 2))
-            here = looking & enough & (drawn[:, 0] < of_length)
+            # One line a clip: its draw depends neither on the clips that follow nor on the other buckets.
+            draws = rng_of(KEEP, seed, epoch, area_of(resolution), frames).random((len(pixels), 2))
+            here = looking & enough & (draws[:, 0] < of_length)
             looking &= ~here
-            taken = here & (drawn[:, 1] < of_resolution)
+            taken = here & (draws[:, 1] < of_resolution)
             cell[taken] = len(cells) + nearest[taken]
-            cells += [(resolution, frames, ratio) for ratio in ratios_of(resolution)]
-    videos = any(frames > 1 for lengths in buckets.values() for frames in lengths)
-    no_length = "too short" if videos else "not an image"
-    there = table.num_frames > 0
+            cells += [(resolution, frames, ratio) for ratio in ratios]
+    videos = any(frames > 1 for frames in itertools.chain.from_iterable(buckets.values()))
+    readable = table.num_frames > 0
     unfit = {
-        "cannot be read": ~there,
-        "too small": there & ~large,
-        no_length: there & large & ~long,
+        "cannot be read": ~readable,
+        "too small": readable & ~large,
+        "too short" if videos else "not an image": readable & large & ~long,
         "kept out by probability": long & (cell < 0),
     }
     return cell, cells, {reason: int(mask.sum()) for reason, mask in unfit.items()}
 
 
+def chances(resolution: str, frames: int, keep: Any, batch: int | None) -> tuple[float, float]:
+    """A bucket's probabilities, by resolution and by length. ValueError for what is none."""
+    of_resolution, of_length = keep if isinstance(keep, tuple | list) else (keep, 1.0)
+    takes = of_resolution * of_length
+    if 0 <= of_resolution <= 1 and 0 <= of_length <= 1 and ((batch or 0) >= 1 or not takes):
+        return of_resolution, of_length
+    raise ValueError(f"bucket {resolution}, {frames} frames, {keep}, {batch}: (probability, 1 clip or more)")
+
+
 def imbalance(costs: np.ndarray, order: np.ndarray) -> float:
-    """costs (B,) of batches, order (steps, world) -> mean over steps of the costliest rank / the mean rank, 1 at best"""
+    """costs (B,) of batches, order (steps, world) -> mean over steps of the costliest rank / the mean rank"""
     return float((costs[order].max(1) / costs[order].mean(1)).mean())
 
 
-def plan(
+def plan_epoch(
     table: Table,
-    buckets: dict,
+    buckets: Buckets,
     seed: int,
     epoch: int,
     world: int,
     cost: Callable[[int, int, int], float] = published_tokens,
-) -> Plan:
-    """The epoch's batches in the order of training, a function of its arguments alone: (epoch, step) is all that a resume needs.
-    No clip comes twice. `cost` of one clip of (frames, height, width), in any unit.
+) -> Epoch:
+    """The epoch's batches in the order of training, a function of its arguments alone: (epoch, step) is all
+    that a resume needs. No clip comes twice. `cost` of one clip of (frames, height, width), in any unit.
 
-    A group of one shape drops the clips that do not fill its last batch: others are left out in the next epoch. A group smaller
-    than one batch is one smaller batch, for its clips would else never be seen. Exit 2 without a batch for each rank.
+    A group of one shape drops the clips that do not fill its last batch: others are left out in the next
+    epoch. A group smaller than one batch is one smaller batch, for its clips would else never be seen. Exit 2
+    without a batch for each rank.
     """
     cell, cells, dropped = assign(table, buckets, seed, epoch)
     rng = rng_of(SHUFFLE, seed, epoch)
     rows = rng.permutation(len(cell))
     rows = rows[cell[rows] >= 0]
-    rows = rows[
-        np.argsort(cell[rows].astype(np.int16), kind="stable")
-    ]  # a radix sort: shuffled inside each cell
+    # a radix sort: shuffled inside each cell
+    rows = rows[np.argsort(cell[rows].astype(np.int16), kind="stable")]
     counts = np.bincount(cell[rows], minlength=len(cells))
     sizes = np.array([buckets[resolution][frames][1] or 0 for resolution, frames, _ in cells])
     sizes = np.where(counts < sizes, counts, sizes)
@@ -817,14 +779,15 @@ def plan(
     starts = np.concatenate([[0], np.cumsum(sizes[used][bucket_of])])
     dropped["remainder of a batch"] = int((~whole).sum())
     steps = len(bucket_of) // world
-    told = f"of {len(cell):,} clips\n{dropped_text(dropped)}\n  {'trained on':27} {len(rows):12,}"
+    counted = f"of {len(cell):,} clips\n{dropped_text(dropped)}\n  {'trained on':27} {len(rows):12,}"
     if not len(rows):
         refuse(
-            f"no batch to train on: {told}\ntake buckets with smaller resolutions, shorter lengths or higher probabilities"
+            f"no batch to train on: {counted}\n"
+            "take buckets with smaller resolutions, shorter lengths or higher probabilities"
         )
     if not steps:
         refuse(
-            f"{len(bucket_of)} batches for {world} ranks, each needs one in a step: {told}\n"
+            f"{len(bucket_of)} batches for {world} ranks, each needs one in a step: {counted}\n"
             f"take {len(bucket_of)} GPUs at most, smaller batches (--tokens_per_gpu), or more clips"
         )
     shapes = tuple(Bucket(*cells[i], int(sizes[i])) for i in used)
@@ -832,22 +795,24 @@ def plan(
     shuffled = rng.permutation(len(bucket_of))
     dropped["remainder of a step"] = int(np.diff(starts)[shuffled[steps * world :]].sum())
     shuffled = shuffled[: steps * world]
-    # Ranks of a step are to cost the same: windows of batches are sorted by cost and cut into steps. These are shuffled, or each
-    # window would go from cheap to dear, and so are the ranks in each, or the last would always have the costliest.
+    # Ranks of a step are to cost the same: windows of batches are sorted by cost and cut into steps. These
+    # are shuffled, or each window would go from cheap to dear, and so are the ranks in each, or the last
+    # would always have the costliest.
     window = np.arange(steps * world) // (WINDOW * world)
     order = shuffled[np.lexsort((costs[shuffled], window))].reshape(steps, world)
     order = rng.permuted(order[rng.permutation(steps)], axis=1)
     ours, theirs = imbalance(costs, order), imbalance(costs, shuffled.reshape(steps, world))
-    return Plan(shapes, rows, starts, bucket_of, order, dropped, ours, theirs)
+    return Epoch(shapes, rows, starts, bucket_of, order, dropped, ours, theirs)
 
 
 # ---------------------------------------------------------------------------
 # Codec: pictures <-> latents. OpenSoraVAE, WanVAE and Pixels have one interface:
-#   name, key (of its weights), channels (of the latents), space (pixels that a latent has in height and in width),
-#   latent_frames(n) -> T, whole_length(n): the longest length up to n that it has,
-#   encode(clips, generator=None): uint8 (B, F, H, W, 3) -> float32 (B, C, T, H // space, W // space), normalised for the
-#     transformer; the posterior's mean, or with a generator a sample. Rows and columns beyond a multiple of `space` make no
-#     latent (as upstream, 240x426 has 30x53): nothing is padded or cropped, the last convolutions see what they reach.
+#   name, key (of its weights), channels (of the latents), space (pixels that a latent has in height and in
+#   width), latent_frames(n) -> T, whole_length(n): the longest length up to n that it has,
+#   encode(clips, generator=None): uint8 (B, F, H, W, 3) -> float32 (B, C, T, H // space, W // space),
+#     normalised for the transformer; the posterior's mean, or with a generator a sample. Rows and columns
+#     beyond a multiple of `space` make no latent (as upstream, 240x426 has 30x53): nothing is padded or
+#     cropped, the last convolutions see what they reach.
 #   decode(latents, frames): the way back, uint8 (B, frames, h * space, w * space, 3).
 # ---------------------------------------------------------------------------
 
@@ -857,43 +822,37 @@ def weights_key(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.suffix in {".safetensors", ".bin"}):
         file, stat = path.resolve(), path.stat()
-        digest.update(
-            f"{path.name}|{file.name if file.parent.name == 'blobs' else stat.st_mtime_ns}|{stat.st_size}".encode()
-        )
+        content = file.name if file.parent.name == "blobs" else stat.st_mtime_ns
+        digest.update(f"{path.name}|{content}|{stat.st_size}".encode())
     return digest.hexdigest()[:16]
 
 
 def config_and_weights(
-    source: str, check: bool, flag: str, hint: str
+    source: str, check: bool, flag: str, hint: str, file: str = "model.safetensors", below: str = ""
 ) -> tuple[Path, dict, dict[str, Tensor]]:
-    """-> (folder, config.json, model.safetensors or, for `check`, {}) of a folder or Hub id. Exit 2 when they cannot be read."""
+    """-> (folder, config.json, `file` or, for `check`, {}) of a folder or Hub id, where they may lie in its
+    folder `below`. Exit 2 when they cannot be read."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    folder = fetch_model(source, "config.json", *([] if check else ["model.safetensors"]), flag=flag)
+    names = ["config.json"] if check else ["config.json", file]
+    folder = fetch_model(source, *names, *(str(Path(below, name)) for name in names), flag=flag)
+    folder = folder / below if (folder / below).is_dir() else folder
     try:
-        return (
-            folder,
-            read_json(folder / "config.json"),
-            {} if check else load_file(folder / "model.safetensors"),
-        )
+        return folder, read_json(folder / "config.json"), {} if check else load_file(folder / file)
     except (OSError, SafetensorError) as error:
         refuse(f"{flag} {source}: {brief(error)}; {hint}")
 
 
 def fill(model: nn.Module, weights: dict[str, Tensor], where: str) -> None:
-    """A model on the meta device gets these weights. Exit 2 unless each is there, in its shape, and nothing else."""
+    """A model on the meta device gets these weights. Exit 2 unless just these fit, each in its shape."""
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    if wrong := sorted(set(wanted.items()) ^ {(name, tuple(value.shape)) for name, value in weights.items()}):
-        names = sorted({name for name, _ in wrong})
-        what = (
-            "is missing"
-            if names[0] not in weights
-            else "has no place"
-            if names[0] not in wanted
-            else "has another shape"
-        )
-        refuse(f"{where}: {len(names)} weights are missing or do not fit; {names[0]} {what}")
+    loaded = {name: tuple(value.shape) for name, value in weights.items()}
+    if wrong := sorted({name for name, _ in wanted.items() ^ loaded.items()}):
+        first = wrong[0]
+        what = "has another shape" if first in wanted else "has no place"
+        what = what if first in loaded else "is missing"
+        refuse(f"{where}: {len(wrong)} weights are missing or do not fit; {first} {what}")
     model.load_state_dict(weights, assign=True)
 
 
@@ -908,7 +867,7 @@ def unsigned(x: Tensor) -> Tensor:
 
 
 def draw(moments: Tensor, generator: torch.Generator | None) -> Tensor:
-    """moments (B, 2C, ...), the posterior's mean and log variance -> (B, C, ...), the mean or, with a generator, a sample."""
+    """moments (B, 2C, ...), the posterior's mean and log variance -> (B, C, ...), the mean or a sample"""
     mean, logvar = moments.chunk(2, dim=1)
     if generator is None:
         return mean
@@ -916,11 +875,10 @@ def draw(moments: Tensor, generator: torch.Generator | None) -> Tensor:
     return mean + noise * (logvar.clamp(-30, 20) / 2).exp()
 
 
-def check_length(codec: nn.Module, latents: Tensor, frames: int) -> None:
-    if latents.shape[2] != codec.latent_frames(frames):
-        raise ValueError(
-            f"{frames} frames are {codec.latent_frames(frames)} latent frames, not {latents.shape[2]}"
-        )
+def check_length(codec: Any, latents: Tensor, frames: int) -> None:
+    count = codec.latent_frames(frames)
+    if latents.shape[2] != count:
+        raise ValueError(f"{frames} frames are {count} latent frames, not {latents.shape[2]}")
 
 
 class CausalConv(nn.Module):
@@ -953,24 +911,19 @@ def res_blocks(inner: int, outer: int, count: int) -> nn.Sequential:
 
 
 class TemporalEncoder(nn.Module):
-    """Four levels; after the second and the third the frames are halved. The list conv_blocks starts with an idle place, for
-    the first level halves nothing and the checkpoint counts it."""
+    """Four levels; after the second and the third the frames are halved. The list conv_blocks starts with an
+    idle place, for the first level halves nothing and the checkpoint counts it."""
 
     def __init__(self, filters: int, blocks: int) -> None:
         super().__init__()
         a, b, c, d = (filters * m for m in (1, 2, 2, 4))
+        levels = ((a, a), (a, b), (b, c), (c, d))
+        halving = [CausalConv(b, b, stride=2), CausalConv(c, c, stride=2)]
         self.conv_in = CausalConv(4, a, bias=False)
-        self.block_res_blocks = nn.ModuleList(
-            res_blocks(*widths, blocks) for widths in ((a, a), (a, b), (b, c), (c, d))
-        )
-        self.conv_blocks = nn.ModuleList(
-            [nn.Identity(), CausalConv(b, b, stride=2), CausalConv(c, c, stride=2)]
-        )
-        self.res_blocks, self.norm1, self.conv2 = (
-            res_blocks(d, d, blocks),
-            nn.GroupNorm(32, d),
-            CausalConv(d, 8, kernel=1),
-        )
+        self.block_res_blocks = nn.ModuleList(res_blocks(*widths, blocks) for widths in levels)
+        self.conv_blocks = nn.ModuleList([nn.Identity(), *halving])
+        self.res_blocks, self.norm1 = res_blocks(d, d, blocks), nn.GroupNorm(32, d)
+        self.conv2 = CausalConv(d, 8, kernel=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 4, T, h, w), T a multiple of 4 -> (B, 8, T/4, h, w)"""
@@ -983,16 +936,15 @@ class TemporalEncoder(nn.Module):
 
 
 class TemporalDecoder(nn.Module):
-    """The encoder's mirror: its levels from the last to the first. Where that halved the frames, a convolution makes twice the
-    channels and each pair of them becomes two frames."""
+    """The encoder's mirror: its levels from the last to the first. Where that halved the frames, a
+    convolution makes twice the channels and each pair of them becomes two frames."""
 
     def __init__(self, filters: int, blocks: int) -> None:
         super().__init__()
         a, b, c, d = (filters * m for m in (1, 2, 2, 4))
+        levels = ((b, a), (c, b), (d, c), (d, d))
         self.conv1, self.res_blocks = CausalConv(4, d), res_blocks(d, d, blocks)
-        self.block_res_blocks = nn.ModuleList(
-            res_blocks(*widths, blocks) for widths in ((b, a), (c, b), (d, c), (d, d))
-        )
+        self.block_res_blocks = nn.ModuleList(res_blocks(*widths, blocks) for widths in levels)
         self.conv_blocks = nn.ModuleList([nn.Identity(), CausalConv(c, 2 * c), CausalConv(d, 2 * d)])
         self.norm1, self.conv_out = nn.GroupNorm(32, a), CausalConv(a, 4)
 
@@ -1002,9 +954,7 @@ class TemporalDecoder(nn.Module):
         for i in (3, 2, 1, 0):
             x = self.block_res_blocks[i](x)
             if i in (3, 2):
-                x = (
-                    self.conv_blocks[i - 1](x).unflatten(1, (-1, 2)).movedim(2, 3).flatten(2, 3)
-                )  # b (c two) t -> b c (t two)
+                x = rearrange(self.conv_blocks[i - 1](x), "b (c two) t h w -> b c (t two) h w", two=2)
         return self.conv_out(F.silu(self.norm1(x)))
 
 
@@ -1017,7 +967,7 @@ class TemporalVAE(nn.Module):
         self.quant_conv, self.post_quant_conv = CausalConv(8, 8, kernel=1), CausalConv(4, 4, kernel=1)
 
     def encode(self, x: Tensor) -> Tensor:
-        """(B, 4, F, h, w) -> moments (B, 8, ceil(F / 4), h, w); what F lacks to a multiple of 4 is zeros in front."""
+        """(B, 4, F, h, w) -> moments (B, 8, ceil(F / 4), h, w); zeros in front make F a multiple of 4"""
         return self.quant_conv(self.encoder(F.pad(x, (0, 0, 0, 0, -x.shape[2] % 4, 0))))
 
     def decode(self, z: Tensor, frames: int) -> Tensor:
@@ -1025,16 +975,18 @@ class TemporalVAE(nn.Module):
         return self.decoder(self.post_quant_conv(z))[:, :, -frames:]
 
 
-def some(frames: int) -> int:
-    """How many clips of `frames` frames the temporal half takes at a time: 4 whole pieces, but 68 pictures."""
+def clips_at_once(frames: int) -> int:
+    """How many clips of `frames` frames the temporal half takes: 4 whole pieces, but 68 pictures"""
     return max(1, MICRO * PIECE // frames)
 
 
 class OpenSoraVAE(nn.Module):
-    """Open-Sora 1.2's VAE, 4 channels, 4 x 8 x 8 (opensora/models/vae/vae.py of its branch v1.2), with the published state dict:
-    an image VAE of SDXL's layout for each frame, then TemporalVAE for each piece of 17 frames, by itself.
+    """Open-Sora 1.2's VAE, 4 channels, 4 x 8 x 8 (opensora/models/vae/vae.py of its branch v1.2), with the
+    published state dict: an image VAE of SDXL's layout for each frame, then TemporalVAE for each piece of 17
+    frames, by itself.
 
-    GroupNorm takes its statistics over a whole piece, so a frame that changes changes all latents of its piece, and no other.
+    GroupNorm takes its statistics over a whole piece, so a frame that changes changes all latents of its
+    piece, and no other.
     """
 
     name, key, channels, space = "opensora", "", 4, 8
@@ -1046,18 +998,18 @@ class OpenSoraVAE(nn.Module):
         image_filters: tuple[int, ...] = (128, 256, 512, 512),
         image_blocks: int = 2,
     ) -> None:
+        from diffusers import AutoencoderKL
+
         super().__init__()
-        self.sizes = dict(
-            filters=filters, blocks=blocks, image_filters=image_filters, image_blocks=image_blocks
-        )
+        self.sizes = {"filters": filters, "blocks": blocks}
+        self.sizes |= {"image_filters": image_filters, "image_blocks": image_blocks}
         levels = len(image_filters)
         image = AutoencoderKL(
             block_out_channels=tuple(image_filters), layers_per_block=image_blocks, latent_channels=4,
             down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
         )  # fmt: skip
-        self.spatial_vae = nn.ModuleDict(
-            {"module": image}
-        )  # upstream's wrapper, whose name stands in the keys
+        # upstream's wrapper, whose name stands in the keys
+        self.spatial_vae = nn.ModuleDict({"module": image})
         self.temporal_vae = TemporalVAE(filters, blocks)
         self.register_buffer("shift", torch.tensor([-0.10, 0.34, 0.27, 0.98]).view(1, 4, 1, 1, 1))
         self.register_buffer("scale", torch.tensor([3.85, 2.32, 2.33, 3.06]).view(1, 4, 1, 1, 1))
@@ -1072,20 +1024,17 @@ class OpenSoraVAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, clips: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """See above. With a generator both posteriors are sampled, as upstream does in training and in sampling."""
+        """See above. With a generator both posteriors are sampled, as upstream always does."""
         image, like, pieces = self.spatial_vae["module"], self.temporal_vae.quant_conv.conv.weight, []
         for piece in clips.split(PIECE, dim=1):
-            parts = [
-                image.encode(signed(part.to(like.device)).to(like))
-                for part in piece.flatten(0, 1).split(MICRO)
-            ]
-            x = torch.cat([draw(part.latent_dist.parameters, generator) for part in parts]) * SPATIAL_FACTOR
+            latents = []
+            for pictures in piece.flatten(0, 1).split(MICRO):
+                posterior = image.encode(signed(pictures.to(like.device)).to(like)).latent_dist
+                latents.append(posterior.parameters)
+            x = torch.cat([draw(moments, generator) for moments in latents]) * SPATIAL_FACTOR
             x = x.unflatten(0, piece.shape[:2]).transpose(1, 2)  # (B, 4, F, h, w)
-            pieces.append(
-                torch.cat(
-                    [draw(self.temporal_vae.encode(rows), generator) for rows in x.split(some(x.shape[2]))]
-                )
-            )
+            parts = x.split(clips_at_once(x.shape[2]))
+            pieces.append(torch.cat([draw(self.temporal_vae.encode(part), generator) for part in parts]))
         return (torch.cat(pieces, dim=2).float() - self.shift.float()) / self.scale.float()
 
     @torch.no_grad()
@@ -1095,7 +1044,8 @@ class OpenSoraVAE(nn.Module):
         z = (latents.to(like.device).float() * self.scale.float() + self.shift.float()).to(like)
         for i, piece in enumerate(z.split(5, dim=2)):
             count = min(PIECE, frames - i * PIECE)
-            x = torch.cat([self.temporal_vae.decode(rows, count) for rows in piece.split(some(count))])
+            parts = piece.split(clips_at_once(count))
+            x = torch.cat([self.temporal_vae.decode(rows, count) for rows in parts])
             flat = (x / SPATIAL_FACTOR).transpose(1, 2).flatten(0, 1)
             pictures = torch.cat([unsigned(image.decode(part).sample) for part in flat.split(MICRO)])
             clips.append(pictures.unflatten(0, (len(latents), count)))
@@ -1103,14 +1053,14 @@ class OpenSoraVAE(nn.Module):
 
     @classmethod
     def load(cls, source: str, check: bool = False) -> OpenSoraVAE:
-        """From a Hub id or a folder with config.json and model.safetensors; in fp32, frozen, on the CPU. Exit 2 unless each of
-        the weights is there, in its shape, and nothing else. `check`: its sizes alone, on the meta device."""
+        """From a Hub id or a folder with config.json and model.safetensors; in fp32, frozen, on the CPU. Exit
+        2 unless each of the weights is there, in its shape, and nothing else. `check`: its sizes alone, on
+        the meta device."""
         hint = f"{VAES['opensora']} is the published VAE"
         folder, config, weights = config_and_weights(source, check, "--vae_model", hint)
-        if (config.get("micro_frame_size") or PIECE) != PIECE:
-            refuse(
-                f"{source}: micro_frame_size is {config['micro_frame_size']}; this script knows pieces of {PIECE} frames"
-            )
+        frames = config.get("micro_frame_size") or PIECE
+        if frames != PIECE:
+            refuse(f"{source}: micro_frame_size is {frames}; this script knows pieces of {PIECE} frames")
         with torch.device("meta"):  # weights are not drawn that the file replaces
             codec = cls(**config.get("sizes", {}))
         if check:
@@ -1127,18 +1077,17 @@ class OpenSoraVAE(nn.Module):
         weights = {name: value.cpu().contiguous() for name, value in self.state_dict().items()}
         write_whole(folder / "model.safetensors", lambda aside: save_file(weights, aside, {"format": "pt"}))
         config = {"model_type": "VideoAutoencoderPipeline", "micro_frame_size": PIECE, "sizes": self.sizes}
-        write_json(
-            folder / "config.json",
-            config | {key: getattr(self, key).flatten().tolist() for key in ("shift", "scale")},
-        )
+        config |= {key: getattr(self, key).flatten().tolist() for key in ("shift", "scale")}
+        write_json(folder / "config.json", config)
 
 
 class WanVAE(nn.Module):
-    """Wan 2.1's VAE, 16 channels, 4 x 8 x 8, clips of 4n + 1 frames (arXiv 2503.20314); the better one to train from scratch."""
+    """Wan 2.1's VAE, 16 channels, 4 x 8 x 8, clips of 4n + 1 frames (arXiv 2503.20314), for scratch."""
 
     name, key = "wan", ""
 
-    def __init__(self, vae: AutoencoderKLWan) -> None:
+    def __init__(self, vae: Any) -> None:
+        """vae: diffusers' AutoencoderKLWan"""
         super().__init__()
         self.vae, self.channels, self.space = vae, vae.config.z_dim, vae.config.scale_factor_spatial
         for key, value in (("mean", vae.config.latents_mean), ("std", vae.config.latents_std)):
@@ -1168,34 +1117,24 @@ class WanVAE(nn.Module):
     @torch.no_grad()
     def decode(self, latents: Tensor, frames: int) -> Tensor:
         check_length(self, latents, frames)
-        like = next(self.vae.parameters())
+        like, clips = next(self.vae.parameters()), []
         z = (latents.to(like.device).float() * self.std.float() + self.mean.float()).to(like)
-        return torch.cat(
-            [
-                unsigned(self.vae.decode(row).sample.transpose(1, 2))
-                for row in z.split(max(1, MICRO // frames))
-            ]
-        )
+        for rows in z.split(max(1, MICRO // frames)):
+            clips.append(unsigned(self.vae.decode(rows).sample.transpose(1, 2)))
+        return torch.cat(clips)
 
     @classmethod
     def load(cls, source: str, check: bool = False) -> WanVAE:
-        """From a Hub id or a folder of diffusers' layout, the VAE in it or in its folder vae/; as OpenSoraVAE.load."""
-        files = ["config.json"] if check else ["config.json", "diffusion_pytorch_model.safetensors"]
-        folder = fetch_model(source, *files, *(f"vae/{name}" for name in files), flag="--vae_model")
-        folder = folder / "vae" if (folder / "vae").is_dir() else folder
+        """From a Hub id or a folder of diffusers' layout, the VAE in it or below vae/; else as above."""
+        from diffusers import AutoencoderKLWan
+
+        file, hint = "diffusion_pytorch_model.safetensors", f"{VAES['wan']} has a VAE that fits"
+        folder, config, weights = config_and_weights(source, check, "--vae_model", hint, file, "vae")
+        with torch.device("meta"):
+            vae = AutoencoderKLWan.from_config(config)
         if check:
-            with torch.device("meta"):
-                return cls(AutoencoderKLWan.from_config(read_json(folder / "config.json")))
-        try:
-            vae, report = AutoencoderKLWan.from_pretrained(
-                folder, output_loading_info=True, local_files_only=True
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            refuse(f"{source}: {brief(error)}; Wan-AI/Wan2.1-T2V-1.3B-Diffusers has a VAE that fits")
-        if wrong := sorted(
-            map(str, (*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]))
-        ):
-            refuse(f"{folder}: {len(wrong)} weights are missing or do not fit, {wrong[0]} among them")
+            return cls(vae)
+        fill(vae, weights, f"--vae_model {source}")
         codec = cls(vae).float().eval().requires_grad_(False)
         codec.key = weights_key(folder)
         return codec
@@ -1205,14 +1144,7 @@ class Pixels(nn.Module):
     """No codec: the pictures themselves, for the demo. They stay on their device."""
 
     name, key, channels, space = "pixels", "", 3, 1
-
-    @staticmethod
-    def whole_length(n: int) -> int:
-        return n
-
-    @staticmethod
-    def latent_frames(n: int) -> int:
-        return n
+    whole_length = latent_frames = staticmethod(int)  # any
 
     def encode(self, clips: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return signed(clips).transpose(1, 2)
@@ -1228,8 +1160,8 @@ class Pixels(nn.Module):
 
 # STDiT3-XL/2 as published; a size is these with other numbers. frame_places is ours.
 XL = dict(
-    depth=28, hidden_size=1152, num_heads=16, mlp_ratio=4.0, in_channels=4, pred_sigma=True, caption_channels=4096,
-    model_max_length=300, input_sq_size=512, frame_places=False,
+    depth=28, hidden_size=1152, num_heads=16, mlp_ratio=4.0, in_channels=4, pred_sigma=True,
+    caption_channels=4096, model_max_length=300, input_sq_size=512, frame_places=False,
 )  # fmt: skip
 
 
@@ -1245,7 +1177,7 @@ class HeadNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Self-attention (N, L, C) with normalised queries and keys, which are turned by their place in time when `rope` is given."""
+    """Self-attention (N, L, C) with normalised queries and keys, turned by place in time with `rope`."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -1274,19 +1206,15 @@ class CrossAttention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.q_linear, self.kv_linear, self.proj = (
-            nn.Linear(width, width),
-            nn.Linear(width, 2 * width),
-            nn.Linear(width, width),
-        )
+        self.q_linear, self.kv_linear = nn.Linear(width, width), nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
         """x (B, N, C), y (B, L, C), mask (B, 1, 1, L) bool"""
         q = rearrange(self.q_linear(x), "b n (h d) -> b h n d", h=self.heads)
         k, v = rearrange(self.kv_linear(y), "b l (two h d) -> two b h l d", two=2, h=self.heads)
-        return self.proj(
-            rearrange(F.scaled_dot_product_attention(q, k, v, attn_mask=mask), "b h n d -> b n (h d)")
-        )
+        heads = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.proj(rearrange(heads, "b h n d -> b n (h d)"))
 
 
 class MLP(nn.Module):
@@ -1299,8 +1227,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention over space (the tokens of a frame) or time (one place over the frames), cross-attention, MLP; the first and the
-    last are shifted, scaled and gated by the time of each frame (adaLN-single, PixArt-alpha section 2.3)."""
+    """Attention over space (the tokens of a frame) or time (one place over the frames), cross-attention, MLP;
+    the first and the last are shifted, scaled and gated by the time of each frame (adaLN-single, PixArt-alpha
+    section 2.3)."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, temporal: bool) -> None:
         super().__init__()
@@ -1344,11 +1273,13 @@ class NumberEmbedder(nn.Module):
 
 
 class STDiT3(nn.Module):
-    """Spatial-temporal diffusion transformer of Open-Sora 1.2, under the names of hpcai-tech/OpenSora-STDiT-v3.
+    """Spatial-temporal diffusion transformer of Open-Sora 1.2, under the names of
+    hpcai-tech/OpenSora-STDiT-v3.
 
-    It sees only how far frames lie apart (the rotation of temporal attention), not which is the first. frame_places adds sines
-    and cosines of each frame's number to its tokens, without a weight: from scratch, motion is then learned several times sooner
-    (benchmarks/RESULTS.md). The published weights were trained without.
+    It sees only how far frames lie apart (the rotation of temporal attention), not which is the first.
+    frame_places adds sines and cosines of each frame's number to its tokens, without a weight: from scratch,
+    motion is then learned several times sooner (benchmarks/RESULTS.md). The published weights were trained
+    without.
     """
 
     def __init__(self, **sizes: Any) -> None:
@@ -1366,15 +1297,11 @@ class STDiT3(nn.Module):
         self.y_embedder.register_buffer("y_embedding", no_caption)
         self.rope = nn.Module()
         head = width // heads
-        self.rope.freqs = nn.Parameter(
-            10_000 ** -(torch.arange(0, head, 2).float() / head), requires_grad=False
-        )
-        self.spatial_blocks = nn.ModuleList(
-            Block(width, heads, c["mlp_ratio"], temporal=False) for _ in range(depth)
-        )
-        self.temporal_blocks = nn.ModuleList(
-            Block(width, heads, c["mlp_ratio"], temporal=True) for _ in range(depth)
-        )
+        rates = 10_000 ** -(torch.arange(0, head, 2).float() / head)
+        self.rope.freqs = nn.Parameter(rates, requires_grad=False)
+        blocks = partial(Block, width, heads, c["mlp_ratio"])
+        self.spatial_blocks = nn.ModuleList(blocks(temporal=False) for _ in range(depth))
+        self.temporal_blocks = nn.ModuleList(blocks(temporal=True) for _ in range(depth))
         self.final_layer = nn.Module()
         self.final_layer.linear = nn.Linear(width, 4 * self.out_channels)
         self.final_layer.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
@@ -1397,12 +1324,9 @@ class STDiT3(nn.Module):
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def places(self, h: int, w: int, pixels: float, device: Any) -> Tensor:
-        """Sines and cosines of column and row (h * w, C), as if the picture had input_sq_size pixels a side."""
-        width, scale, base = (
-            self.config["hidden_size"],
-            pixels / self.config["input_sq_size"],
-            round(math.sqrt(h * w)),
-        )
+        """Sines and cosines of column and row (h * w, C), as if its sides had input_sq_size pixels"""
+        width, base = self.config["hidden_size"], round(math.sqrt(h * w))
+        scale = pixels / self.config["input_sq_size"]
         rates = 10_000 ** -(torch.arange(0, width // 2, 2, device=device).float() / (width // 2))
         rows, columns = (torch.arange(n, device=device) / scale * base / n for n in (h, w))
         angles = [u.flatten()[:, None] * rates for u in torch.meshgrid(rows, columns, indexing="ij")]
@@ -1411,39 +1335,34 @@ class STDiT3(nn.Module):
     def frame_places(self, frames: int, device: Any) -> Tensor:
         """(T, 1, C)"""
         half = self.config["hidden_size"] // 2
-        angles = torch.arange(frames, device=device)[:, None] * 10_000 ** -(
-            torch.arange(half, device=device) / half
-        )
+        rates = 10_000 ** -(torch.arange(half, device=device) / half)
+        angles = torch.arange(frames, device=device)[:, None] * rates
         return torch.cat([angles.sin(), angles.cos()], 1)[:, None]
 
     def forward(
         self, x: Tensor, timesteps: Tensor, y: Tensor, mask: Tensor, fps: Tensor, pixels: float,
         x_mask: Tensor | None = None, drop: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """x (B, C, T, H, W) latents, timesteps (B,) in [0, 1000], y (B, L, D) caption states and mask (B, L) of the real ones,
-        fps (B,), pixels sqrt(height * width) of the video. x_mask (B, T) bool: False for frames that are given, clean, and so of
-        time 0; drop (B,) bool: clips whose caption is left out. -> (B, C_out, T, H, W) float32"""
+        """x (B, C, T, H, W) latents, timesteps (B,) in [0, 1000], y (B, L, D) caption states and mask (B, L)
+        of the real ones, fps (B,), pixels sqrt(height * width) of the video. x_mask (B, T) bool: False for
+        frames that are given, clean, and so of time 0; drop (B,) bool: clips whose caption is left out. ->
+        (B, C_out, T, H, W) float32"""
         frames, height, width = x.shape[2:]
         dtype = self.x_embedder.proj.weight.dtype
         x = F.pad(x.to(dtype), (0, width % 2, 0, height % 2))
         h, w = x.shape[3] // 2, x.shape[4] // 2
-        x = rearrange(self.x_embedder.proj(x), "b c t h w -> b t (h w) c") + self.places(
-            h, w, pixels, x.device
-        ).to(dtype)
+        x = rearrange(self.x_embedder.proj(x), "b c t h w -> b t (h w) c")
+        x = x + self.places(h, w, pixels, x.device).to(dtype)
         if self.config["frame_places"]:
             x = x + self.frame_places(frames, x.device).to(dtype)
-        times = torch.stack(
-            [timesteps, torch.zeros_like(timesteps)]
-        )  # of frames that are made, of those that are given
+        # of frames that are predicted, of those that are given
+        times = torch.stack([timesteps, torch.zeros_like(timesteps)])
         t = self.t_embedder(times.flatten()).unflatten(0, (2, -1)) + self.fps_embedder(fps)  # (2, B, C)
         t6 = self.t_block(t).unflatten(-1, (6, -1))  # (2, B, 6, C)
-        made = (
-            torch.ones(len(timesteps), frames, dtype=torch.bool, device=x.device)
-            if x_mask is None
-            else x_mask
-        )
-        t = torch.where(made[..., None], t[0][:, None], t[1][:, None])  # (B, T, C)
-        t6 = torch.where(made[..., None, None], t6[0][:, None], t6[1][:, None])
+        if x_mask is None:
+            x_mask = torch.ones(len(timesteps), frames, dtype=torch.bool, device=x.device)
+        t = torch.where(x_mask[..., None], t[0][:, None], t[1][:, None])  # (B, T, C)
+        t6 = torch.where(x_mask[..., None, None], t6[0][:, None], t6[1][:, None])
         if drop is not None:
             y = torch.where(drop[:, None, None], self.y_embedder.y_embedding[: y.shape[1]].to(y.dtype), y)
         y, mask = self.y_embedder.y_proj(y.to(dtype)), mask[:, None, None]
@@ -1461,33 +1380,11 @@ class STDiT3(nn.Module):
 
 
 # ---------------------------------------------------------------------------
-# Rectified flow
-# ---------------------------------------------------------------------------
-
-
-def shifted(t: Tensor, ratio: float) -> Tensor:
-    """t in [0, 1], 1 is noise -> more of it for larger and longer clips (Esser et al. 2024, equation 23)"""
-    return ratio * t / (1 + (ratio - 1) * t)
-
-
-def flow_shift(height: int, width: int, latent_frames: int, base: float, scale: float) -> float:
-    """sqrt(pixels / base^2) * sqrt(latent frames) * scale. Upstream counts latent frames as num_frames // 17 * 5, which is 0
-    below 17 frames: then t is always 0 and nothing is learned; here it is their true number."""
-    return math.sqrt(height * width) / base * math.sqrt(latent_frames) * scale
-
-
-def noisy(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """(1 - t) x + t noise; x (B, C, T, H, W), t (B,) in [0, 1]"""
-    t = t.view(-1, 1, 1, 1, 1)
-    return (1 - t) * x + t * noise
-
-
-# ---------------------------------------------------------------------------
 # Text
 # ---------------------------------------------------------------------------
 
 
-@functools.cache
+@cache
 def word_direction(word: str, width: int) -> np.ndarray:
     """Where no text encoder is at hand: for each word a fixed random direction, normal numbers (width,)"""
     seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "big")
@@ -1495,21 +1392,21 @@ def word_direction(word: str, width: int) -> np.ndarray:
 
 
 class Words:
-    """Instead of T5 where there is no network: each word a fixed random direction. It knows words, not meaning."""
+    """Instead of T5 where there is no network: each word a fixed random direction, without meaning."""
 
     name, encoder, width, length = "words", None, 64, 16
 
     def encode(self, captions: list[str]) -> list[np.ndarray]:
         """-> float16 (L, 64) of each caption, L words, at most 16"""
-
-        words = [caption.lower().split()[: self.length] for caption in captions]
-        return [
-            np.stack([word_direction(word, self.width) for word in some]).astype(np.float16) for some in words
-        ]
+        states = []
+        for caption in captions:
+            directions = [word_direction(word, self.width) for word in caption.lower().split()]
+            states.append(np.stack(directions[: self.length]).astype(np.float16))
+        return states
 
 
 class T5:
-    """Last hidden states of the T5 encoder that the published weights were trained with, of the real tokens alone."""
+    """Last hidden states of T5's encoder, as the published weights know it, of the real tokens alone."""
 
     length = 300
 
@@ -1527,29 +1424,27 @@ class T5:
             with torch.device("meta"):
                 self.encoder = T5EncoderModel(AutoConfig.from_pretrained(folder)).to(kind)
         else:
-            self.encoder = (
-                T5EncoderModel.from_pretrained(folder, dtype=kind, local_files_only=True).to(device).eval()
-            )
+            encoder = T5EncoderModel.from_pretrained(folder, dtype=kind, local_files_only=True)
+            self.encoder = encoder.to(device).eval()
         self.width = self.encoder.config.d_model
-        if (
-            len(self.tokenizer) < self.encoder.config.vocab_size - 256
-        ):  # without its files there is one of special tokens alone
-            raise ValueError(
-                f"its tokenizer knows {len(self.tokenizer)} pieces, its weights {self.encoder.config.vocab_size}"
-            )
+        pieces, vocabulary = len(self.tokenizer), self.encoder.config.vocab_size
+        # without its files there is one of special tokens alone
+        if pieces < vocabulary - 256:
+            raise ValueError(f"its tokenizer knows {pieces} pieces, its weights {vocabulary}")
 
     @torch.no_grad()
     def encode(self, captions: list[str]) -> list[np.ndarray]:
         """-> float16 (L, D) of each caption, L tokens, at most 300; D = 4096 for XXL"""
-        made = []
+        rows: list[np.ndarray] = []
         for start in range(0, len(captions), 16):
             part = [clean(caption) for caption in captions[start : start + 16]]
             tokens = self.tokenizer(
                 part, padding=True, truncation=True, max_length=self.length, return_tensors="pt"
             )
             states = self.encoder(**tokens.to(self.encoder.device)).last_hidden_state.half().cpu().numpy()
-            made += [row[:count] for row, count in zip(states, tokens.attention_mask.sum(1).tolist())]
-        return made
+            lengths = tokens.attention_mask.sum(1).tolist()
+            rows += [row[:length] for row, length in zip(states, lengths)]
+        return rows
 
 
 def clean(caption: str) -> str:
@@ -1564,9 +1459,8 @@ def open_text(cfg: Config, device: torch.device) -> Words | T5:
     try:
         return T5(cfg.text_model, device, cfg.check)
     except (OSError, ValueError) as error:
-        refuse(
-            f"--text_model {cfg.text_model}: {brief(error)}; give a folder, or a Hub id that HF_TOKEN may read"
-        )
+        hint = "give a folder, or a Hub id that HF_TOKEN may read"
+        refuse(f"--text_model {cfg.text_model}: {brief(error)}; {hint}")
 
 
 def open_codec(cfg: Config, device: torch.device) -> OpenSoraVAE | WanVAE | Pixels:
@@ -1584,12 +1478,12 @@ def open_codec(cfg: Config, device: torch.device) -> OpenSoraVAE | WanVAE | Pixe
 
 
 def read_run(path: Path, frames: range, size: tuple[int, int]) -> np.ndarray:
-    """These frames of a video, or an image -> uint8 (F, h, w, 3). One container, closed, nothing decoded after the last frame:
-    two of them a clip, and decoding to the end, is where others freeze. Raises BadSample."""
+    """These frames of a video, or an image -> uint8 (F, h, w, 3). One container, closed, nothing decoded
+    after the last frame: two of them a clip, and decoding to the end, is where others freeze. BadSample."""
     import av
 
     taken: list[np.ndarray] = []
-    with opened(path, FORMATS) as (container, stream):
+    with open_video(path, FORMATS) as (container, stream):
         try:
             for number, frame in enumerate(container.decode(stream)):
                 if number >= frames.start:
@@ -1608,33 +1502,32 @@ class Data:
     held_rows: list[Row]  # to evaluate on; the same as rows when there are fewer than 20
     held_table: Table
     manifest: Path
-    digest: str  # of all good rows: a run goes on with these alone
+    digest: str  # of all good rows; "" for the demo, which makes as many clips as its steps take
     bad: list[dict]  # samples that were left out, and why
 
 
-def rows_of(rows: list[Row], table: Table, keep: np.ndarray) -> tuple[list[Row], Table]:
-    return [rows[i] for i in keep], Table(*(getattr(table, f.name)[keep] for f in dataclasses.fields(table)))
-
-
+@on_rank0
 def load_data(cfg: Config) -> Data:
-    """Rank 0. Exit 2 when there is nothing to train on."""
+    """Exit 2 when there is nothing to train on."""
     if not (cfg.manifest or cfg.demo):
         refuse("--manifest: a CSV, parquet or JSON lines file with the columns path and text; or --demo")
     manifest = cfg.manifest or demo_module("shapes").make_data(cfg)
-    rows, bad = read_manifest(manifest, cfg.videos)
-    rows, table, unread = measure(rows, cfg.cache_dir, cfg.num_workers)
+    rows, bad = manifest_rows(manifest, cfg.videos)
+    rows, table, unread = clip_table(rows, cfg.cache_dir, cfg.num_workers)
     leave_out(manifest, len(rows), bad := bad + unread, cfg.max_bad)
     if cfg.demo:  # combinations that are never trained on
         shapes = demo_module("shapes")
         held = [shapes.is_held_out(shapes.attributes_in(row.text), shapes.RFLOW_SHAPES) for row in rows]
-        train, held = np.flatnonzero(~np.array(held)), np.flatnonzero(held)
+        train, held_out = np.flatnonzero(~np.array(held)), np.flatnonzero(held)
     else:
         fraction = cfg.val_fraction if len(rows) >= 20 else 0
-        train, held = map(
-            np.array, split_clips([row.path for row in rows], [""] * len(rows), fraction, cfg.seed)
-        )
-    parts = rows_of(rows, table, train)
-    return Data(*parts, *(rows_of(rows, table, held) if len(held) else parts), manifest, digest_of(rows), bad)
+        train, held_out = split_clips([row.path for row in rows], [""] * len(rows), fraction, cfg.seed)
+    numbers = zip(table.num_frames.tolist(), table.height.tolist(), table.width.tolist(), table.fps.tolist())
+    contents = ((row.name, row.text, row.scores, *of_file) for row, of_file in zip(rows, numbers))
+    digest = "" if cfg.demo else fingerprint(contents)
+    to_train = [rows[i] for i in train], table.part(train)
+    to_evaluate = ([rows[i] for i in held_out], table.part(held_out)) if len(held_out) else to_train
+    return Data(*to_train, *to_evaluate, manifest, digest, bad)
 
 
 class Source:
@@ -1642,28 +1535,29 @@ class Source:
 
     def __init__(self, cfg: Config, rows: list[Row], table: Table, codec: Any, text: Any) -> None:
         self.cfg, self.rows, self.table, self.codec, self.text = cfg, rows, table, codec, text
-        self.called = "held-out clips"
         self.bad: dict[int, dict] = {}  # rows whose clip could not be read, and why
+        self.pool = ThreadPoolExecutor(cfg.num_workers)  # the decoders release the GIL
 
     def files(self, row: int, bucket: Bucket) -> tuple[Path, Path]:
-        """Where the cache has latents and caption of a row; another clip, crop, choice of frames or encoder has another name."""
+        """Where the cache has latents and caption of a row; another clip, crop, choice of frames or encoder
+        has another name. Raises BadSample."""
         path = local_file(self.rows[row].path, self.cfg.cache_dir)
-        stat, frames, names = path.stat(), self.frames(row, bucket, 0), []
+        stat, frames = path.stat(), self.frames(row, bucket, 0)
         file = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
-        clip = (
-            f"{file}|{bucket.size}|{frames}|{self.codec.name}|{self.codec.key}|2"  # 2: version of the reader
-        )
-        for kind, what in (("latents", clip), ("text", f"{self.caption(row, 0)}|{self.text.name}|1")):
-            digest = hashlib.sha256(what.encode()).hexdigest()[:32]
-            names.append(self.cfg.cache / kind / digest[:2] / f"{digest}.npy")
-        return tuple(names)
+        # 2, 1: versions of what reads and encodes
+        latents = f"{file}|{bucket.size}|{frames}|{self.codec.name}|{self.codec.key}|2"
+        return self.file("latents", latents), self.file("text", f"{self.caption(row, 0)}|{self.text.name}|1")
+
+    def file(self, kind: str, content: str) -> Path:
+        digest = hashlib.sha256(content.encode()).hexdigest()[:32]
+        return self.cfg.cache / kind / digest[:2] / f"{digest}.npy"
 
     def rng(self, use: int, row: int, epoch: int) -> np.random.Generator:
-        """By the file, not by the row's number: rows that are added leave what the cache has"""
-        return rng_of(use, self.cfg.seed, epoch, zlib.crc32(self.rows[row].path.encode()))
+        """By the file's name, not by the row's number: rows that are added leave what the cache has"""
+        return rng_of(use, self.cfg.seed, epoch, zlib.crc32(self.rows[row].name.encode()))
 
     def caption(self, row: int, epoch: int) -> str:
-        return scored_caption(self.rows[row], self.rng(CAPTION, row, epoch))
+        return scored_caption(self.rows[row].text, self.rows[row].scores, self.rng(CAPTION, row, epoch))
 
     def frames(self, row: int, bucket: Bucket, epoch: int) -> range:
         return frames_of(int(self.table.num_frames[row]), bucket.frames, self.rng(FRAMES, row, epoch))
@@ -1673,85 +1567,87 @@ class Source:
         path = local_file(self.rows[row].path, self.cfg.cache_dir)
         return read_run(path, self.frames(row, bucket, epoch), bucket.size)
 
-    def encode(self, clips: list[np.ndarray], seed: int) -> Tensor:
-        """uint8 (F, h, w, 3) clips of one shape -> float32 (B, C, T, h, w), on the codec's device; drawn from the posterior, as
-        the published weights were trained"""
-        return self.codec.encode(torch.from_numpy(np.stack(clips)), torch.Generator().manual_seed(seed))
-
-    def batch(
-        self, bucket: Bucket, rows: np.ndarray, spare: np.ndarray, epoch: int
-    ) -> tuple[Tensor | list[np.ndarray], list[np.ndarray], np.ndarray]:
-        """(latents (B, C, T, h, w) of the cache, or clips to be encoded; caption states; the rows). In the place of a clip that
-        cannot be read comes one of `spare`, rows of the same bucket: no rank skips a step alone."""
-        if self.cfg.cache:
-            latents, text = zip(*(map(np.load, self.files(row, bucket)) for row in rows))
-            return torch.from_numpy(np.stack(latents)).float(), list(text), rows
-        known, found = set(self.bad), []
-        for part in ([(bucket, row) for row in rows], *([(bucket, row)] for row in spare)):
-            if len(found) < len(rows):
-                found += [
-                    (row, clip) for (_, row), clip in zip(part, self.decode(part, epoch)) if clip is not None
-                ]
-        for row in self.bad.keys() - known:
-            append_json(self.cfg.output_dir / "bad_samples.jsonl", self.bad[row])
-            log.warning(f"warning: {' | '.join(self.bad[row].values())}: another clip takes its place")
-        if len(found) < len(rows):
-            raise SystemExit(
-                f"error: too few clips of the bucket {bucket} can be read; {self.rows[rows[0]].path} is one"
-            )
-        used = np.array([row for row, _ in found])
-        return [clip for _, clip in found], self.text.encode([self.caption(row, epoch) for row in used]), used
-
-    def decode(self, wanted: list[tuple[Bucket, int]], epoch: int) -> list[np.ndarray | None]:
+    def decode(self, clips: list[tuple[Bucket, int]], epoch: int) -> list[np.ndarray | None]:
         """uint8 (F, h, w, 3) each, in threads; None for a clip that cannot be read, which is noted"""
 
-        def one(bucket: Bucket, row: int) -> np.ndarray | None:
+        def one(clip: tuple[Bucket, int]) -> np.ndarray | None:
+            bucket, row = clip
             try:
                 return self.pixels(row, bucket, epoch)
             except BadSample as error:
                 self.note(row, error)
                 return None
 
-        with ThreadPoolExecutor(self.cfg.num_workers) as pool:  # the decoders release the GIL
-            return list(pool.map(lambda pair: one(*pair), wanted))
+        return list(self.pool.map(one, clips))
 
     def note(self, row: int, error: BadSample) -> None:
         self.bad[row] = {"where": self.rows[row].where, "video": self.rows[row].path, "reason": str(error)}
 
+    def encode(self, clips: list[np.ndarray], seed: int) -> Tensor:
+        """uint8 (F, h, w, 3) clips of one shape -> float32 (B, C, T, h, w), on the codec's device; drawn from
+        the posterior, as the published weights were trained"""
+        return self.codec.encode(torch.from_numpy(np.stack(clips)), torch.Generator().manual_seed(seed))
 
-def fill_cache(source: Source, wanted: list[tuple[Bucket, int]]) -> list[tuple[int, dict]]:
-    """Every rank: encode its share of these rows, those that the cache lacks. It may be stopped and started again.
-    -> (row, what is wrong) of clips that cannot be read, the same on every rank. Exit 2 for a file that is there and broken."""
-    mine, broken = wanted[rank() :: world_size()], []
+    def batch(
+        self, bucket: Bucket, rows: np.ndarray, spare: np.ndarray, epoch: int
+    ) -> tuple[Tensor | list[np.ndarray], list[np.ndarray], np.ndarray]:
+        """(latents (B, C, T, h, w) of the cache, or clips to be encoded; caption states; the rows). In the
+        place of a clip that cannot be read comes one of `spare`, rows of the same bucket: no rank skips a
+        step alone."""
+        if self.cfg.cache:
+            latents, text = zip(*(map(np.load, self.files(row, bucket)) for row in rows))
+            return torch.from_numpy(np.stack(latents)).float(), list(text), rows
+        known, clips = set(self.bad), {}
+        for part in itertools.chain([rows], spare[:, None]):
+            if len(clips) == len(rows):
+                break
+            decoded = self.decode([(bucket, row) for row in part], epoch)
+            clips |= {row: clip for row, clip in zip(part, decoded) if clip is not None}
+        for row in self.bad.keys() - known:
+            append_json(self.cfg.output_dir / "bad_samples.jsonl", self.bad[row])
+            log.warning(f"warning: {' | '.join(self.bad[row].values())}: another clip takes its place")
+        if len(clips) < len(rows):
+            first = self.rows[rows[0]].path
+            raise SystemExit(f"error: too few clips of the bucket {bucket} can be read; {first} is one")
+        used = np.array(list(clips))
+        return list(clips.values()), self.text.encode([self.caption(row, epoch) for row in used]), used
+
+
+def fill_cache(source: Source, clips: list[tuple[Bucket, int]]) -> dict[int, dict]:
+    """Every rank: encode its share of these (bucket, row), those that the cache lacks. It may be stopped and
+    started again. -> {row: what is wrong} of clips that cannot be read, the same on every rank. Exit 2 for a
+    file of the cache that is broken."""
+    size, seed, broken = source.cfg.num_workers, source.cfg.seed, []
+    mine = clips[rank() :: world_size()]
     with tqdm(total=len(mine), desc="encode", unit="clip", disable=None if rank() == 0 else True) as bar:
-        for start in range(0, len(mine), source.cfg.num_workers):
-            todo = []
-            for bucket, row in mine[start : start + source.cfg.num_workers]:
+        for start in range(0, len(mine), size):
+            lacking, targets = [], {}
+            for bucket, row in mine[start : start + size]:
                 bar.update()
                 try:
                     latents, text = source.files(row, bucket)
                 except BadSample as error:  # the file is gone
                     source.note(row, error)
                     continue
-                broken += filter(None, map(what_is_wrong, (latents, text)))
-                todo.append((bucket, row, latents, text))
-            lacking = [one for one in todo if not one[2].exists()]
-            for (_, row, latents, _), clip in zip(lacking, source.decode([one[:2] for one in lacking], 0)):
-                if clip is not None:
-                    made = source.encode([clip], seed_of(source.cfg.seed, row))
-                    save_array(latents, made[0].half().cpu().numpy())
-            for _, row, _, text in todo:
+                broken += filter(None, map(what_is_broken, (latents, text)))
+                if not latents.exists():
+                    lacking.append((bucket, row))
+                    targets[row] = latents
                 if not text.exists():
                     save_array(text, source.text.encode([source.caption(row, 0)])[0])
+            for (_, row), clip in zip(lacking, source.decode(lacking, 0)):
+                if clip is not None:
+                    encoded = source.encode([clip], seed_of(seed, row))
+                    save_array(targets[row], encoded[0].half().cpu().numpy())
     if broken := list(itertools.chain.from_iterable(from_all_ranks(broken))):
         refuse(f"--cache: {len(broken)} files cannot be read; {broken[0]}")
-    bad = [one for part in from_all_ranks(list(source.bad.items())) for one in part]
+    bad = merged_over_ranks(source.bad)
     source.bad.clear()
-    return sorted(bad, key=lambda one: one[0])
+    return bad
 
 
-def what_is_wrong(path: Path) -> str:
-    """With a file of the cache, by its header and size; "" where nothing is, or no file"""
+def what_is_broken(path: Path) -> str:
+    """A file of the cache, by its header and size; "" where nothing is, or no file"""
     try:
         if path.exists():
             np.load(path, mmap_mode="r")
@@ -1764,19 +1660,24 @@ def what_is_wrong(path: Path) -> str:
 # Batches
 # ---------------------------------------------------------------------------
 
+HELD_BATCHES = 2  # of each resolution and length, that the held-out loss is measured on
+
 
 class Batches:
-    """The batch of each micro-step: a pure function of (seed, micro-step, rank), so that a resumed run repeats the order. With a
-    cache each epoch has the buckets and frames of the first, in another order."""
+    """The batch of each micro-step: a pure function of (seed, micro-step, rank), so that a resumed run
+    repeats the order. With a cache each epoch has the buckets and frames of the first, in another order."""
 
-    def __init__(self, cfg: Config, source: Source, buckets: dict, cost: Callable) -> None:
+    def __init__(self, cfg: Config, source: Source, buckets: Buckets, ranks: int) -> None:
         self.cfg, self.source = cfg, source
-        self.plan = functools.lru_cache(maxsize=2)(
-            lambda e: plan(source.table, buckets, cfg.seed, e, world_size(), cost)
-        )
-        self.length = functools.cache(lambda epoch: len(self.plan(0 if cfg.cache else epoch).order))
+        plan = partial(plan_epoch, source.table, buckets, cfg.seed, world=ranks, cost=tokens_of(source.codec))
+        self.plan = lru_cache(maxsize=2)(plan)
+        self.length = cache(lambda number: len(self.epoch(number).order))
+
+    def epoch(self, number: int) -> Epoch:
+        return self.plan(0 if self.cfg.cache else number)
 
     def forget(self) -> None:
+        """The table has changed."""
         self.plan.cache_clear()
         self.length.cache_clear()
 
@@ -1789,33 +1690,31 @@ class Batches:
             micro_step = int(epoch_order(self.length(0), self.cfg.seed, epoch)[micro_step])
         return epoch, micro_step
 
+    def evaluated(self) -> list[int]:
+        """The batches of the first epoch that the held-out loss is measured on"""
+        return self.epoch(0).first_of_each(HELD_BATCHES)
+
     def __call__(self, micro_step: int) -> dict[str, Any]:
-        epoch, step = self.place(micro_step)
-        bucket, rows, spare = self.plan(0 if self.cfg.cache else epoch).batch(step, rank())
-        clips, text, rows = self.source.batch(bucket, rows, spare, epoch)
-        rng = rng_of(MASKS, self.cfg.seed, micro_step, rank())
-        frames = self.source.codec.latent_frames(bucket.frames)
-        made = [
-            given_frames(frames, rng) if rng.random() < self.cfg.mask_share else np.ones(frames, bool)
-            for _ in rows
-        ]
-        return batch_of(bucket, clips, text, self.source.table.fps[rows], np.stack(made))
+        number, step = self.place(micro_step)
+        epoch, rng = self.epoch(number), rng_of(MASKS, self.cfg.seed, micro_step, rank())
+        bucket, rows, spare = epoch.batch(epoch.order[step, rank()])
+        clips, text, rows = self.source.batch(bucket, rows, spare, number)
+        predicted = np.ones((len(rows), self.source.codec.latent_frames(bucket.frames)), bool)
+        for mask in predicted:
+            if rng.random() < self.cfg.mask_share:
+                mask[:] = given_frames(len(mask), rng)
+        return batch_of(bucket, clips, text, self.source.table.fps[rows], predicted)
 
 
 def batch_of(
-    bucket: Bucket, clips: Any, text: list[np.ndarray], fps: Any, made: np.ndarray
+    bucket: Bucket, clips: Any, text: list[np.ndarray], fps: np.ndarray, predicted: np.ndarray
 ) -> dict[str, Any]:
-    """clips: latents (B, C, T, h, w) or a list of uint8 (F, h, w, 3); text: caption states; fps (B,); made: bool (B, T), of the
-    latent frames, False where they are given"""
+    """clips: latents (B, C, T, h, w) or a list of uint8 (F, h, w, 3); text: caption states; fps (B,);
+    predicted: bool (B, T), of the latent frames, False where they are given"""
     y, mask = padded(text)
     fps = np.full(len(text), IMAGE_FPS) if bucket.frames == 1 else fps
-    there = {
-        "y": y,
-        "mask": mask,
-        "fps": torch.as_tensor(fps, dtype=torch.float32),
-        "made": torch.from_numpy(made),
-    }
-    return {"bucket": bucket, "clips": clips} | there
+    batch = {"bucket": bucket, "clips": clips, "y": y, "mask": mask}
+    return batch | {"fps": torch.as_tensor(fps).float(), "predicted": torch.from_numpy(predicted)}
 
 
 def padded(text: list[np.ndarray]) -> tuple[Tensor, Tensor]:
@@ -1825,9 +1724,9 @@ def padded(text: list[np.ndarray]) -> tuple[Tensor, Tensor]:
 
 
 def given_frames(frames: int, rng: np.random.Generator) -> np.ndarray:
-    """Which of the latent frames of a clip are to be made, bool (T,): the others are given, clean. Most often the first is
-    (image to video), or a quarter at the head or the tail (extension), every other one, or some at random: MaskGenerator, also
-    for clips of few latent frames. At least one is made."""
+    """Which of the latent frames of a clip are to be made, bool (T,): the others are given, clean. Most often
+    the first is (image to video), or a quarter at the head or the tail (extension), every other one, or some
+    at random: MaskGenerator, also for clips of few latent frames. At least one is made."""
     made = np.ones(frames, bool)
     if frames == 1:
         return made
@@ -1854,26 +1753,43 @@ def given_frames(frames: int, rng: np.random.Generator) -> np.ndarray:
 # ---------------------------------------------------------------------------
 
 
+def shifted(t: Tensor, ratio: float) -> Tensor:
+    """t in [0, 1], 1 is noise -> more of it for larger and longer clips (Esser et al. 2024, equation 23)"""
+    return ratio * t / (1 + (ratio - 1) * t)
+
+
+def flow_shift(height: int, width: int, latent_frames: int, base: float, scale: float) -> float:
+    """sqrt(pixels / base^2) * sqrt(latent frames) * scale. Upstream counts latent frames as num_frames // 17
+    * 5, which is 0 below 17 frames: then t is always 0 and nothing is learned; here their true number."""
+    return math.sqrt(height * width) / base * math.sqrt(latent_frames) * scale
+
+
+def noisy(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """(1 - t) x + t noise; x (B, C, T, H, W), t (B,) in [0, 1]"""
+    t = t.view(-1, 1, 1, 1, 1)
+    return (1 - t) * x + t * noise
+
+
 def shift_of(cfg: Config, bucket: Bucket, codec: Any) -> float:
     return flow_shift(*bucket.size, codec.latent_frames(bucket.frames), cfg.base_size, cfg.shift)
 
 
 def velocity(
-    model: nn.Module, x: Tensor, t: Tensor, batch: dict, made: Tensor | None, drop: Tensor | None = None
+    model: nn.Module, x: Tensor, t: Tensor, batch: dict, predicted: Tensor | None, drop: Tensor | None = None
 ) -> Tensor:
-    """The model's v = x_0 - noise for noisy latents x and t (B,) in [0, 1]; without the half that upstream predicts and drops"""
+    """The model's v = x_0 - noise for noisy latents x, t (B,) in [0, 1]; without the half upstream drops"""
     y, mask, fps = (batch[name].to(x.device) for name in ("y", "mask", "fps"))
     pixels = math.sqrt(math.prod(batch["bucket"].size))
-    return model(x, t * TIMESTEPS, y, mask, fps, pixels, made, drop)[:, : x.shape[1]]
+    return model(x, t * TIMESTEPS, y, mask, fps, pixels, predicted, drop)[:, : x.shape[1]]
 
 
 def flow_loss(
     model: nn.Module, x: Tensor, batch: dict, t: Tensor, noise: Tensor, drop: Tensor | None = None
 ) -> Tensor:
-    """Mean squared error of v over the frames that are made, mean over clips; given frames stay clean."""
-    made = batch["made"].to(x.device)
-    part = made[:, None, :, None, None].to(x.dtype)  # (B, 1, T, 1, 1)
-    v = velocity(model, noisy(x, noise, t) * part + x * (1 - part), t, batch, made, drop)
+    """Mean squared error of v over the predicted frames, mean over clips; given frames stay clean."""
+    predicted = batch["predicted"].to(x.device)
+    part = predicted[:, None, :, None, None].to(x.dtype)  # (B, 1, T, 1, 1)
+    v = velocity(model, noisy(x, noise, t) * part + x * (1 - part), t, batch, predicted, drop)
     error = ((v - (x - noise)) ** 2 * part).flatten(1).sum(1)
     return (error / (part.sum((1, 2, 3, 4)) * x[0, :, 0].numel())).mean()
 
@@ -1891,79 +1807,78 @@ def training_loss(
 @torch.no_grad()
 def sample(
     model: nn.Module, text: list[np.ndarray], bucket: Bucket, codec: Any, cfg: Config, seed: int,
-    given: Tensor | None = None, made: Tensor | None = None,
+    known: Tensor | None = None, predicted: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Latents (N, C, T, h, w) for captions: Euler steps from noise at t = 1 to 0, guidance after Ho and Salimans 2022. `given`
-    latents of the same shape are kept where `made` (T,) is False."""
-    device = next(model.parameters()).device
+    """Latents (N, C, T, h, w) for captions: Euler steps from noise at t = 1 to 0, guidance after Ho and
+    Salimans 2022. `known` latents of the same shape are kept where `predicted` (T,) is False."""
+    device, count = next(model.parameters()).device, len(text)
     generator = torch.Generator(device).manual_seed(seed)
     height, width = (side // codec.space for side in bucket.size)
-    x = torch.randn(
-        len(text),
-        codec.channels,
-        codec.latent_frames(bucket.frames),
-        height,
-        width,
-        generator=generator,
-        device=device,
-    )
+    shape = (count, codec.channels, codec.latent_frames(bucket.frames), height, width)
+    x = torch.randn(shape, generator=generator, device=device)
     y, mask = padded(text)
-    fps = torch.full((2 * len(text),), IMAGE_FPS if bucket.frames == 1 else float(cfg.fps))
-    both = {
-        "y": y.repeat(2, 1, 1).to(device),
-        "mask": mask.repeat(2, 1).to(device),
-        "fps": fps.to(device),
-        "bucket": bucket,
-    }
-    drop = torch.arange(2 * len(text), device=device) >= len(text)  # second half without captions
-    keep = None if made is None else made.to(device)[None, None, :, None, None]
-    half = None if made is None else made.to(device).expand(2 * len(text), -1)
-    times = shifted(
-        1 - torch.arange(cfg.sample_steps + 1) / cfg.sample_steps, shift_of(cfg, bucket, codec)
-    ).tolist()
+    fps = torch.full((2 * count,), IMAGE_FPS if bucket.frames == 1 else float(cfg.fps))
+    both = {"bucket": bucket, "y": y.repeat(2, 1, 1), "mask": mask.repeat(2, 1), "fps": fps}
+    drop = torch.arange(2 * count, device=device) >= count  # second half without captions
+    x_mask = None
+    if predicted is not None:
+        known, predicted = known.to(x), predicted.to(device)
+        x_mask = predicted.expand(2 * count, -1)
+
+    def with_known(x: Tensor) -> Tensor:
+        return x if x_mask is None else torch.where(predicted[:, None, None], x, known)
+
+    even = 1 - torch.arange(cfg.sample_steps + 1) / cfg.sample_steps
+    times = shifted(even, shift_of(cfg, bucket, codec)).tolist()
     for t, after in zip(times, times[1:]):
-        if keep is not None:
-            x = torch.where(keep, x, given.to(x))
-        v = velocity(
-            model, x.repeat(2, 1, 1, 1, 1), torch.full((2 * len(text),), t, device=device), both, half, drop
-        )
+        x = with_known(x)
+        t_of_each = torch.full((2 * count,), t, device=device)
+        v = velocity(model, x.repeat(2, 1, 1, 1, 1), t_of_each, both, x_mask, drop)
         with_text, without = v.chunk(2)
         x = x + (without + cfg.guidance * (with_text - without)) * (t - after)
-    return x if keep is None else torch.where(keep, x, given.to(x))
-
-
-FIXED_TIMES = (np.arange(10) + 0.5) / 10  # that the held-out loss is measured at
-HELD_BATCHES = 2  # of each resolution and length
+    return with_known(x)
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, held: Source, one: Plan, cfg: Config) -> dict[str, float]:
-    """Every rank, each its share: the loss at 10 evenly spaced t with fixed noise, by resolution and length, and their mean,
-    "loss"."""
-    device, mine = next(model.parameters()).device, []
-    for b in one.first_of_each(HELD_BATCHES)[rank() :: world_size()]:
-        bucket, rows, spare = one.one_batch(b)
-        clips, text, rows = held.batch(bucket, rows, spare, 0)
-        x = latents_of(clips, held, b).to(device)
-        batch = batch_of(bucket, clips, text, held.table.fps[rows], np.ones((len(x), x.shape[2]), bool))
+def held_out_loss(model: nn.Module, held: Batches, cfg: Config) -> dict[str, float]:
+    """Every rank: the loss at 10 evenly spaced t with fixed noise, by bucket, and their mean, "loss"."""
+    device, batches, losses = next(model.parameters()).device, held.evaluated(), {}
+    for (place,) in rounds(len(batches), 1):
+        b = batches[place]
+        bucket, rows, spare = held.epoch(0).batch(b)
+        clips, text, rows = held.source.batch(bucket, rows, spare, 0)
+        x = latents_of(clips, held.source, b).to(device)
+        fps, predicted = held.source.table.fps[rows], np.ones((len(x), x.shape[2]), bool)
+        batch = batch_of(bucket, clips, text, fps, predicted)
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(cfg.seed)).to(device)
-        losses = [
-            flow_loss(model, x, batch, torch.full((len(x),), float(t), device=device), noise).item()
-            for t in FIXED_TIMES
-        ]
-        mine.append((b, f"{bucket.resolution}_{bucket.frames}", float(np.mean(losses))))
-    sums: dict[str, list[float]] = {}
-    for _, name, loss in sorted(
-        itertools.chain.from_iterable(from_all_ranks(mine))
-    ):  # the same sum on any number of ranks
-        sums.setdefault(name, []).append(loss)
-    means = {name: float(np.mean(losses)) for name, losses in sums.items()}
+        at_times = []
+        for tenth in range(10):
+            stop_if_asked()
+            t = torch.full((len(x),), (tenth + 0.5) / 10, device=device)
+            at_times.append(flow_loss(model, x, batch, t, noise).item())
+        losses[b] = bucket.name, float(np.mean(at_times))
+    by_name: dict[str, list[float]] = {}
+    for name, loss in merged_over_ranks(losses).values():
+        by_name.setdefault(name, []).append(loss)
+    means = {name: float(np.mean(values)) for name, values in by_name.items()}
     return {"loss": float(np.mean(list(means.values())))} | means
 
 
 def latents_of(clips: Tensor | list[np.ndarray], source: Source, seed: int) -> Tensor:
     """(B, C, T, h, w) of a batch: as it came from the cache, or encoded now"""
     return clips if isinstance(clips, Tensor) else source.encode(clips, seed)
+
+
+def sample_clips(
+    model: nn.Module, captions: list[str], bucket: Bucket, source: Source, cfg: Config, seed: int
+) -> np.ndarray:
+    """-> uint8 (N, F, H, W, 3), in batches of the bucket's size"""
+    clips, text = [], source.text.encode(captions)
+    for start in range(0, len(captions), bucket.batch_size):
+        part = text[start : start + bucket.batch_size]
+        x = sample(model, part, bucket, source.codec, cfg, seed_of(cfg.seed, seed, start))
+        clips.append(source.codec.decode(x, bucket.frames).cpu().numpy())
+    return np.concatenate(clips)
 
 
 # ---------------------------------------------------------------------------
@@ -1973,12 +1888,9 @@ def latents_of(clips: Tensor | list[np.ndarray], source: Source, seed: int) -> T
 
 def parts_of(engine: Any) -> list[Tensor]:
     """This rank's part of the fp32 weights under ZeRO, flat."""
-    optimizer = engine.optimizer
-    return (
-        optimizer.fp32_partitioned_groups_flat
-        if engine.zero_optimization_stage() == 3
-        else optimizer.single_partition_of_fp32_groups
-    )
+    if engine.zero_optimization_stage() == 3:
+        return engine.optimizer.fp32_partitioned_groups_flat
+    return engine.optimizer.single_partition_of_fp32_groups
 
 
 @contextlib.contextmanager
@@ -2000,16 +1912,16 @@ def whole_weights(engine: Any) -> dict[str, Tensor]:
     """Every rank; rank 0 gets all weights in fp32 on the CPU, gathered one after the other, and buffers."""
     from deepspeed.utils import safe_get_full_fp32_param
 
-    made = {}
+    weights = {}
     for name, value in engine.module.named_parameters():
         full = safe_get_full_fp32_param(value) if value.requires_grad else None
         with gathered([value]):
             if rank() == 0:
-                made[name] = (value if full is None else full).detach().to("cpu", torch.float32, copy=True)
+                full = value if full is None else full
+                weights[name] = full.detach().to("cpu", torch.float32, copy=True)
     state = set(engine.module.state_dict())
-    return made | {
-        name: b.detach().float().cpu() for name, b in engine.module.named_buffers() if name in state
-    }
+    buffers = [(name, value) for name, value in engine.module.named_buffers() if name in state]
+    return weights | {name: value.detach().float().cpu() for name, value in buffers}
 
 
 def averaged_weights(engine: Any, ema: list[Tensor]) -> dict[str, Tensor]:
@@ -2029,9 +1941,9 @@ def load_ema(engine: Any, ema: list[Tensor], checkpoint: Path) -> None:
                 safe_set_full_fp32_param(value, whole[name].to(engine.device))
 
 
-def with_adapter(model: STDiT3, cfg: Config) -> nn.Module:
-    """What is trained: all weights but the rotation's, and of loaded ones the layers that captions enter by (both as upstream),
-    or LoRA on every linear layer of the blocks."""
+def set_trained(model: STDiT3, cfg: Config) -> nn.Module:
+    """What is trained: all weights but the rotation's, and of loaded ones the layers that captions enter by
+    (both as upstream), or LoRA on every linear layer of the blocks."""
     model.rope.freqs.requires_grad_(False)
     model.y_embedder.requires_grad_(cfg.model == "scratch")
     if not cfg.lora_r:
@@ -2044,20 +1956,21 @@ def with_adapter(model: STDiT3, cfg: Config) -> nn.Module:
 
 
 def merged(weights: dict[str, Tensor], cfg: Config) -> dict[str, Tensor]:
-    """Weights of a model with LoRA -> those of a plain one, under the published names"""
+    """Weights of a model with LoRA -> those of one without, under the published names"""
     if not cfg.lora_r:
         return weights
-    plain = {}
+    whole = {}
     for name, value in weights.items():
         if ".lora_" not in name:
-            a, b = (weights.get(name.replace("base_layer.weight", f"lora_{x}.default.weight")) for x in "AB")
-            change = b @ a * (cfg.lora_alpha / cfg.lora_r) if "base_layer.weight" in name else 0
-            plain[name.removeprefix("base_model.model.").replace(".base_layer", "")] = value + change
-    return plain
+            if "base_layer.weight" in name:
+                a, b = (weights[name.replace("base_layer.weight", f"lora_{x}.default.weight")] for x in "AB")
+                value = value + b @ a * (cfg.lora_alpha / cfg.lora_r)
+            whole[name.removeprefix("base_model.model.").replace(".base_layer", "")] = value
+    return whole
 
 
 def plain_model(config: dict, weights: dict[str, Tensor], device: torch.device, dtype: str) -> STDiT3:
-    """A model of these merged weights, which rank 0 has, to evaluate and to sample from. Every rank has it in the end."""
+    """A model of these merged weights, which rank 0 has, to evaluate and sample: whole on each rank"""
     import torch.distributed as dist
 
     with torch.device("meta"):
@@ -2076,43 +1989,36 @@ def plain_model(config: dict, weights: dict[str, Tensor], device: torch.device, 
 # ---------------------------------------------------------------------------
 
 
-def sample_pixels(
-    model: nn.Module, captions: list[str], bucket: Bucket, source: Source, cfg: Config, seed: int
-) -> np.ndarray:
-    """-> uint8 (N, F, H, W, 3), in batches of the bucket's size"""
-    made, text = [], source.text.encode(captions)
-    for start in range(0, len(captions), bucket.batch_size):
-        part = text[start : start + bucket.batch_size]
-        x = sample(model, part, bucket, source.codec, cfg, seed_of(cfg.seed, seed, start))
-        made.append(source.codec.decode(x, bucket.frames).cpu().numpy())
-    return np.concatenate(made)
-
-
-def evaluate(model: nn.Module, losses: dict[str, float], held: Source, held_out: Plan, cfg: Config) -> dict:
-    """Rank 0: the score of results.json. The demo: asked = made for captions never seen, for each bucket, next to the same clips
-    held against each other's captions. Else: 1 - loss / power of the target on held-out clips."""
+@on_rank0
+def evaluate(model: nn.Module, losses: dict[str, float], held: Batches, data: Data, cfg: Config) -> dict:
+    """The score of results.json. The demo: asked = made for captions never seen, for each bucket, next to the
+    same clips held against each other's captions. Else: 1 - loss / power of the target on held-out clips."""
+    by_bucket = {name: {"held-out loss": loss} for name, loss in losses.items() if name != "loss"}
+    results = {"held_out_loss": losses["loss"], "controls": {}, "tables": {"bucket": by_bucket}}
     if not cfg.demo:
-        return {
-            "score": max(0.0, 1 - losses["loss"] / 2),  # v = x - noise has a power of 1 + 1 where latents are normalised
-            "score_is": f"share of the target explained, {held.called}", "controls": {}, "held_out": losses,
-        }  # fmt: skip
+        trained_on = held.source.rows is data.rows
+        which = "the training clips (few, or none other fits a bucket)" if trained_on else "held-out clips"
+        # v = x - noise has a power of 1 + 1 where latents are normalised
+        explained = max(0.0, 1 - losses["loss"] / 2)
+        return results | {"score": explained, "score_is": f"share of the target explained, {which}"}
     shapes = demo_module("shapes")
     asked = shapes.held_out_captions(shapes.RFLOW_SHAPES)
     captions = [shapes.caption_of(a) for a in asked]
-    table, other = {}, {}
-    for bucket in held_out.buckets:
-        clips = sample_pixels(model, captions, bucket, held, cfg, bucket.frames)
-        name = f"{bucket.resolution}_{bucket.frames}"
-        table[name], other[name] = shapes.score_and_control(clips, asked, shapes.RFLOW_SHAPES)
-    mean = {
-        name: float(np.mean([row[name] for row in table.values()])) for name in next(iter(table.values()))
+    right, shuffled = {}, {}
+    for bucket in held.epoch(0).buckets:
+        clips = sample_clips(model, captions, bucket, held.source, cfg, bucket.frames)
+        scores = shapes.score_and_control(clips, asked, shapes.RFLOW_SHAPES)
+        right[bucket.name], shuffled[bucket.name] = scores
+    count = f"{len(asked) * len(right)} clips of {len(asked)} held-out captions"
+    for table in (right, shuffled):
+        columns = list(next(iter(table.values())))
+        table["mean"] = {name: float(np.mean([row[name] for row in table.values()])) for name in columns}
+    return results | {
+        "score": right["mean"]["all_five"],
+        "score_is": f"asked = made for all five attributes, {count}",
+        "controls": {"captions_shuffled": shuffled["mean"]["all_five"]},
+        "tables": {"asked is made": right, "captions shuffled": shuffled} | results["tables"],
     }
-    return {
-        "score": mean["all_five"],
-        "score_is": f"asked = made for all five attributes, {len(asked) * len(table)} clips of {len(asked)} held-out captions",
-        "controls": {"captions_shuffled": float(np.mean([row["all_five"] for row in other.values()]))},
-        "asked_is_made": table | {"mean": mean}, "captions_shuffled": other, "held_out": losses,
-    }  # fmt: skip
 
 
 # ---------------------------------------------------------------------------
@@ -2120,110 +2026,91 @@ def evaluate(model: nn.Module, losses: dict[str, float], held: Source, held_out:
 # ---------------------------------------------------------------------------
 
 
-def activation_bytes(
-    config: dict, batch: Bucket, codec: Any, caption: int, dtype: str, checkpointing: bool
+def micro_batch_bytes(
+    config: dict, bucket: Bucket, codec: Any, caption: int, dtype: str, checkpointing: bool
 ) -> int:
-    """What one micro-batch keeps for the backward pass, counted on the meta device with one and with two pairs of blocks.
-    caption: longest in tokens. With checkpointing each block keeps its input; of the one at work all is there, and the gradient
-    of its MLP's inside."""
+    """What one micro-batch keeps for the backward pass, counted on the meta device with one and with two
+    pairs of blocks. caption: longest in tokens. With checkpointing each block keeps its input; of the one at
+    work all is there, and the gradient of its MLP's inside."""
+    height, width = (side // codec.space for side in bucket.size)
+    count, frames = bucket.batch_size, codec.latent_frames(bucket.frames)
 
     def kept(depth: int) -> int:
         with torch.device("meta"):
             twin = STDiT3(**config | {"depth": depth}).to(TORCH_DTYPES[dtype])
-            height, width = (side // codec.space for side in batch.size)
-            x = torch.empty(
-                batch.batch_size, codec.channels, codec.latent_frames(batch.frames), height, width
-            )
-            y, mask = (
-                torch.empty(len(x), caption, config["caption_channels"]),
-                torch.empty(len(x), caption, dtype=torch.bool),
-            )
-            times = torch.empty(len(x))
+            x, times = torch.empty(count, codec.channels, frames, height, width), torch.empty(count)
+            y = torch.empty(count, caption, config["caption_channels"])
+            mask = torch.empty(count, caption, dtype=torch.bool)
             return saved_bytes(lambda: twin(x, times, y, mask, times, 1.0), twin)
 
     one, two = kept(1), kept(2)
     if not checkpointing:
         return one + (config["depth"] - 1) * (two - one)
-    tokens = batch.batch_size * tokens_of(codec)(batch.frames, *batch.size)
-    per_token = (
-        (2 * (config["depth"] - 1) + config["mlp_ratio"])
-        * config["hidden_size"]
-        * TORCH_DTYPES[dtype].itemsize
-    )
-    return int(one - (two - one) / 2 + tokens * per_token)
+    tokens = count * tokens_of(codec)(bucket.frames, *bucket.size)
+    numbers = (2 * (config["depth"] - 1) + config["mlp_ratio"]) * config["hidden_size"]  # of a token
+    return int(one - (two - one) / 2 + tokens * numbers * TORCH_DTYPES[dtype].itemsize)
 
 
-def print_plan(
-    cfg: Config,
-    model: nn.Module,
-    config: dict,
-    data: Data,
-    codec: Any,
-    text: Any,
-    first: Plan,
-    device: torch.device,
-) -> dict:
-    """Print what this run is going to do, and check that it fits. -> the row of the memory plan that is taken"""
-    world, count = world_size(), tokens_of(codec)
+def plan_of(
+    cfg: Config, model: nn.Module, config: dict, data: Data, batches: Batches, device: torch.device
+) -> Layout:
+    """Print what this run is going to do, and check that it fits. -> the layout of memory that is taken"""
+    codec, text, first, world = batches.source.codec, batches.source.text, batches.epoch(0), world_size()
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    largest = max(first.buckets, key=lambda b: b.batch_size * count(b.frames, *b.size))
-    tokens = largest.batch_size * count(largest.frames, *largest.size)
-    on = cfg.gradient_checkpointing
-    kept = {on: activation_bytes(config, largest, codec, text.length, cfg.dtype, on)}
-    rows = memory_rows(
-        trained, (parameters - trained) * TORCH_DTYPES[cfg.dtype].itemsize, kept, cfg.dtype, world
-    )
-    for row in rows:
-        row["gpu_gb"] += 4 * trained / world / GB  # the averaged weights
-        row["gpu_gb"] += 0 if cfg.cache else weights_gb(codec) + weights_gb(text.encoder)
-    memory, row = choose_layout(
-        rows, cfg.deepspeed, "lower --tokens_per_gpu, give --cache, or take more GPUs"
-    )
-    wanted = first.wanted() if cfg.cache else []
-    encoded = sum(encoded_bytes(bucket, data.rows[row].text, codec, text) for bucket, row in wanted) / GB
-    free, need = disk_free(cfg.output_dir) / GB, (16 * (cfg.keep + 1) * trained + 4 * parameters) / GB
-    clips = int(np.diff(first.starts)[first.order.ravel()].sum())
-    waits = [f"{100 * (value - 1):.1f} %" for value in (first.imbalance, first.imbalance_shuffled)]
-    where = (
-        f"encoded once, with the clips, into {cfg.cache} ({encoded:.2f} GB)"
-        if cfg.cache
-        else "encoded in each step"
-    )
-    many = "GPU" if device.type == "cuda" else "CPU process"
-    log.info(
-        f"Out: {cfg.output_dir} | Device: {device_name(device)}, {cfg.dtype}\n"
-        f"data     {data.manifest}: {len(data.rows)} clips to train on, {len(data.held_rows)} to evaluate, {len(data.bad)} bad\n"
-        f"buckets  {clips} clips of the first epoch in {first.order.size} batches; a step waits {waits[0]} for its costliest "
-        f"rank ({waits[1]} in a plain shuffle)\n{first.table()}\n"
-        f"text     {text.name}; {where}\n"
-        f"model    STDiT3 {cfg.model}, {parameters / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained\n"
-        f"latents  {codec.name}; at most {tokens} tokens a micro-batch\n"
-        f"steps    {cfg.steps} of {world} {many} x {cfg.accum} accum, {cfg.steps * cfg.accum / len(first.order):.2f} epochs\n"
-        f"disk     {need:.2f} GB for checkpoints and model, {free:.1f} GB free\n{memory}"
-    )
-    if need > free:
-        refuse(
-            f"--output_dir {cfg.output_dir}: {free:.2f} GB free, the run writes {need:.2f} GB; make room or lower --keep"
-        )
+    frozen = (parameters - trained) * TORCH_DTYPES[cfg.dtype].itemsize
+
+    def tokens(bucket: Bucket) -> int:
+        return bucket.batch_size * tokens_of(codec)(bucket.frames, *bucket.size)
+
+    largest = max(first.buckets, key=tokens)
+    kept = {
+        on: micro_batch_bytes(config, largest, codec, text.length, cfg.dtype, on)
+        for on in CHECKPOINTING[cfg.gradient_checkpointing]
+    }
+    besides = 4 * trained / world / GB  # the averaged weights
+    besides += 0 if cfg.cache else weights_gb(codec) + weights_gb(text.encoder)
+    layouts = [
+        dataclasses.replace(layout, gpu_gb=layout.gpu_gb + besides)
+        for layout in memory_layouts(trained, frozen, kept, cfg.dtype, world)
+    ]
+    encoded, where = 0.0, "encoded in each step"
+    if cfg.cache:
+        encoded = sum(encoded_bytes(b, data.rows[row].text, codec, text) for b, row in first.clips()) / GB
+        where = f"encoded once, with the clips, into {cfg.cache} ({encoded:.2f} GB)"
+    clips = f"{len(data.rows)} clips to train on, {len(data.held_rows)} to evaluate"
+    used = f"{int(np.diff(first.starts)[first.order.ravel()].sum())} clips of the first epoch"
+    ours, theirs = (f"{100 * (value - 1):.1f} %" for value in (first.imbalance, first.imbalance_shuffled))
+    waits = f"a step waits {ours} for its costliest rank ({theirs} in a plain shuffle)"
+    counts = f"{parameters / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained"
+    ranks = f"{world} {'GPU' if device.type == 'cuda' else 'CPU process'} x {cfg.accum} accum"
+    epochs = f"{cfg.steps * cfg.accum / len(first.order):.2f} epochs"
+    lines = [
+        ("data", f"{data.manifest}: {clips}, {len(data.bad)} left out as bad"),
+        ("buckets", f"{used} in {first.order.size} batches; {waits}\n{first.table()}"),
+        ("text", f"{text.name}; {where}"),
+        ("model", f"STDiT3 {cfg.model}, {counts}"),
+        ("latents", f"{codec.name}; at most {tokens(largest)} tokens a micro-batch"),
+        ("steps", f"{cfg.steps} of {ranks}, {epochs}; warm-up {cfg.warmup_steps}"),
+    ]
+    advice = "lower --tokens_per_gpu, give --cache, or take more GPUs"
+    disk = 16 * (cfg.keep + 1) * trained + 4 * parameters
+    layout = show_plan(cfg, device, lines, layouts, advice, disk)
     if cfg.cache and encoded > (free := disk_free(cfg.cache) / GB):
-        there = sum(path.stat().st_size for path in cfg.cache.rglob("*.npy")) / GB
-        if encoded > free + there:
+        cached = sum(path.stat().st_size for path in cfg.cache.rglob("*.npy")) / GB
+        if encoded > free + cached:
             refuse(
-                f"--cache {cfg.cache}: {free:.2f} GB free, {there:.2f} GB there, the first epoch takes {encoded:.2f} GB; make "
-                "room, or leave out --cache"
+                f"--cache {cfg.cache}: {free:.2f} GB free, {cached:.2f} GB there, the first epoch takes "
+                f"{encoded:.2f} GB; make room, or leave out --cache"
             )
-    return row
+    return layout
 
 
 def encoded_bytes(bucket: Bucket, caption: str, codec: Any, text: Any) -> float:
     """Of a clip in the cache, in 16 bits; of a caption three tokens for two words are assumed"""
-    numbers = (
-        codec.channels
-        * codec.latent_frames(bucket.frames)
-        * math.prod(side // codec.space for side in bucket.size)
-    )
-    return 2 * (numbers + text.width * min(text.length, 1.5 * len(caption.split()) + 1))
+    latents = codec.channels * codec.latent_frames(bucket.frames)
+    latents *= math.prod(side // codec.space for side in bucket.size)
+    return 2 * (latents + text.width * min(text.length, 1.5 * len(caption.split()) + 1))
 
 
 def weights_gb(module: nn.Module | None) -> float:
@@ -2236,28 +2123,30 @@ def weights_gb(module: nn.Module | None) -> float:
 
 
 def open_model(source: str, cfg: Config, codec: Any, text: Any) -> STDiT3:
-    """The published model or one that a run wrote, every weight in its place, or from scratch. Exit 2 for one of another size.
-    For --check its sizes alone, on the meta device."""
+    """The published model or one that a run wrote, every weight in its place, or from scratch. Exit 2 for one
+    of another size. For --check its sizes alone, on the meta device."""
     if source == "scratch":
         with torch.device("meta" if cfg.check else "cpu"):
             return STDiT3(
-                depth=cfg.depth, hidden_size=cfg.width, num_heads=cfg.heads, in_channels=codec.channels, pred_sigma=False,
-                caption_channels=text.width, model_max_length=text.length, input_sq_size=cfg.base_size,
-                frame_places=cfg.frame_places,
+                depth=cfg.depth, hidden_size=cfg.width, num_heads=cfg.heads, in_channels=codec.channels,
+                pred_sigma=False, caption_channels=text.width, model_max_length=text.length,
+                input_sq_size=cfg.base_size, frame_places=cfg.frame_places,
             )  # fmt: skip
     check_weights(source)
     hint = f"give {PUBLISHED}, a folder that a run wrote, or scratch"
     _, config, weights = config_and_weights(source, cfg.check, "--model", hint)
     if config.get("qk_norm_legacy") or not config.get("qk_norm", True):
         refuse(
-            f"--model {source}: turns queries before their norm, or has no such norm; this script knows Open-Sora 1.2's order"
+            f"--model {source}: turns queries before their norm, or has no such norm; this script knows "
+            "Open-Sora 1.2's order"
         )
     with torch.device("meta"):
         model = STDiT3(**{name: config[name] for name in XL if name in config})
-    if (model.config["in_channels"], model.config["caption_channels"]) != (codec.channels, text.width):
+    channels, width = model.config["in_channels"], model.config["caption_channels"]
+    if (channels, width) != (codec.channels, text.width):
         refuse(
-            f"--model {source} takes latents of {model.config['in_channels']} channels and captions of "
-            f"{model.config['caption_channels']} numbers; --vae {cfg.vae} has {codec.channels}, --text {cfg.text} {text.width}"
+            f"--model {source} takes latents of {channels} channels and captions of {width} numbers; "
+            f"--vae {cfg.vae} has {codec.channels}, --text {cfg.text} {text.width}"
         )
     if cfg.check:
         return model
@@ -2266,83 +2155,67 @@ def open_model(source: str, cfg: Config, codec: Any, text: Any) -> STDiT3:
 
 
 def train(cfg: Config) -> None:
-    given, device, folder = cfg, init_distributed(), cfg.output_dir
-    if cfg.push_to_hub:
-        on_rank0(lambda: hub_check(cfg.hub_model_id, cfg.public, create=False))
+    from_flags, device = cfg, open_run(cfg)
     cfg = dataclasses.replace(cfg, dtype=pick_dtype(cfg.dtype), model=cfg.model or PUBLISHED)
-    data = on_rank0(lambda: load_data(cfg))
-    sizes = dataclasses.replace(cfg, check=True)  # all checks come before the first weight is downloaded
+    data = load_data(cfg)
+    # all checks come before the first weight is downloaded: sizes alone
+    sizes = dataclasses.replace(cfg, check=True)
     codec, text = open_codec(sizes, device), open_text(sizes, device)
-    model = with_adapter(plain := open_model(cfg.model, sizes, codec, text), cfg)
-    source = Source(cfg, data.rows, data.table, codec, text)
-    buckets = read_buckets(cfg.buckets) if cfg.buckets else BUCKETS[cfg.stage]
-    buckets = buckets if cfg.stage == "demo" else scaled(buckets, cfg.tokens_per_gpu, codec)
-    batches = Batches(cfg, source, buckets, tokens_of(codec))
-    every = {
-        r: {f: (1.0 if batch else keep, batch) for f, (keep, batch) in of.items()}
-        for r, of in buckets.items()
-    }
-    fits = (assign(data.held_table, every, cfg.seed, 0)[0] >= 0).any()
-    held = Source(cfg, *((data.held_rows, data.held_table) if fits else (data.rows, data.table)), codec, text)
-    held.called = (
-        "the training clips (few, or no held-out one fits a bucket)"
-        if held.rows is data.rows
-        else held.called
-    )
-    held_plan = functools.partial(plan, held.table, every, cfg.seed, 0, 1, tokens_of(codec))
-    if not cfg.steps:
-        cfg = dataclasses.replace(cfg, steps=max(1, math.ceil(cfg.epochs * batches.length(0) / cfg.accum)))
-    row = print_plan(cfg, model, plain.config, data, codec, text, batches.plan(0), device)
-    config = ds_config(row["config"], 1, cfg.accum, cfg.clip, cfg.dtype)
+    model = open_model(cfg.model, sizes, codec, text)
+    config = model.config
+    table = read_buckets(cfg.buckets) if cfg.buckets else BUCKETS[cfg.stage]
+    buckets = table if cfg.stage == "demo" else scaled(table, cfg.tokens_per_gpu, codec)
+    batches = Batches(cfg, Source(cfg, data.rows, data.table, codec, text), buckets, world_size())
+    cfg = with_steps(cfg, WARMUP, batches.length(0), cfg.accum)
+    layout = plan_of(cfg, set_trained(model, cfg), config, data, batches, device)
+    held = held_out_batches(cfg, data, codec, text, keeping_all(buckets))
     if cfg.check:
         return
-    on_rank0(lambda: take_run_folder(given))
-    facts = {"zero_stage": config["zero_optimization"]["stage"], "dtype": cfg.dtype, "data": data.digest}
-    found, step, other_ranks = resume_checkpoint(folder / "checkpoints", cfg.resume, world_size(), **facts)
-    repo = on_rank0(lambda: hub_check(cfg.hub_model_id, cfg.public, create=True)) if cfg.push_to_hub else ""
+    facts = {
+        "data": data.digest,
+        "buckets": fingerprint(sorted((name, sorted(lengths.items())) for name, lengths in table.items())),
+        "cached": bool(cfg.cache),
+    }
+    loss_is = "mean squared error"
+    run = start_run(from_flags, cfg, __file__, layout, data.bad, loss_is, several=True, **facts)
+    cfg = run.cfg
     codec, text = open_codec(cfg, device), open_text(cfg, device)
     torch.manual_seed(cfg.seed)  # the same weights on every rank
-    model = with_adapter(plain := open_model(cfg.model, cfg, codec, text), cfg)
-    plain.checkpointing = cfg.gradient_checkpointing
-    for one in (source, held):
-        one.codec, one.text = codec, text
+    model = open_model(cfg.model, cfg, codec, text)
+    model.checkpointing = layout.checkpointing
+    model = set_trained(model, cfg)
+    for source in (batches.source, held.source):
+        source.codec, source.text = codec, text
     if cfg.cache:
-        data = dataclasses.replace(
-            data, bad=data.bad + encode_all(source, held, batches, held_plan, cfg, data)
-        )
-        move_encoders(source, torch.device("cpu"))
-    on_rank0(lambda: prepare_run_folder(given, __file__, step, data.bad, config))
+        encode_all(batches, held, cfg, data)
+        move_encoders(held.source, torch.device("cpu"))
     captions = list(dict.fromkeys(row.text for row in data.held_rows))[:4]
-    on_rank0(
-        lambda: write_json(folder / "samples" / "captions.json", {"captions": captions})
-    )  # what --watch samples
-    held_out = held_plan()
-
-    if other_ranks:
-        config["checkpoint"] = {"load_universal": True}
-    import deepspeed  # after init_distributed has told it the device
+    # what --watch samples
+    on_rank0(write_json)(run.folder / "samples" / "captions.json", {"captions": captions})
 
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         trained, cfg.lr, (0.9, cfg.beta2), eps=cfg.eps, weight_decay=cfg.weight_decay, fused=True
     )
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    engine = open_engine(run, model, optimizer, frozen_left_out=bool(cfg.lora_r))
     ema = [part.detach().clone() for part in parts_of(engine)]
-    if found:
-        load_engine(engine, found, other_ranks, frozen_left_out=bool(cfg.lora_r))
-        load_ema(engine, ema, found)
-        log.info(f"resumed {found}{', saved by another number of ranks' if other_ranks else ''}")
-    try:
-        train_steps(cfg, engine, ema, batches, held, held_out, plain.config, facts, step)
-    except torch.OutOfMemoryError as error:
-        raise SystemExit(
-            f"error: out of memory with --tokens_per_gpu {cfg.tokens_per_gpu}: lower it\n{error}"
-        ) from error
-    final = {"average": averaged_weights(engine, ema)} | (
-        {"weights": whole_weights(engine)} if cfg.average else {}
+    if run.checkpoint:
+        load_ema(engine, ema, run.checkpoint)
+    with out_of_memory(f"lower --tokens_per_gpu {cfg.tokens_per_gpu}"):
+        train_steps(cfg, run, engine, ema, config, batches, held)
+    finish_run(
+        run,
+        export=partial(export, cfg, engine, ema, config),
+        evaluate=partial(final_results, cfg, engine, ema, config, held, data),
+        card=partial(card_of, cfg, data),
     )
-    move_encoders(source, device)
-    publish(cfg, plain.config, final, data, held, held_out, repo, device)
+
+
+def held_out_batches(cfg: Config, data: Data, codec: Any, text: Any, buckets: Buckets) -> Batches:
+    """Of the clips that are evaluated, or of the training clips where none of those fits a bucket"""
+    fits = (assign(data.held_table, buckets, cfg.seed, 0)[0] >= 0).any()
+    rows, table = (data.held_rows, data.held_table) if fits else (data.rows, data.table)
+    return Batches(cfg, Source(cfg, rows, table, codec, text), buckets, ranks=1)
 
 
 def move_encoders(source: Source, device: torch.device) -> None:
@@ -2351,23 +2224,24 @@ def move_encoders(source: Source, device: torch.device) -> None:
         source.text.encoder.to(device)
 
 
-def held_wanted(held_out: Plan) -> list[tuple[Bucket, int]]:
-    return held_out.wanted(held_out.first_of_each(HELD_BATCHES))
-
-
-def encode_all(
-    source: Source, held: Source, batches: Batches, held_plan: Callable[[], Plan], cfg: Config, data: Data
-) -> list[dict]:
-    """Every rank: fill the cache with the first epoch's clips and those that are evaluated. -> clips that cannot be read: they
-    are left out of the plan, in whose batches others come up, until all can be read."""
-    parts: tuple = ((source, lambda: batches.plan(0).wanted()), (held, lambda: held_wanted(held_plan())))
+def encode_all(batches: Batches, held: Batches, cfg: Config, data: Data) -> None:
+    """Every rank: fill the cache with the first epoch's clips and those that are evaluated. Clips that cannot
+    be read are left out of the batches, in which others come up, until all can be read."""
     bad: dict[str, dict] = {}
-    while found := [(part, *one) for part, wanted in parts for one in fill_cache(part, wanted())]:
-        for part, row, told in found:
-            part.table.num_frames[row], bad[told["where"]] = 0, told
-        leave_out(data.manifest, len(data.rows) - len(bad), data.bad + list(bad.values()), cfg.max_bad)
+    while True:
+        count = len(bad)
+        for part, evaluated in ((batches, None), (held, held.evaluated())):
+            unread = fill_cache(part.source, part.epoch(0).clips(evaluated))
+            part.source.table.num_frames[list(unread)] = 0
+            bad |= {reason["where"]: reason for reason in unread.values()}
+        if len(bad) == count:
+            break
+        on_rank0(leave_out)(data.manifest, len(data.rows) - len(bad), [*data.bad, *bad.values()], cfg.max_bad)
         batches.forget()
-    return list(bad.values())
+        held.forget()
+    if rank() == 0:
+        for reason in bad.values():
+            append_json(cfg.output_dir / "bad_samples.jsonl", reason)
 
 
 def clock(device: torch.device) -> Any:
@@ -2390,144 +2264,101 @@ def seconds_in(spans: list[tuple[Any, Any]]) -> float:
 class Window:
     """What happened between two lines of metrics.jsonl."""
 
-    def __init__(self, step: int) -> None:
-        self.step, self.since, self.waited, self.clips, self.tokens = step, time.monotonic(), 0.0, 0, 0
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self.since, self.waited, self.clips, self.tokens = time.monotonic(), 0.0, 0, 0
         self.forward: list[tuple[Any, Any]] = []
 
-    def speed(self, step: int) -> float:
-        return (step - self.step) / (time.monotonic() - self.since)
-
-    def numbers(self) -> dict[str, float]:
-        """Every rank. straggler: the slowest rank's forward passes (and encoders) / the mean rank's; backward passes wait for
-        each other, so they cannot tell."""
+    def numbers(self, engine: Any) -> dict[str, float]:
+        """Every rank. straggler: the slowest rank's forward passes (and encoders) / the mean rank's; backward
+        passes wait for each other, so they cannot tell. weight_norm: data that repeat show there first."""
         seconds, forward = time.monotonic() - self.since, seconds_in(self.forward)
-        return {
-            "samples_per_s": over_ranks(self.clips, "mean") * world_size() / seconds,
+        squares = 0.0
+        for part in parts_of(engine):
+            squares += sum(float(piece.square().sum()) for piece in part.detach().split(1 << 22))
+        numbers = {
+            "weight_norm": math.sqrt(over_ranks(squares, "sum")),
+            "samples_per_s": over_ranks(self.clips, "sum") / seconds,
             "tokens_per_s_per_gpu": over_ranks(self.tokens, "mean") / seconds,
             "straggler": over_ranks(forward, "max") / over_ranks(forward, "mean"),
             "share_waiting_for_data": over_ranks(self.waited / seconds, "mean"),
         }
+        self.restart()
+        return numbers
 
 
 def train_steps(
-    cfg: Config,
-    engine: Any,
-    ema: list[Tensor],
-    batches: Batches,
-    held: Source,
-    held_out: Plan,
-    config: dict,
-    facts: dict,
-    step: int,
+    cfg: Config, run: Run, engine: Any, ema: list[Tensor], config: dict, batches: Batches, held: Batches
 ) -> None:
-    """From `step` to cfg.steps. Ends the process with 143 or 130 after a checkpoint when a signal comes, with 4 on divergence."""
-    device, source, tokens = engine.device, batches.source, tokens_of(batches.source.codec)
-    track = tracker(cfg.report_to, cfg.output_dir, "t2v_rflow", shared=True) if rank() == 0 else None
+    device, source, window = engine.device, batches.source, Window()
+    steps = training_steps(
+        run,
+        engine,
+        save=partial(save, cfg, run, engine, ema),
+        evaluate=partial(evaluate_at, cfg, engine, ema, config, held),
+        numbers=partial(window.numbers, engine),
+    )
     pool = ThreadPoolExecutor(1)  # reads the next batch while the GPU works
-    ahead = pool.submit(batches, step * cfg.accum)
-    skipped, window = 0, Window(step)
-    bar = tqdm(total=cfg.steps, initial=step, unit="step", disable=None if rank() == 0 else True)
-    with bar, logging_redirect_tqdm([log]), catch_signals() as caught:
-        while step < cfg.steps:
-            for group in engine.optimizer.param_groups:
-                group["lr"] = learning_rate(cfg, step)
-            noise = torch.Generator(device).manual_seed(seed_of(cfg.seed, step, rank()))
-            mean = torch.zeros((), device=device)
-            for micro in range(step * cfg.accum, (step + 1) * cfg.accum):
-                begun = time.monotonic()
-                batch = ahead.result()
-                ahead = pool.submit(batches, micro + 1)
-                window.waited += time.monotonic() - begun
-                start = clock(device)
-                x = latents_of(batch["clips"], source, seed_of(cfg.seed, micro, rank())).to(device)
-                loss = training_loss(
-                    engine, x, batch, cfg, shift_of(cfg, batch["bucket"], source.codec), noise
-                )
-                window.forward.append((start, clock(device)))
-                engine.backward(loss)
-                engine.step()  # skips the update, on all ranks, when a gradient is not finite
-                mean += loss.detach() / cfg.accum
-                window.clips += len(x)
-                window.tokens += len(x) * tokens(batch["bucket"].frames, *batch["bucket"].size)
-            step += 1
-            bar.update()
-
-            if engine.was_step_applied():
-                decay = min(cfg.ema, (1 + step) / (10 + step))
-                torch._foreach_lerp_(ema, [part.detach() for part in parts_of(engine)], 1 - decay)
-            skipped = count_skipped(engine, mean, step, cfg.lr, skipped)
-            if step % cfg.log_every == 0 or step == cfg.steps:
-                loss, speed = over_ranks(mean.item(), "mean"), window.speed(step)
-                left = timedelta(seconds=round((cfg.steps - step) / speed))
-                log.info(f"step {step:06d} | loss {loss:.4f} | {speed:.2f} steps/s | {left} left")
-                bar.set_postfix(loss=f"{loss:.4f}")
-                norm = engine.get_global_grad_norm()  # None until a first update was made
-                row = {
-                    "step": step,
-                    "loss": loss,
-                    "lr": group["lr"],
-                    "grad_norm": math.nan if norm is None else float(norm),
-                }
-                squares = sum(
-                    float(some.square().sum())
-                    for part in parts_of(engine)
-                    for some in part.detach().split(1 << 22)
-                )
-                row["weight_norm"] = math.sqrt(
-                    over_ranks(squares, "mean") * world_size()
-                )  # data that repeat show here first
-                record(cfg.output_dir, row | window.numbers() | {"peak_memory_gb": peak_memory_gb()}, track)
-                window = Window(step)
-            stop = int(over_ranks(max(caught, default=0), "max"))
-            if step % cfg.save_every == 0 or step == cfg.steps or stop:
-                save(cfg, engine, ema, facts, step)
-            if stop:
-                log.info(
-                    f"stopped by {signal.Signals(stop).name} after step {step}; the same command goes on from there"
-                )
-                raise SystemExit(128 + stop)
-            if step % cfg.eval_every == 0 and step < cfg.steps:
-                mean_model = plain_model(
-                    config, merged(averaged_weights(engine, ema), cfg), device, cfg.dtype
-                )
-                losses = held_out_loss(mean_model, held, held_out, cfg)
-                log.info(
-                    f"eval step {step:06d} | "
-                    + " | ".join(f"{name} {value:.4f}" for name, value in losses.items())
-                )
-                record(
-                    cfg.output_dir,
-                    {"step": step} | {f"held_out_{name}": v for name, v in losses.items()},
-                    track,
-                )
-                on_rank0(lambda: write_loss_curve(cfg.output_dir, CURVES, "mean squared error"))
-                del mean_model
-            if step % cfg.save_every == 0 or step % cfg.eval_every == 0:  # the clock is for training alone
-                window = Window(step)
+    ahead = pool.submit(batches, run.step * cfg.accum)
+    for step, row in steps:
+        if step == run.step or step % cfg.save_every == 0 or step % cfg.eval_every == 0:
+            window.restart()  # the clock is for training alone
+        noise = torch.Generator(device).manual_seed(seed_of(cfg.seed, step, rank()))
+        row["loss"] = torch.zeros((), device=device)
+        for micro in range(step * cfg.accum, (step + 1) * cfg.accum):
+            begun = time.monotonic()
+            batch, ahead = ahead.result(), pool.submit(batches, micro + 1)
+            window.waited += time.monotonic() - begun
+            start, bucket = clock(device), batch["bucket"]
+            x = latents_of(batch["clips"], source, seed_of(cfg.seed, micro, rank())).to(device)
+            loss = training_loss(engine, x, batch, cfg, shift_of(cfg, bucket, source.codec), noise)
+            window.forward.append((start, clock(device)))
+            engine.backward(loss)
+            engine.step()  # skips the update, on all ranks, when a gradient is not finite
+            row["loss"] += loss.detach() / cfg.accum
+            window.clips += len(x)
+            window.tokens += len(x) * tokens_of(source.codec)(bucket.frames, *bucket.size)
+        if engine.was_step_applied():
+            decay = min(cfg.ema, (2 + step) / (11 + step))
+            torch._foreach_lerp_(ema, [part.detach() for part in parts_of(engine)], 1 - decay)
 
 
-def save(cfg: Config, engine: Any, ema: list[Tensor], facts: dict, step: int) -> None:
-    """Every rank: checkpoints/step_000200 to resume from, with the averaged weights whole (of LoRA the adapter), which --watch
-    and another number of ranks read."""
+def evaluate_at(
+    cfg: Config, engine: Any, ema: list[Tensor], config: dict, held: Batches, step: int
+) -> dict[str, float]:
+    """Every rank: evaluate in the middle of the run. -> what goes into metrics.jsonl"""
+    model = plain_model(config, merged(averaged_weights(engine, ema), cfg), engine.device, cfg.dtype)
+    losses = held_out_loss(model, held, cfg)
+    shown = " | ".join(f"{name} {value:.4f}" for name, value in losses.items())
+    log.info(f"eval step {step:06d} | {shown}")
+    return {f"held_out_{name}": value for name, value in losses.items()}
+
+
+def save(cfg: Config, run: Run, engine: Any, ema: list[Tensor], step: int) -> None:
+    """Every rank: checkpoints/step_000200 to resume from, with the averaged weights whole (of LoRA the
+    adapter), which --watch and another number of ranks read."""
     from safetensors.torch import save_file
 
     weights = averaged_weights(engine, ema)
     kept = {name: value for name, value in weights.items() if not cfg.lora_r or ".lora_" in name}
 
-    def write(aside: Path) -> None:
-        engine.save_checkpoint(
-            str(aside), tag="deepspeed", save_latest=False, exclude_frozen_parameters=bool(cfg.lora_r)
-        )
+    def add_average(aside: Path) -> None:
         if rank() == 0:
             save_file(kept, aside / "ema.safetensors")
 
-    save_checkpoint(cfg.output_dir / "checkpoints", step, write, cfg.keep, ranks=world_size(), **facts)
-    log.info(f"saved {cfg.output_dir / 'checkpoints' / f'step_{step:06d}'}")
+    save_run(run, engine, step, add_average, frozen_left_out=bool(cfg.lora_r))
 
 
 # ---------------------------------------------------------------------------
-# The finished model: averaging, export, card, Hub
+# The finished model: averaging, export, card
 # ---------------------------------------------------------------------------
+
+
+# What a model is used with, and how it is sampled unless flags say otherwise
+USED = "vae vae_model text text_model base_size shift".split()
+SAMPLING = "resolution ratio frames fps sample_steps guidance aes".split()
 
 
 def mean_of(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -2535,176 +2366,110 @@ def mean_of(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def best_of(
-    cfg: Config, config: dict, final: dict[str, dict], held: Source, held_out: Plan, device: torch.device
-) -> tuple[dict[str, Tensor], dict[str, dict]]:
-    """Every rank: -> (on rank 0 the merged weights that are kept, the held-out losses of all that were tried). Without --average
-    the average along the run is taken; with it also the last weights and the means of both over the last --average checkpoints
-    are tried, and the lowest loss wins. Our own experiment: there is no published number to lean on."""
-    tried = candidates(cfg, final) if rank() == 0 else {}
-    names = on_rank0(lambda: list(tried))
+    cfg: Config, engine: Any, ema: list[Tensor], config: dict, held: Batches
+) -> tuple[dict[str, Tensor], dict[str, float], dict[str, float]]:
+    """Every rank: -> (on rank 0 the merged weights that are kept, their held-out losses by bucket, {tried:
+    loss}). Without --average the average along the run is taken; with it also the last weights and the means
+    of both over the last --average checkpoints are tried, and the lowest loss wins. Our own experiment: there
+    is no published number to lean on."""
+    average = averaged_weights(engine, ema)
+    last = whole_weights(engine) if cfg.average else {}
+    tried = candidates(cfg, average, last) if rank() == 0 else {}
     losses = {}
-    for name in names:
-        model = plain_model(config, tried.get(name, {}), device, cfg.dtype)
-        losses[name] = held_out_loss(model, held, held_out, cfg)
+    for name in from_all_ranks(list(tried))[0]:
+        model = plain_model(config, tried.get(name, {}), engine.device, cfg.dtype)
+        losses[name] = held_out_loss(model, held, cfg)
         del model
-    best = min(names, key=lambda name: losses[name]["loss"])
+    totals = {name: loss["loss"] for name, loss in losses.items()}
+    best = min(totals, key=totals.__getitem__)
     if cfg.average:
-        log.info(
-            "averaging | "
-            + " | ".join(f"{n} {loss['loss']:.5f}" for n, loss in losses.items())
-            + f" | taken: {best}"
-        )
-    return tried.get(best, {}), {"taken": losses[best]} | losses
+        shown = " | ".join(f"{name} {loss:.5f}" for name, loss in totals.items())
+        log.info(f"averaging | {shown} | taken: {best}")
+    return tried.get(best, {}), losses[best], totals
 
 
-def candidates(cfg: Config, final: dict[str, dict]) -> dict[str, dict[str, Tensor]]:
+def candidates(
+    cfg: Config, average: dict[str, Tensor], last: dict[str, Tensor]
+) -> dict[str, dict[str, Tensor]]:
     """Rank 0: {name: merged weights}"""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
     from safetensors.torch import load_file
 
     if not cfg.average:
-        return {"average": merged(final["average"], cfg)}
-    saved, tried = numbered(cfg.output_dir / "checkpoints", "step_")[-cfg.average :], dict(final)
+        return {"average": merged(average, cfg)}
+    tried = {"average": average, "weights": last}
+    saved = numbered(cfg.output_dir / "checkpoints", "step_")[-cfg.average :]
     if len(saved) > 1:
-        means = [final["average"] | load_file(path / "ema.safetensors") for path in saved]
-        tried[f"average, mean of {len(saved)} checkpoints"] = mean_of(means)
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints each rank
-            lone = [get_fp32_state_dict_from_zero_checkpoint(str(path), tag="deepspeed") for path in saved]
-        tried[f"weights, mean of {len(saved)} checkpoints"] = mean_of(
-            [final["weights"] | state for state in lone]
-        )
+        averages = [average | load_file(path / "ema.safetensors") for path in saved]
+        tried[f"average, mean of {len(saved)} checkpoints"] = mean_of(averages)
+        # it prints each rank, with a bar of its own
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            trained = [get_fp32_state_dict_from_zero_checkpoint(str(path), tag="deepspeed") for path in saved]
+        tried[f"weights, mean of {len(saved)} checkpoints"] = mean_of([last | state for state in trained])
     return {name: merged(weights, cfg) for name, weights in tried.items()}
 
 
-def publish(
-    cfg: Config,
-    config: dict,
-    final: dict[str, dict],
-    data: Data,
-    held: Source,
-    held_out: Plan,
-    repo: str,
-    device: torch.device,
-) -> None:
-    """Every rank: model/, its evaluation, its card; the Hub last. Exit code 3 when only the push failed."""
-    folder, target = cfg.output_dir, cfg.output_dir / "model"
-    path = folder / "results.json"
-    results = on_rank0(lambda: json.loads(path.read_text()) if path.exists() else {})
-    if results.get("steps") != cfg.steps:
-        on_rank0(
-            lambda: export(cfg, config, merged(final["average"], cfg))
-        )  # before the evaluation: it may die there
-        weights, losses = best_of(cfg, config, final, held, held_out, device)
-        if cfg.average:
-            on_rank0(lambda: export(cfg, config, weights))
-        model = plain_model(config, weights, device, cfg.dtype)
-        on_rank0(lambda: measure_model(cfg, model, losses, held, held_out))
-
-    def finished() -> None:
-        results = json.loads(path.read_text())
-        write_card(cfg, results, data, repo)  # again when the push comes later: it names the repo
-        show(results, folder)
-        if repo:
-            push_finished(target, repo, f"{Path(__file__).name}, step {cfg.steps}")
-        finish(folder)
-
-    on_rank0(finished)
+def export(cfg: Config, engine: Any, ema: list[Tensor], config: dict, target: Path) -> None:
+    """Every rank: model/ with the averaged weights"""
+    write_model(cfg, config, merged(averaged_weights(engine, ema), cfg), target)
 
 
-def measure_model(
-    cfg: Config, model: nn.Module, losses: dict[str, dict], held: Source, held_out: Plan
-) -> None:
-    """Rank 0: results.json, and the pictures beside the model"""
-    folder, target = cfg.output_dir, cfg.output_dir / "model"
-    results = evaluate(model, losses["taken"], held, held_out, cfg) | summary(folder, cfg.steps)
-    if cfg.average:
-        results["averaging"] = {name: loss["loss"] for name, loss in losses.items() if name != "taken"}
-    bucket = max(held_out.buckets, key=lambda b: (b.frames, math.prod(b.size)))
-    captions = list(dict.fromkeys(row.text for row in held.rows))[:6]
-    pictures = sample_pixels(model, captions, bucket, held, cfg, 0)
-    write_samples(pictures, captions, target / "samples", cfg.fps, max(1, bucket.frames // 8))
-    write_loss_curve(folder, CURVES, "mean squared error")
-    shutil.copyfile(folder / "loss.png", target / "loss.png")
-    write_json(folder / "results.json", results)
-
-
-def export(cfg: Config, config: dict, weights: dict[str, Tensor]) -> None:
-    """model/, under the published names"""
+@on_rank0
+def write_model(cfg: Config, config: dict, weights: dict[str, Tensor], target: Path) -> None:
+    """Under the published names"""
     from safetensors.torch import save_file
 
-    target = cfg.output_dir / "model"
     target.mkdir(exist_ok=True)
-    write_whole(
-        target / "model.safetensors",
-        lambda aside: save_file({n: w.contiguous() for n, w in weights.items()}, aside),
-    )
-    kept = "vae vae_model text text_model base_size shift sample_steps guidance resolution ratio frames fps aes".split()
+    weights = {name: value.contiguous() for name, value in weights.items()}
+    write_whole(target / "model.safetensors", lambda aside: save_file(weights, aside))
     write_json(target / "config.json", {"model_type": "STDiT3"} | config)
-    write_json(target / "t2v_rflow.json", {name: getattr(cfg, name) for name in kept})
-    for source in (Path(__file__), Path(__file__).with_name("common.py")):
-        shutil.copyfile(source, target / source.name)
+    write_json(target / "t2v_rflow.json", {name: getattr(cfg, name) for name in (*USED, *SAMPLING)})
+    copy_code(target, __file__)
 
 
-def show(results: dict, folder: Path) -> None:
-    """The table at the end of a run, and where things are."""
-    log.info(f"\nscore                 {results['score']:.3f}   {results['score_is']}")
-    for name, value in results["controls"].items():
-        log.info(f"{name:<22}{value:.3f}   a control: must be low")
-    if table := results.get("asked_is_made"):
-        log.info(f"{'asked = made':<14}" + "".join(f"{name:>10}" for name in table["mean"]))
-        for bucket, row in table.items():
-            log.info(f"  {bucket:<12}" + "".join(f"{value:10.3f}" for value in row.values()))
-    for name, value in results["held_out"].items():
-        log.info(f"held-out loss         {value:.4f}   {'mean of the buckets' if name == 'loss' else name}")
-    log.info(
-        f"speed                 {results['samples_per_s']:.1f} clips/s, peak memory {results['peak_memory_gb']:.2f} GB"
-    )
-    log.info(
-        f"model                 {folder / 'model'}\nsamples               {folder / 'model' / 'samples.png'}"
-    )
+def final_results(
+    cfg: Config, engine: Any, ema: list[Tensor], config: dict, held: Batches, data: Data
+) -> dict:
+    """Every rank: what results.json says of the finished model; and model/samples.png, .mp4 and .gif"""
+    target = cfg.output_dir / "model"
+    weights, losses, totals = best_of(cfg, engine, ema, config, held)
+    if cfg.average:
+        write_model(cfg, config, weights, target)
+    model = plain_model(config, weights, engine.device, cfg.dtype)
+    move_encoders(held.source, engine.device)
+    results = evaluate(model, losses, held, data, cfg)
+    if cfg.average:
+        results["tables"]["averaging"] = {name: {"held-out loss": loss} for name, loss in totals.items()}
+
+    @on_rank0
+    def show_samples() -> None:
+        bucket = max(held.epoch(0).buckets, key=lambda b: (b.frames, math.prod(b.size)))
+        captions = list(dict.fromkeys(row.text for row in held.source.rows))[:6]
+        clips = sample_clips(model, captions, bucket, held.source, cfg, 0)
+        write_samples(clips, captions, target / "samples", cfg.fps, max(1, bucket.frames // 8))
+
+    show_samples()
+    return results
 
 
-def write_card(cfg: Config, results: dict, data: Data, repo: str) -> None:
-    numbers = (
-        {"score": results["score"]} | results["controls"] | {"held_out_loss": results["held_out"]["loss"]}
-    )
-    numbers |= {name: results[name] for name in ("steps", "final_loss", "samples_per_s", "peak_memory_gb")}
-    rows, snippet, made = card_parts(cfg.output_dir, numbers, repo)
-    base = f"base_model: {cfg.model}\n" if cfg.model != "scratch" and not Path(cfg.model).exists() else ""
-    came = "trained from scratch" if cfg.model == "scratch" else f"fine-tuned from `{cfg.model}`"
-    (cfg.output_dir / "model" / "README.md").write_text(f"""---
-library_name: pytorch
-pipeline_tag: text-to-video
-{base}tags: [text-to-video, open-sora, rectified-flow, deepspeed]
----
-# {(repo or cfg.hub_model_id).split("/")[-1]}
-
-Open-Sora 1.2's STDiT3, {came} on `{data.manifest.name}` by `t2v_rflow.py`, which lies in this repository; the weights have the
-published names.
-
-| measured | |
-|---|---|
-{rows}
-
-Score: {results["score_is"]}.
-
-![samples](samples.png)
-![loss](loss.png)
-
-```python
-import sys
-
-{snippet}
-sys.path.insert(0, folder)  # t2v_rflow.py and common.py, whose first lines say what they need
-from common import write_video
-from t2v_rflow import generate
-
-frames = generate({json.dumps(data.held_rows[0].text)}, folder)  # uint8 (F, H, W, 3)
-write_video(frames, "sample")  # sample.mp4 and sample.gif
-```
-
-{made}
-""")
+def card_of(cfg: Config, data: Data, results: dict) -> dict:
+    """Rank 0: what write_card wants"""
+    scratch = cfg.model == "scratch"
+    started = "trained from scratch" if scratch else f"fine-tuned from `{cfg.model}`"
+    caption = json.dumps(data.held_rows[0].text)
+    return {
+        "about": f"Open-Sora 1.2's STDiT3, {started} on `{data.manifest.name}` by `t2v_rflow.py`, which lies "
+        "in "
+        "this repository; the weights have the published names.",
+        "usage": "from common import write_video\nfrom t2v_rflow import generate\n\n"
+        f'frames = generate({caption}, folder)  # uint8 (F, H, W, 3)\nwrite_video(frames, "sample")',
+        "more": "![samples](samples.png)",
+        "data": data.manifest.name,
+        "library_name": "pytorch",
+        "pipeline_tag": "text-to-video",
+        "base_model": "" if scratch or Path(cfg.model).exists() else cfg.model,
+        "tags": ["text-to-video", "open-sora", "rectified-flow", "deepspeed"],
+    }
 
 
 # ---------------------------------------------------------------------------
@@ -2714,9 +2479,9 @@ write_video(frames, "sample")  # sample.mp4 and sample.gif
 
 def settings_of(model: str | Path, flags: dict) -> Config:
     """What a model was trained with, and is sampled with by default, under `flags`"""
-    folder = fetch_model(str(model), "*.json")
-    made = read_json(path) if (path := folder / "t2v_rflow.json").exists() else {}
-    return Config(report_to="none", **(made | flags))
+    path = fetch_model(str(model), "*.json") / "t2v_rflow.json"
+    saved = read_json(path) if path.exists() else {}
+    return Config(report_to="none", **(saved | flags))
 
 
 def generate(
@@ -2727,29 +2492,29 @@ def generate(
     extend: Path | None = None,
     **flags: Any,
 ) -> np.ndarray:
-    """One clip for a caption from a finished model, a folder or a Hub id: uint8 (F, H, W, 3). Its first frame is that of `image`,
-    or it begins with the last frames of the clip `extend` and goes on; the model sees these as latents, which it does not change.
+    """One clip for a caption from a finished model, a folder or a Hub id: uint8 (F, H, W, 3). Its first frame
+    is that of `image`, or it begins with the last frames of the clip `extend` and goes on; the model sees
+    these as latents, which it does not change.
 
-    flags: those of Config; what the model was trained with by default. Raises BadSample for a file that cannot be used.
+    flags: those of Config; what the model was trained with by default. Raises BadSample for a file that
+    cannot be used.
     """
     cfg, device = settings_of(model, flags), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     codec, text = open_codec(cfg, device), open_text(cfg, device)
     net = open_model(str(model), cfg, codec, text).to(device, TORCH_DTYPES[pick_dtype(cfg.dtype)]).eval()
     bucket = Bucket(cfg.resolution, codec.whole_length(cfg.frames), cfg.ratio, 1)
-    given = keep = None
+    known = predicted = None
     if file := image or extend:
-        given, keep = condition(file, extend is not None, bucket, codec, seed)
-    caption = scored_caption(
-        Row("", prompt, (f"{cfg.aes:.1f}" if cfg.aes else "", "", ""), 0, 0, 0, 0.0, ""), None
-    )
-    x = sample(net, text.encode([caption]), bucket, codec, cfg, seed, given, keep)
+        known, predicted = condition(file, extend is not None, bucket, codec, seed)
+    caption = scored_caption(prompt, (f"{cfg.aes:.1f}" if cfg.aes else "", "", ""), None)
+    x = sample(net, text.encode([caption]), bucket, codec, cfg, seed, known, predicted)
     return codec.decode(x, bucket.frames)[0].cpu().numpy()
 
 
 def condition(file: Path, extend: bool, bucket: Bucket, codec: Any, seed: int) -> tuple[Tensor, Tensor]:
-    """-> (latents (1, C, T, h, w) that begin with those of `file`, bool (T,): which are to be made). Of a clip the last 17 frames
-    are given, a piece of Open-Sora's VAE, or about half of a shorter clip that is made, as many as whole latents show. Raises
-    BadSample."""
+    """-> (latents (1, C, T, h, w) that begin with those of `file`, bool (T,): which are to be predicted). Of
+    a clip the last 17 frames are given, a piece of Open-Sora's VAE, or about half of a shorter clip that is
+    predicted, as many as whole latents show. Raises BadSample."""
     count, *_ = probe(file)
     if extend and count == 1:
         raise BadSample("is an image; give it as --image, --extend takes a clip")
@@ -2757,85 +2522,82 @@ def condition(file: Path, extend: bool, bucket: Bucket, codec: Any, seed: int) -
         raise BadSample("is a clip; give it as --extend, --image takes a picture")
     head = 1
     if extend:
-        most = min(PIECE if bucket.frames > PIECE else bucket.frames // 2, count)
-        head = {
-            "opensora": most - (most - min(bucket.frames, PIECE)) % 4,
-            "wan": (most - 1) // 4 * 4 + 1,
-        }.get(codec.name, most)
+        head = min(PIECE if bucket.frames > PIECE else bucket.frames // 2, count)
+        if codec.name == "opensora":
+            head -= (head - min(bucket.frames, PIECE)) % 4
+        elif codec.name == "wan":
+            head = (head - 1) // 4 * 4 + 1
         if not 0 < head < bucket.frames:
             raise BadSample(
-                f"has {count} frames, which {bucket.frames} cannot begin with: give more --frames, or a longer clip"
+                f"has {count} frames, which {bucket.frames} cannot begin with: give more --frames, or a "
+                "longer clip"
             )
     try:
         clip = read_run(file, range(count - head, count), bucket.size)
     except BadSample:  # headers often count one too many
         clip = read_run(file, range(max(0, count - 1 - head), count - 1), bucket.size)
     start = codec.encode(torch.from_numpy(clip[None]), torch.Generator().manual_seed(seed))
-    given = torch.zeros(1, codec.channels, codec.latent_frames(bucket.frames), *start.shape[3:])
-    given[:, :, : start.shape[2]] = start.cpu()
-    return given, torch.arange(given.shape[2]) >= start.shape[2]
+    known = torch.zeros(1, codec.channels, codec.latent_frames(bucket.frames), *start.shape[3:])
+    known[:, :, : start.shape[2]] = start.cpu()
+    return known, torch.arange(known.shape[2]) >= start.shape[2]
 
 
 def sample_prompt(cfg: Config) -> None:
     """--prompt: <output_dir>/samples/<prompt>.mp4, .gif and .png"""
     model, default = cfg.model or str(cfg.output_dir / "model"), Config()
-    names = "resolution ratio frames fps sample_steps guidance aes vae vae_model text text_model".split()
+    names = [*SAMPLING, "vae", "vae_model", "text", "text_model"]
     flags = {name: getattr(cfg, name) for name in names if getattr(cfg, name) != getattr(default, name)}
     try:
-        clip, fps = (
-            generate(cfg.prompt, model, cfg.seed, cfg.image, cfg.extend, **flags),
-            settings_of(model, flags).fps,
-        )
+        clip = generate(cfg.prompt, model, cfg.seed, cfg.image, cfg.extend, **flags)
     except BadSample as error:
         refuse(f"{cfg.image or cfg.extend} {error}")
     path = cfg.output_dir / "samples" / re.sub(r"\W+", "_", cfg.prompt.lower()).strip("_")[:60]
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_samples(clip[None], [cfg.prompt], path, fps, max(1, len(clip) // 8))
+    write_samples(clip[None], [cfg.prompt], path, settings_of(model, flags).fps, max(1, len(clip) // 8))
     log.info(f"{path}.mp4, .gif, .png")
 
 
 def watch(cfg: Config) -> None:
-    """--watch RUN_FOLDER: clips of each new checkpoint of a run, into its samples/ and its W&B run, on another GPU or machine.
-    Ends after the last one of a run that has finished. The folder may be a copy that rsync keeps fresh."""
+    """--watch RUN_FOLDER: clips of each new checkpoint of a run, into its samples/ and its W&B run, on
+    another GPU or machine. Ends with a run that has finished. It may be a copy that rsync keeps fresh."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        was = read_json(cfg.watch / "config.json")
-        captions = (
-            [cfg.prompt] if cfg.prompt else read_json(cfg.watch / "samples" / "captions.json")["captions"]
-        )
+        saved = read_json(cfg.watch / "config.json")
+        captions = [cfg.prompt]
+        if not cfg.prompt:
+            captions = read_json(cfg.watch / "samples" / "captions.json")["captions"]
     except OSError as error:
         refuse(f"--watch {cfg.watch}: {error.strerror}; give the --output_dir of a run that has begun")
-    names = "vae vae_model text text_model depth width heads frame_places lora_r lora_alpha base_size shift resolution ratio "
-    names = f"{names} frames fps sample_steps guidance seed".split()
-    run_cfg = dataclasses.replace(cfg, prompt="", **{name: was[name] for name in names})
+    names = [*USED, *SAMPLING, *"depth width heads frame_places lora_r lora_alpha seed".split()]
+    run_cfg = dataclasses.replace(cfg, prompt="", **{name: saved[name] for name in names})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     codec, text = open_codec(run_cfg, device), open_text(run_cfg, device)
-    base = with_adapter(
-        plain := open_model(was["model"] or PUBLISHED, run_cfg, codec, text), run_cfg
-    ).state_dict()
+    started = open_model(saved["model"] or PUBLISHED, run_cfg, codec, text)
+    config, base = started.config, set_trained(started, run_cfg).state_dict()
     track = tracker(cfg.report_to, cfg.watch, "t2v_rflow", shared=True, primary=False)
     source = Source(run_cfg, [], Table(*[np.zeros(0)] * 4), codec, text)
-    frames, seen = codec.whole_length(run_cfg.frames), set()
-    bucket = Bucket(run_cfg.resolution, frames, run_cfg.ratio, len(captions))
+    bucket = Bucket(run_cfg.resolution, codec.whole_length(run_cfg.frames), run_cfg.ratio, len(captions))
+    sampled: set[str] = set()
     while True:
         finished = (cfg.watch / "SUCCESS").exists()
         for path in numbered(cfg.watch / "checkpoints", "step_"):
-            if path.name in seen or not (path / "checkpoint.json").exists():
+            if path.name in sampled or not (path / "checkpoint.json").exists():
                 continue
             try:
                 weights = merged(base | load_file(path / "ema.safetensors"), run_cfg)
             except (OSError, SafetensorError) as error:
                 log.info(f"{path} went away or is not whole yet ({brief(error)})")
                 continue
-            model = plain_model(plain.config, weights, device, pick_dtype(cfg.dtype))
-            clips = sample_pixels(model, captions, bucket, source, run_cfg, 0)
+            model = plain_model(config, weights, device, pick_dtype(cfg.dtype))
+            clips = sample_clips(model, captions, bucket, source, run_cfg, 0)
             target = cfg.watch / "samples" / path.name
             write_samples(clips, captions, target, run_cfg.fps, max(1, bucket.frames // 8))
             log.info(f"{target}.mp4, .gif, .png")
-            track({"samples": target.with_suffix(".mp4"), "samples_of_step": int(path.name[5:])}, None)
-            seen.add(path.name)
+            step = int(path.name.removeprefix("step_"))
+            track({"samples": target.with_suffix(".mp4"), "samples_of_step": step}, None)
+            sampled.add(path.name)
         if finished:
             return
         time.sleep(10)

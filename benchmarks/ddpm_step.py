@@ -1,12 +1,13 @@
-"""Cost of one training step of t2v_ddpm.py's UNet3DCond against other text-to-video U-Nets, each at its own layout.
+"""Cost of one training step of t2v_ddpm.py's UNet3DCond against other text-to-video U-Nets, each at its own
+layout.
 
     python benchmarks/ddpm_step.py                       # CPU, one thread: 2 clips of 8 frames of 32x32
     python benchmarks/ddpm_step.py --size 64 --batch 8   # a GPU is used when there is one
 
-Forward, backward and AdamW, on the same batch, fp32 on a CPU and bf16 autocast on a GPU. Rounds alternate between UNet3DCond and
-the peer, so that a noisy machine hurts both; the ratio is of the medians. Peers: diffusers' UNet3DConditionModel and, where
-`pip install --no-deps video-diffusion-pytorch einops-exts rotary-embedding-torch` was done, lucidrains' Unet3D, both with widths
-64-128-256.
+Forward, backward and AdamW, on the same batch, fp32 on a CPU and bf16 autocast on a GPU. Rounds alternate
+between UNet3DCond and the peer, so that a noisy machine hurts both; the ratio is of the medians. Peers:
+diffusers' UNet3DConditionModel and, where `pip install --no-deps video-diffusion-pytorch einops-exts
+rotary-embedding-torch` was done, lucidrains' Unet3D, both with widths 64-128-256.
 """
 
 import argparse
@@ -29,9 +30,11 @@ class Diffusers(nn.Module):
         from diffusers import UNet3DConditionModel
 
         self.net = UNet3DConditionModel(
-            sample_size=size, in_channels=3, out_channels=3, block_out_channels=(64, 128, 256), layers_per_block=2,
-            down_block_types=("DownBlock3D", "CrossAttnDownBlock3D", "CrossAttnDownBlock3D"), cross_attention_dim=512,
-            up_block_types=("CrossAttnUpBlock3D", "CrossAttnUpBlock3D", "UpBlock3D"), norm_num_groups=8, attention_head_dim=8,
+            sample_size=size, in_channels=3, out_channels=3, block_out_channels=(64, 128, 256),
+            layers_per_block=2,
+            down_block_types=("DownBlock3D", "CrossAttnDownBlock3D", "CrossAttnDownBlock3D"),
+            cross_attention_dim=512, up_block_types=("CrossAttnUpBlock3D", "CrossAttnUpBlock3D", "UpBlock3D"),
+            norm_num_groups=8, attention_head_dim=8,
         )  # fmt: skip
 
     def forward(self, x, t, text):
@@ -96,10 +99,12 @@ def main() -> None:
     ours = UNet3DCond()
     our_step = stepper(ours, batch, device)
     print(
-        f"batch {args.batch}, {args.frames} frames of {args.size}x{args.size}, {device}, torch {torch.__version__}\n"
+        f"batch {args.batch}, {args.frames} frames of {args.size}x{args.size}, {device}, torch "
+        f"{torch.__version__}\n"
     )
     print(
-        "| model | M parameters | ms per step | UNet3DCond ms | UNet3DCond is faster by |\n|---|---|---|---|---|"
+        "| model | M parameters | ms per step | UNet3DCond ms | UNet3DCond is faster by "
+        "|\n|---|---|---|---|---|"
     )
     for name, peer in (("diffusers UNet3DConditionModel", Diffusers), ("lucidrains Unet3D", Lucidrains)):
         try:

@@ -2,10 +2,11 @@
 
     python benchmarks/frames.py [FOLDER] [ROUNDS]     # default ../shared/clips, 7 rounds
 
-The usual loop is CAP_PROP_FRAME_COUNT, set(CAP_PROP_POS_FRAMES), read, as most training scripts have it. Both decode on
-one thread, open the file each time and return RGB. Rounds are interleaved, so that a busy machine slows both alike;
-the time is the CPU time of the process, the ratio that of the medians. Right means equal to the frame of that index in
-a full sequential PyAV decode (mean difference under 0.5 of 255). Prints a Markdown table.
+The usual loop is CAP_PROP_FRAME_COUNT, set(CAP_PROP_POS_FRAMES), read, as most training scripts have it. Both
+decode on one thread, open the file each time and return RGB. Rounds are interleaved, so that a busy machine
+slows both alike; the time is the CPU time of the process, the ratio that of the medians. Right means equal to
+the frame of that index in a full sequential PyAV decode (mean difference under 0.5 of 255). Prints a Markdown
+table.
 """
 
 import os
@@ -69,17 +70,19 @@ def main() -> None:
                 np.rot90(f.to_ndarray(format="rgb24"), f.rotation // 90) for f in container.decode(video=0)
             ]
         for k in (k for k in NUM_FRAMES if k <= len(every)):
+            # also warms up both
             score = (
                 right(usual_loop(path, k), every),
                 right(extract_frames(path, k), every),
-            )  # also warms up both
+            )
             pairs = [
                 (cpu_seconds(usual_loop, path, k), cpu_seconds(extract_frames, path, k))
                 for _ in range(rounds)
             ]
             usual, ours = (1e3 * statistics.median(column) for column in zip(*pairs, strict=True))
             print(
-                f"| {path.name} | {k} | {usual:.1f} | {ours:.1f} | {usual / ours:.2f}x | {score[0]} | {score[1]} |"
+                f"| {path.name} | {k} | {usual:.1f} | {ours:.1f} | {usual / ours:.2f}x | {score[0]} | "
+                f"{score[1]} |"
             )
             sums[k] += usual, ours, *score, k
     for k, (usual, ours, *score, frames) in sums.items():

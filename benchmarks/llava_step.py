@@ -1,21 +1,25 @@
-"""Questions trained on per CPU second: llava_vtt.py against TRL's SFTTrainer, as TRL's example sft_vlm.py uses it.
+"""Questions trained on per CPU second: llava_vtt.py against TRL's SFTTrainer, as TRL's example sft_vlm.py
+uses it.
 
     python benchmarks/llava_step.py                                         # CPU, one thread, under 2 minutes
     python benchmarks/llava_step.py --image 378 --width 1024 --layers 12 --vocab 150000    # for a GPU: 729 tokens a frame
 
-All rows train the same random LLaVA (llava_vtt.py's tiny one, made larger) on the same clips, four questions each, in one
-process, by TRL's own loop: full fine-tuning with the vision tower frozen, AdamW, fp32 on a CPU and bf16 autocast on a GPU (there
-the clock is the wall's), no DeepSpeed. Every update is about the same number of questions. TRL has its defaults but for
-max_length=None, since its default cuts clips off. Rounds go through all rows in turn, so that a noisy machine hurts all; medians.
+All rows train the same random LLaVA (llava_vtt.py's tiny one, made larger) on the same clips, four questions
+each, in one process, by TRL's own loop: full fine-tuning with the vision tower frozen, AdamW, fp32 on a CPU
+and bf16 autocast on a GPU (there the clock is the wall's), no DeepSpeed. Every update is about the same
+number of questions. TRL has its defaults but for max_length=None, since its default cuts clips off. Rounds go
+through all rows in turn, so that a noisy machine hurts all; medians.
 
-A step is everything from the end of one update to the end of the next, data included. TRL decodes its images column and runs its
-collator; llava_vtt.py loads .npy frames, as from its cache, in its thread. TRL's images are those same frames, already resized:
-it is spared the decoding and shrinking of full pictures, which it would do anew in every step of a real run.
+A step is everything from the end of one update to the end of the next, data included. TRL decodes its images
+column and runs its collator; llava_vtt.py loads .npy frames, as from its cache, in its thread. TRL's images
+are those same frames, already resized: it is spared the decoding and shrinking of full pictures, which it
+would do anew in every step of a real run.
 
-Predicted before the first measurement, as speed against TRL's defaults: loss on answers alone 0.97, the same without gradient
-checkpointing 1.25, llava_vtt.py with one question a sequence 1.5, with four 5.0. Measured (CPU): 0.98, 1.27, 1.59, 5.21. The
-second to fourth rows train the very same thing (their batches are checked to be equal); in the last, later questions also see
-the earlier answers. On a GPU with Triton, TRL too runs the head on supervised positions alone: expect a smaller gap there.
+Predicted before the first measurement, as speed against TRL's defaults: loss on answers alone 0.97, the same
+without gradient checkpointing 1.25, llava_vtt.py with one question a sequence 1.5, with four 5.0. Measured
+(CPU): 0.98, 1.27, 1.59, 5.21. The second to fourth rows train the very same thing (their batches are checked
+to be equal); in the last, later questions also see the earlier answers. On a GPU with Triton, TRL too runs
+the head on supervised positions alone: expect a smaller gap there.
 """
 
 import argparse
@@ -25,6 +29,7 @@ import statistics
 import sys
 import tempfile
 import warnings
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one process; the Trainer would spread over all GPUs
@@ -35,7 +40,7 @@ import numpy as np
 import torch
 import transformers
 import trl
-from clock import CUDA, DEVICE, now
+from clock import CUDA, DEVICE, device_name, now
 from datasets import Dataset
 from PIL import Image
 from transformers import (
@@ -49,18 +54,17 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 import llava_vtt
-from common import device_name
 from demos.scenes import build_tiny, draw_scene, questions_of
 from llava_vtt import (
     Base,
-    Batches,
-    Collator,
     Config,
     Sample,
-    VideoTrainer,
+    VideoCollator,
     choose_trained,
-    load_weights,
+    load_llava,
+    micro_batches,
     open_base,
+    video_trainer,
 )
 
 QUESTIONS = 4  # a clip
@@ -81,9 +85,9 @@ def build(folder: Path, args: argparse.Namespace) -> None:
     )
     vision.num_hidden_layers, vision.num_attention_heads = args.vision_layers, width // 40
     sizes = dict(
-        vocab_size=args.vocab, hidden_size=args.width, intermediate_size=args.width // 12 * 32, num_hidden_layers=args.layers,
-        num_attention_heads=args.width // 64, num_key_value_heads=args.width // 128, max_position_embeddings=32768,
-        layer_types=None,
+        vocab_size=args.vocab, hidden_size=args.width, intermediate_size=args.width // 12 * 32,
+        num_hidden_layers=args.layers, num_attention_heads=args.width // 64,
+        num_key_value_heads=args.width // 128, max_position_embeddings=32768, layer_types=None,
     )  # fmt: skip
     config.text_config = Qwen2Config(**(config.text_config.to_dict() | sizes))
     LlavaForConditionalGeneration(config).save_pretrained(folder)
@@ -91,7 +95,8 @@ def build(folder: Path, args: argparse.Namespace) -> None:
 
 
 def make_clips(folder: Path, args: argparse.Namespace) -> list[Sample]:
-    """Clips with four questions as llava_vtt.py caches them; one batch more than is trained on, for both loaders read ahead."""
+    """Clips with four questions as llava_vtt.py caches them; one batch more than is trained on, for both
+    loaders read ahead."""
     scenes = (draw_scene((0, number)) for number in itertools.count())
     asked = (scene for scene in scenes if len(questions_of(scene)) >= QUESTIONS)
     samples = []
@@ -115,28 +120,29 @@ def for_trl(samples: list[Sample]) -> Dataset:
 
 def settings(args: argparse.Namespace, folder: Path, **more) -> SFTConfig:
     return SFTConfig(
-        output_dir=str(folder / "out"), max_steps=args.steps, per_device_train_batch_size=QUESTIONS * args.clips, max_length=None,
-        use_cpu=not CUDA, bf16=CUDA, logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True, **more,
+        output_dir=str(folder / "out"), max_steps=args.steps,
+        per_device_train_batch_size=QUESTIONS * args.clips, max_length=None, use_cpu=not CUDA, bf16=CUDA,
+        logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True, **more,
     )  # fmt: skip
 
 
 def model_of(base: Base, cfg: Config, ours: bool) -> LlavaForConditionalGeneration:
-    model = load_weights(base.folder, base, cfg, cfg.dtype)
+    model = load_llava(base.folder, base, cfg, cfg.dtype)
     choose_trained(model, cfg) if ours else model.model.vision_tower.requires_grad_(False)
     return model
 
 
-def ours(
-    args: argparse.Namespace, folder: Path, base: Base, samples: list[Sample], turns: int
-) -> VideoTrainer:
+def ours(args: argparse.Namespace, folder: Path, base: Base, samples: list[Sample], turns: int) -> SFTTrainer:
     """llava_vtt.py's trainer as its train() makes it, with `turns` questions of a clip in a sequence."""
     cfg = Config(
         lora_r=0, dtype="fp32", frames=args.frames, max_turns=turns, steps=args.steps + 1, accum=1,
         batch_size=args.clips * QUESTIONS // turns, report_to="none",
     )  # fmt: skip
     split = [Sample(s.frames, s.qa[t : t + turns]) for s in samples for t in range(0, QUESTIONS, turns)]
-    return VideoTrainer(
-        cfg, Batches([split], Collator(base, cfg), cfg, 0), model=model_of(base, cfg, True), processing_class=base.processor,
+    collate = VideoCollator(base, cfg)
+    return video_trainer(
+        cfg, partial(micro_batches, [split], collate, cfg, 0), data_collator=collate,
+        model=model_of(base, cfg, True), processing_class=base.processor,
         args=settings(args, folder, gradient_checkpointing=False, packing=False, remove_unused_columns=False,
                       dataset_kwargs={"skip_prepare_dataset": True}),
     )  # fmt: skip
@@ -166,9 +172,10 @@ def look(trainer: SFTTrainer, questions: int) -> tuple[float, float, float]:
     return 1000 * spent / questions, tokens / rows, supervised / rows
 
 
-def check_same(theirs: SFTTrainer, rows: Dataset, mine: VideoTrainer, sample: Sample) -> None:
-    """TRL's answers-only batch and ours of one question: the same tokens, labels and pixels, so the same training."""
-    a, b = theirs.data_collator([rows[0]]), mine.batches.collate([(np.load(sample.frames), sample.qa[:1])])
+def check_same(theirs: SFTTrainer, rows: Dataset, mine: SFTTrainer, sample: Sample) -> None:
+    """TRL's answers-only batch and ours of one question: the same tokens, labels and pixels, so the same
+    training."""
+    a, b = theirs.data_collator([rows[0]]), mine.data_collator([(np.load(sample.frames), sample.qa[:1])])
     for name in ("input_ids", "attention_mask", "labels", "pixel_values"):
         torch.testing.assert_close(a[name], b[name], msg=lambda text, name=name: f"{name}: {text}")
 
@@ -234,10 +241,12 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
     every, trained = sum(count for count, _ in parameters), sum(count for count, grad in parameters if grad)
     versions = ", ".join(f"{module.__name__} {module.__version__}" for module in (torch, transformers, trl))
     print(f"{args.frames} frames of {args.image}x{args.image}, {base.tokens_per_frame} tokens each, "
-          f"{QUESTIONS * args.clips} questions per update; {every:.1f} M parameters, {trained:.1f} M trained; "
+          f"{QUESTIONS * args.clips} questions per update; {every:.1f} M parameters, {trained:.1f} M "
+          "trained; "
           f"{device_name(DEVICE)}, {versions}\n")  # fmt: skip
     print(
-        f"| | tokens per sequence | supervised | data, ms per question | questions per {'s' if CUDA else 'CPU s'} | ratio |"
+        "| | tokens per sequence | supervised | data, ms per question | questions per "
+        f"{'s' if CUDA else 'CPU s'} | ratio |"
     )
     print("|---|---|---|---|---|---|")
     for (name, seconds), (data, tokens, supervised) in zip(medians.items(), looks):

@@ -1,23 +1,25 @@
-"""Time of a micro-step of longcat_vss.py: against transformers' own mixture and full logits, by length, by experts, by layout.
+"""Time of a micro-step of longcat_vss.py: against transformers' own mixture and full logits, by length, by
+experts, by layout.
 
     python benchmarks/longcat_step.py                                        # CPU, one thread, about two minutes
     python benchmarks/longcat_step.py --width 1024 --layers 4 --vocab 131072 --experts 64    # for a GPU
 
-A micro-step is forward and backward of one clip through a random Omni with LoRA (r 8) on the attention, no dropout, fp32 on a
-CPU and bf16 on a GPU (there the clock is the wall's). By default the tiny model's sizes: 128 wide, two layers, 8 experts and 4
-identities of which 3 are taken; its heads cost 13 % of what the layers do for a token, the real ones 4 %. Medians of
-interleaved rounds.
+A micro-step is forward and backward of one clip through a random Omni with LoRA (r 8) on the attention, no
+dropout, fp32 on a CPU and bf16 on a GPU (there the clock is the wall's). By default the tiny model's sizes:
+128 wide, two layers, 8 experts and 4 identities of which 3 are taken; its heads cost 13 % of what the layers
+do for a token, the real ones 4 %. Medians of interleaved rounds.
 
-Rows of the first table: the model as it is; with transformers' LongcatFlashExperts, which has tensors for the identities too;
-with the heads on all positions; with both. The loss is checked to be the same in all. The last table is ZeRO-3 on one process
-with the mixture gathered whole (a leaf module) and tensor by tensor, which with two processes ends in a mismatch after a few
-steps.
+Rows of the first table: the model as it is; with transformers' LongcatFlashExperts, which has tensors for the
+identities too; with the heads on all positions; with both. The loss is checked to be the same in all. The
+last table is ZeRO-3 on one process with the mixture gathered whole (a leaf module) and tensor by tensor,
+which with two processes ends in a mismatch after a few steps.
 
-Predicted before the first measurement: transformers' experts 1.00 (frozen slots that are never chosen cost memory, not time),
-full logits 1.08, both 1.08; time in proportion to length beyond 200 positions; +60 % from 8 to 32 experts, for the loop over
-experts is in Python; the leaf 0.9 of the time without, since it is one gather and not two.
-Measured (CPU): transformers' experts 0.97, full logits 1.01, both 1.01 (2.17 and 2.24 with --vocab 16384 --length 512); 4.5
-times the time from 256 to 1024 positions; +22 % from 8 to 32 experts; the leaf 0.96. On a GPU: not yet measured.
+Predicted before the first measurement: transformers' experts 1.00 (frozen slots that are never chosen cost
+memory, not time), full logits 1.08, both 1.08; time in proportion to length beyond 200 positions; +60 % from
+8 to 32 experts, for the loop over experts is in Python; the leaf 0.9 of the time without, since it is one
+gather and not two. Measured (CPU): transformers' experts 0.97, full logits 1.01, both 1.01 (2.17 and 2.24
+with --vocab 16384 --length 512); 4.5 times the time from 256 to 1024 positions; +22 % from 8 to 32 experts;
+the leaf 0.96. On a GPU: not yet measured.
 """
 
 import argparse
@@ -36,18 +38,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from clock import CUDA, DEVICE, seconds
+from clock import CUDA, DEVICE, device_name, seconds
 from torch import Tensor, nn
 from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashMoE
 
 import longcat_vss
-from common import device_name, ds_config, init_distributed, quiet_libraries
+from common import HERE, ds_config, init_distributed, quiet_libraries, read_json
 from demos import speech
 from longcat_vss import CODEBOOKS, Base, Config, Omni, with_adapter
 
 
 def sized(base: Base, args: argparse.Namespace, experts: int) -> Base:
-    """The tiny model's files with other sizes of the language model; as many identities for each expert as the real one has."""
+    """The tiny model's files with other sizes of the language model; as many identities for each expert as
+    the real one has."""
     config = type(base.config).from_dict(base.config.to_dict())
     config.hidden_size, config.num_layers, config.vocab_size = args.width, args.layers, args.vocab
     config.ffn_hidden_size, config.expert_ffn_hidden_size = 2 * args.width, args.width // 2
@@ -73,7 +76,8 @@ def model(base: Base, stock: bool = False) -> nn.Module:
 
 
 def batch_of(base: Base, length: int, replied: int = 40, seed: int = 0) -> dict[str, Tensor]:
-    """One clip: two pairs of frames, two seconds of speech, text up to `length` positions, of which the last are the reply."""
+    """One clip: two pairs of frames, two seconds of speech, text up to `length` positions, of which the last
+    are the reply."""
     rng = torch.Generator().manual_seed(seed)
     ids = torch.randint(20, base.config.vocab_size, (1, length), generator=rng)
     streams = torch.full((1, length, CODEBOOKS), longcat_vss.CODEC_PAD)
@@ -86,8 +90,10 @@ def batch_of(base: Base, length: int, replied: int = 40, seed: int = 0) -> dict[
     kind = torch.bfloat16 if CUDA else torch.float32
     made = {
         "ids": ids, "streams": streams, "text_labels": text_labels, "code_labels": code_labels,
-        "mask": torch.ones(1, length, dtype=torch.bool), "pixels": torch.randn(2, 16, 1176, generator=rng).to(kind),
-        "features": torch.randn(1, 25, 1200, generator=rng).to(kind), "heard": torch.ones(1, 25, dtype=torch.bool),
+        "mask": torch.ones(1, length, dtype=torch.bool),
+        "pixels": torch.randn(2, 16, 1176, generator=rng).to(kind),
+        "features": torch.randn(1, 25, 1200, generator=rng).to(kind),
+        "heard": torch.ones(1, 25, dtype=torch.bool),
     }  # fmt: skip
     return {name: value.to(DEVICE) for name, value in made.items()}
 
@@ -136,13 +142,13 @@ def stepper(net: nn.Module, batch: dict[str, Tensor], loss_of: Callable) -> Call
 
 
 def zero3(base: Base, batch: dict[str, Tensor], rounds: int) -> dict[str, float]:
-    """Micro-steps under ZeRO-3 with CPU offload on one process, the mixture gathered whole or tensor by tensor."""
+    """Micro-steps under ZeRO-3 with CPU offload on one process, the mixture gathered whole or tensor by
+    tensor."""
     import deepspeed
 
     init_distributed()
-    config = ds_config(
-        Path(longcat_vss.__file__).with_name("ds_zero3_offload.json"), 1, 1, 1.0, "bf16" if CUDA else "fp32"
-    )
+    path = HERE / "ds_zero3_offload.json"
+    config = ds_config(read_json(path), str(path), 1, 1, 1.0, "bf16" if CUDA else "fp32")
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     steps = {}
     for name in ("leaf module, gathered whole", "expert tensors by themselves"):

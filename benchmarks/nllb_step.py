@@ -4,21 +4,25 @@
     python benchmarks/nllb_step.py --width 1024 --layers 12 --vocab 256206 --questions 2000    # for a GPU: the real size
     python benchmarks/nllb_step.py --real                             # 615 M parameters: peak memory against the forecast, 12 GB
 
-All rows train the same random NLLB (nllb_vtt.py's tiny one with a vocabulary whose head costs, against the layers, what the real
-one does) on the same questions, fp32 on a CPU and bf16 autocast on a GPU (there the clock is the wall's): fused AdamW, gradients
-clipped, no Trainer, no DeepSpeed. A round is one pass over all questions, in a new order, by each row in turn; medians. The time
-includes collation, not tokenisation. Their loader reads a list instead of an Arrow table, to its advantage.
+All rows train the same random NLLB (nllb_vtt.py's tiny one with a vocabulary whose head costs, against the
+layers, what the real one does) on the same questions, fp32 on a CPU and bf16 autocast on a GPU (there the
+clock is the wall's): fused AdamW, gradients clipped, no Trainer, no DeepSpeed. A round is one pass over all
+questions, in a new order, by each row in turn; medians. The time includes collation, not tokenisation. Their
+loader reads a list instead of an Arrow table, to its advantage.
 
-run_translation.py pads to max_length only when --pad_to_max_length is given, to 1024 (here the tiny model's 256) and 128 tokens;
-its default is the second row, padding to the longest of a batch of any lengths. Both with 8 questions a step, its default.
+run_translation.py pads to max_length only when --pad_to_max_length is given, to 1024 (here the tiny model's
+256) and 128 tokens; its default is the second row, padding to the longest of a batch of any lengths. Both
+with 8 questions a step, its default.
 
-Lengths are assumed, not read from a data set: log-normal, answers of 10 words in the median (sigma 0.45, cut to 3 to 40; captions
-of MSR-VTT are about so long), sources of 30 (sigma 0.52, 3 to 150), each for itself; a word is one token.
+Lengths are assumed, not read from a data set: log-normal, answers of 10 words in the median (sigma 0.45, cut
+to 3 to 40; captions of MSR-VTT are about so long), sources of 30 (sigma 0.52, 3 to 150), each for itself; a
+word is one token.
 
-Predicted before the first measurement, as speed against padding to max_length: dynamic padding 3.8, nllb_vtt.py 4.5; padding
-0.87, 0.44 and 0.16 of all positions; --real: 11.5 GB measured, 13.5 forecast (DeepSpeed's fp32 master weights are in it).
-Measured (CPU): 4.72, 6.04, so 1.28 against run_translation.py's default; padding 0.87, 0.46, 0.17; --real: 12.40 GB measured with
-plain AdamW, 13.62 forecast for DeepSpeed, of which plain AdamW lacks 2.86. On a GPU: not yet measured.
+Predicted before the first measurement, as speed against padding to max_length: dynamic padding 3.8,
+nllb_vtt.py 4.5; padding 0.87, 0.44 and 0.16 of all positions; --real: 11.5 GB measured, 13.5 forecast
+(DeepSpeed's fp32 master weights are in it). Measured (CPU): 4.72, 6.04, so 1.28 against run_translation.py's
+default; padding 0.87, 0.46, 0.17; --real: 12.40 GB measured with plain AdamW, 13.62 forecast for DeepSpeed,
+of which plain AdamW lacks 2.86. On a GPU: not yet measured.
 """
 
 import argparse
@@ -38,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 import transformers
-from clock import CUDA, DEVICE, now
+from clock import CUDA, DEVICE, device_name, now
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -49,17 +53,17 @@ from transformers import (
 )
 
 import nllb_vtt
-from common import GB, device_name, memory_plan, peak_memory_gb
+from common import GB, memory_layouts, peak_memory_gb
 from demos import metadata
 from nllb_vtt import (
     Base,
-    Batches,
     Config,
     Example,
     answer_loss,
     collate_rows,
     curriculum,
     encode,
+    get_batches,
     load_weights,
     open_base,
 )
@@ -162,7 +166,9 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
         return lambda _: loader
 
     def ours(number: int) -> Iterable:
-        return Batches(stages, collate, dataclasses.replace(cfg, steps=(number + 1) * steps), number * steps)
+        until = dataclasses.replace(cfg, steps=(number + 1) * steps)
+        for step in range(number * steps, until.steps):
+            yield from get_batches(stages, collate, until, step)
 
     makers = {
         "run_translation.py, --pad_to_max_length": (theirs(full, default_data_collator), their_loss),
@@ -200,27 +206,30 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
         statistics.mean(len(getattr(row, name)) for row in rows) for name in ("source", "labels")
     )
     print(f"{count / 1e6:.2f} M parameters, {len(rows)} questions a round, {args.batch} per step, {sources:.0f} source and "
-          f"{answers:.0f} answer tokens on average, {args.rounds} rounds; {device_name(DEVICE)}, torch {torch.__version__}, "
+          f"{answers:.0f} answer tokens on average, {args.rounds} rounds; {device_name(DEVICE)}, torch "
+          f"{torch.__version__}, "
           f"transformers {transformers.__version__}\n")  # fmt: skip
     print(f"| | padding | tokens per {clock} | questions per {clock} | ratio |")
     print("|---|---|---|---|---|")
     for name, seconds in medians.items():
         share = statistics.median(padding[name])
         print(
-            f"| {name} | {share:.2f} | {tokens / seconds:.0f} | {len(rows) / seconds:.1f} | {first / seconds:.2f} |"
+            f"| {name} | {share:.2f} | {tokens / seconds:.0f} | {len(rows) / seconds:.1f} | "
+            f"{first / seconds:.2f} |"
         )
 
 
 def real() -> None:
     """Two steps of the real size, 4 questions of 64 source and 32 answer tokens in fp32."""
     config = M2M100Config(
-        vocab_size=256206, d_model=1024, encoder_layers=12, decoder_layers=12, encoder_ffn_dim=4096, decoder_ffn_dim=4096,
-        encoder_attention_heads=16, decoder_attention_heads=16, encoder_layerdrop=0.0, decoder_layerdrop=0.0,
-        decoder_start_token_id=2,
+        vocab_size=256206, d_model=1024, encoder_layers=12, decoder_layers=12, encoder_ffn_dim=4096,
+        decoder_ffn_dim=4096, encoder_attention_heads=16, decoder_attention_heads=16, encoder_layerdrop=0.0,
+        decoder_layerdrop=0.0, decoder_start_token_id=2,
     )  # fmt: skip
     cfg, before = Config(batch_size=4, dtype="fp32", report_to="none"), peak_memory_gb()
-    parameters, trained, frozen, kept, _ = nllb_vtt.measure(Base("", Path(), config, None, 1024), cfg, 64, 32)
-    forecast = memory_plan(trained, frozen, kept, "fp32", 1)[0]["gpu_gb"]
+    sizes = nllb_vtt.sizes_of(Base("", Path(), config, None, 1024), cfg, 64, 32)
+    parameters, trained, frozen, kept = *sizes[:3], sizes[3][False]
+    forecast = memory_layouts(trained, frozen, {False: kept}, "fp32", 1)[0].gpu_gb
     model = M2M100ForConditionalGeneration(config).to(DEVICE).train()
     tokens = torch.randint(4, config.vocab_size, (4, 96))
     batch = {
@@ -237,7 +246,8 @@ def real() -> None:
     print(f"| measured, plain AdamW (the process had {before:.2f} before) | {peak_memory_gb():.2f} |")
     print(f"| forecast, ZeRO-2, 1 device ({kept / GB:.2f} of it kept for backward) | {forecast:.2f} |")
     print(
-        f"| forecast less the master weights and bucket, which plain AdamW lacks | {(16 * trained + kept) / GB:.2f} |"
+        "| forecast less the master weights and bucket, which plain AdamW lacks | "
+        f"{(16 * trained + kept) / GB:.2f} |"
     )
 
 

@@ -1,32 +1,38 @@
-"""Speed and memory of t2v_rflow.py: its model against one written as Open-Sora 1.2 writes it, the cache, the plan's forecasts.
+"""Speed and memory of t2v_rflow.py: its model against one written as Open-Sora 1.2 writes it, the cache, the
+plan's forecasts.
 
     python benchmarks/rflow_step.py                  # all four parts on a CPU, one thread: about four minutes, 4 GB
     python benchmarks/rflow_step.py step memory      # only these; on a GPU: STDiT3-XL/2 in bf16 with gradient checkpointing
 
-step    One training step (forward, backward, AdamW) in tokens/s and model FLOP/s: linear layers and attention, 2 a multiply-add,
+step    One training step (forward, backward, AdamW) in tokens/s and model FLOP/s: linear layers and
+attention, 2 a multiply-add,
         backward twice the forward, padding and recomputation not counted. The peers have the same weights, and their outputs and
         gradients are checked to be the same first. "upstream's blocks" do what Open-Sora 1.2's do: LayerNorm, shift, scale and
         gate with the frame's time and with time 0, then torch.where, in each block; RMSNorm and rotation by elementary
         operations; fused attention only where sequences are longer than many (its rule: over space, but not over time), each
         caption's real tokens alone in cross-attention. "no fused attention" has softmax(q k^T) v everywhere, and captions packed
         with a block-diagonal mask that each call builds. On a GPU also one step through DeepSpeed, ZeRO-2 and averaged weights
-        as train() has them, with its peak memory beside the forecast of print_plan.
-cache   A step from files (decoded, T5, VAE) against one from the cache, through Source.batch. The ratio is only that of the sizes
+        as train() has them, with its peak memory beside the forecast of plan_of.
+cache   A step from files (decoded, T5, VAE) against one from the cache, through Source.batch. The ratio is
+only that of the sizes
         chosen: on a CPU the model gets the depth at which the encoders have the share of a step's FLOPs that they have at full
         size (240p, 51 frames or an image, 300 tokens, counted on the meta device). Decoding is of small lossless clips, and not
         hidden behind the step as train() does it with a thread. Their speeds differ, so the share of time does too.
-memory  activation_bytes against the allocator: what is there after the forward pass that was not there before, and the most
+memory  micro_batch_bytes against the allocator: what is there after the forward pass that was not there
+before, and the most
         during forward and backward, beyond weights and gradients. On a CPU from torch.profiler's record of each allocation.
-plan    A manifest of a million rows, sizes and lengths as OpenVid-1M might have them: reading its CSV, planning for 8 and 192.
+plan    A manifest of a million rows, sizes and lengths as OpenVid-1M might have them: reading its CSV,
+planning for 8 and 192.
 
 Times are CPU times on a CPU, the wall's on a GPU; medians of interleaved rounds.
 
-Predicted before the first measurement (CPU): upstream's blocks 1.25 times as slow, without fused attention 1.6; a step with
-encoders 1.75 times one from the cache; forecast of activations 1.00 of what is kept and 0.85 of the most, with checkpointing
-1.05 of the most; read_manifest 12 s, plan 3 s, a step waiting at 192 ranks 2 %, in a plain shuffle 15 %.
-Measured (CPU): upstream's blocks 1.03 and 1.06 (two sizes), without fused attention 1.05 and 1.06: matrix products take most
-of the time there; 1.43 for clips, 1.57 for images; 1.00 and 0.98 to 1.00, with checkpointing 1.00 (1.45 to 1.65 before the
-formula counted one block of the pair at work); 20 s, 0.29 s, 2 % against 22 %. On a GPU: not yet measured.
+Predicted before the first measurement (CPU): upstream's blocks 1.25 times as slow, without fused attention
+1.6; a step with encoders 1.75 times one from the cache; forecast of activations 1.00 of what is kept and 0.85
+of the most, with checkpointing 1.05 of the most; read_manifest 12 s, plan 3 s, a step waiting at 192 ranks 2
+%, in a plain shuffle 15 %. Measured (CPU): upstream's blocks 1.03 and 1.06 (two sizes), without fused
+attention 1.05 and 1.06: matrix products take most of the time there; 1.43 for clips, 1.57 for images; 1.00
+and 0.98 to 1.00, with checkpointing 1.00 (1.45 to 1.65 before the formula counted one block of the pair at
+work); 20 s, 0.29 s, 2 % against 22 %. On a GPU: not yet measured.
 """
 
 import argparse
@@ -50,13 +56,22 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from clock import CUDA, DEVICE, seconds
+from clock import CUDA, DEVICE, device_name, seconds
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import t2v_rflow as rflow
-from common import GB, device_name, ds_config, init_distributed, memory_rows, peak_memory_gb, quiet_libraries
+from common import (
+    GB,
+    HERE,
+    ds_config,
+    init_distributed,
+    memory_layouts,
+    peak_memory_gb,
+    quiet_libraries,
+    read_json,
+)
 from demos.shapes import write_lossless
 
 DTYPE = "bf16" if CUDA else "fp32"
@@ -64,7 +79,8 @@ PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}  #
 
 
 def interleaved(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call in each round; the first round is for warming up. A call without the memory for it has none."""
+    """Seconds of each call in each round; the first round is for warming up. A call without the memory for it
+    has none."""
     columns: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds + 1):
         for name, call in calls.items():
@@ -101,7 +117,8 @@ def rms(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def rotated(x: Tensor, angles: Tensor) -> Tensor:
-    """As rotary_embedding_torch: each angle twice, halves stacked and joined; in fp32, as t2v_rflow.py has it"""
+    """As rotary_embedding_torch: each angle twice, halves stacked and joined; in fp32, as t2v_rflow.py has
+    it"""
     angles, wide = angles.repeat_interleave(2, -1), x.float()
     a, b = wide.unflatten(-1, (-1, 2)).unbind(-1)
     turned = wide * angles.cos() + torch.stack([-b, a], -1).flatten(-2) * angles.sin()
@@ -218,14 +235,14 @@ def peer_of(net: rflow.STDiT3, fused: bool) -> Peer:
 def model_flops(config: dict, clips: int, frames: int, height: int, width: int, words: int) -> int:
     """Of a forward pass on latents of this size; words: real ones, in all captions"""
     c, places = config["hidden_size"], math.ceil(height / 2) * math.ceil(width / 2)
+    # in and out, 4 latents
     inner, ends = (
         int(c * config["mlp_ratio"]),
         4 * config["in_channels"] * (2 + config["pred_sigma"]),
-    )  # in and out, 4 latents
+    )
     tokens = clips * frames * places
-    linear = (
-        tokens * (6 * c * c + 2 * c * inner) + words * 2 * c * c
-    )  # qkv, proj, q_linear, proj, mlp; kv_linear
+    # qkv, proj, q_linear, proj, mlp; kv_linear
+    linear = tokens * (6 * c * c + 2 * c * inner) + words * 2 * c * c
     cross = 2 * frames * places * words * c
     pair = 2 * (linear + cross) + 2 * tokens * (places + frames) * c
     rest = tokens * c * ends + words * c * (config["caption_channels"] + c) + clips * c * (3 * 256 + 15 * c)
@@ -284,7 +301,8 @@ def stepper(net: nn.Module, inputs: dict) -> Callable[[], None]:
 
 
 def check_same(nets: dict[str, nn.Module], inputs: dict) -> None:
-    """Outputs, all gradients, and the formula's FLOPs; in fp32, on the CPU, where a machine's bf16 has no say"""
+    """Outputs, all gradients, and the formula's FLOPs; in fp32, on the CPU, where a machine's bf16 has no
+    say"""
     one = {name: value[:1] if isinstance(value, Tensor) else value for name, value in inputs.items()}
     counted, said = (
         flops_of(lambda: nets["plain"](**one)),
@@ -308,12 +326,13 @@ def check_same(nets: dict[str, nn.Module], inputs: dict) -> None:
 
 
 def as_trained(net: nn.Module, inputs: dict, rounds: int) -> tuple[float, float]:
-    """-> (seconds of a step through DeepSpeed with averaged weights, as train(); peak GB, on a CPU the process's)"""
+    """-> (seconds of a step through DeepSpeed with averaged weights, as train(); peak GB, on a CPU the
+    process's)"""
     import deepspeed
 
     gc.collect()
     others = torch.cuda.memory_allocated() - sum(p.nbytes for p in net.parameters()) if CUDA else 0
-    config = ds_config(Path(rflow.__file__).with_name("ds_zero2.json"), 1, 1, 1.0, DTYPE)
+    config = ds_config(read_json(HERE / "ds_zero2.json"), "ds_zero2.json", 1, 1, 1.0, DTYPE)
     trained = [p for p in net.parameters() if p.requires_grad]
     engine, *_ = deepspeed.initialize(
         model=net, optimizer=torch.optim.AdamW(trained, 1e-5, fused=True), config=config
@@ -333,16 +352,15 @@ def as_trained(net: nn.Module, inputs: dict, rounds: int) -> tuple[float, float]
 
 
 def forecast_gb(net: nn.Module, bucket: rflow.Bucket, caption: int) -> float:
-    """As print_plan adds it up: one GPU, the cache"""
+    """As plan_of adds it up: one GPU, the cache"""
     codec = rflow.OpenSoraVAE
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    kept = rflow.activation_bytes(net.config, bucket, codec, caption, DTYPE, net.checkpointing)
-    return memory_rows(trained, 0, {net.checkpointing: kept}, DTYPE, 1)[0]["gpu_gb"] + 4 * trained / GB
+    kept = rflow.micro_batch_bytes(net.config, bucket, codec, caption, DTYPE, net.checkpointing)
+    return memory_layouts(trained, 0, {net.checkpointing: kept}, DTYPE, 1)[0].gpu_gb + 4 * trained / GB
 
 
-SMALL = dict(
-    depth=2, hidden_size=288, num_heads=4, caption_channels=256, model_max_length=60
-)  # XL's heads of 72
+# XL's heads of 72
+SMALL = dict(depth=2, hidden_size=288, num_heads=4, caption_channels=256, model_max_length=60)
 
 
 def part_step(args: argparse.Namespace) -> None:
@@ -462,7 +480,8 @@ def compare_with_cache(args: argparse.Namespace, frames: int, small: rflow.Bucke
     full, words = full_size_shares(frames), [f"word{i}" for i in range(500)]
     told = ", ".join(f"{name} {value:.1f}" for name, value in full.items())
     print(
-        f"\n240p, {frames} frames, 10^12 FLOPs a clip with recomputation: {told}; the encoders are {100 * share(full):.1f} %"
+        f"\n240p, {frames} frames, 10^12 FLOPs a clip with recomputation: {told}; the encoders are "
+        f"{100 * share(full):.1f} %"
     )
     if CUDA:
         bucket, sizes, text_sizes, config, length = (
@@ -500,7 +519,7 @@ def compare_with_cache(args: argparse.Namespace, frames: int, small: rflow.Bucke
     generator, chosen = torch.Generator(DEVICE).manual_seed(0), np.arange(bucket.batch_size)
     with tempfile.TemporaryDirectory() as folder:
         manifest = write_clips(Path(folder), 2 * bucket.batch_size, bucket, words, many)
-        rows, table, _ = rflow.measure(rflow.read_manifest(manifest)[0], Path(folder), 1)
+        rows, table, _ = rflow.clip_table(rflow.manifest_rows(manifest)[0], Path(folder), 1)
         sources = {
             name: rflow.Source(
                 rflow.Config(cache=cache, cache_dir=Path(folder), report_to="none"), rows, table, codec, text
@@ -537,7 +556,8 @@ def compare_with_cache(args: argparse.Namespace, frames: int, small: rflow.Bucke
 
 
 def most_allocated(call: Callable[[], object]) -> tuple[int, int]:
-    """-> (bytes there after `call`, whose result is held, that were not before; the most of them at a time)"""
+    """-> (bytes there after `call`, whose result is held, that were not before; the most of them at a
+    time)"""
     if CUDA:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -576,7 +596,7 @@ def part_memory(args: argparse.Namespace) -> None:
         inputs = inputs_of(rflow.XL | config, bucket.batch_size, latent_shape(bucket), longest)
         for on in (False, True):
             guess, found = (
-                rflow.activation_bytes(net.config, bucket, rflow.OpenSoraVAE, longest, DTYPE, on),
+                rflow.micro_batch_bytes(net.config, bucket, rflow.OpenSoraVAE, longest, DTYPE, on),
                 [],
             )
             for one in (net, peer_of(net, True)):
@@ -592,12 +612,14 @@ def part_memory(args: argparse.Namespace) -> None:
             kept, most, _, theirs = found
             shape = f"{bucket.resolution}, {bucket.frames} frames, batch {bucket.batch_size}"
             print(f"| {shape} | {depth} | {on} | {guess / 1e6:.1f} | "
-                  f"{kept / 1e6:.1f} | {guess / kept:.2f} | {most / 1e6:.1f} | {guess / most:.2f} | {theirs / 1e6:.1f} | "
+                  f"{kept / 1e6:.1f} | {guess / kept:.2f} | {most / 1e6:.1f} | {guess / most:.2f} | "
+                  f"{theirs / 1e6:.1f} | "
                   f"{theirs / most:.2f} |")  # fmt: skip
 
 
 def manifest_like_openvid(path: Path, count: int) -> None:
-    """OpenVid-1M's columns, with height and width; a guess of its sizes and lengths, and captions of about 120 words"""
+    """OpenVid-1M's columns, with height and width; a guess of its sizes and lengths, and captions of about
+    120 words"""
     rng = np.random.default_rng(0)
     sizes = [(1080, 1920), (720, 1280), (576, 1024), (512, 960), (1920, 1080), (720, 720)]
     size = rng.choice(len(sizes), count, p=[0.43, 0.36, 0.08, 0.07, 0.04, 0.02])
@@ -634,9 +656,9 @@ def part_plan(args: argparse.Namespace) -> None:
 
         found: dict = {}
         times = {"csv.DictReader, rows thrown away": seconds(plain)}
-        times["read_manifest"] = seconds(lambda: found.update(rows=rflow.read_manifest(path)[0]))
+        times["read_manifest"] = seconds(lambda: found.update(rows=rflow.manifest_rows(path)[0]))
         times["measure"] = seconds(
-            lambda: found.update(zip(("rows", "table"), rflow.measure(found["rows"], path.parent, 1)))
+            lambda: found.update(zip(("rows", "table"), rflow.clip_table(found["rows"], path.parent, 1)))
         )
         times["pickled for the other ranks"] = seconds(
             lambda: found.update(pickled=len(pickle.dumps(found["rows"])))
@@ -648,19 +670,21 @@ def part_plan(args: argparse.Namespace) -> None:
     buckets = rflow.BUCKETS["2"]
     columns = interleaved(
         {
-            str(n): lambda n=n: found.update({n: rflow.plan(found["table"], buckets, 0, 0, n)})
+            str(n): lambda n=n: found.update({n: rflow.plan_epoch(found["table"], buckets, 0, 0, n)})
             for n in (8, 192)
         },
         args.rounds,
     )
     print(
-        "\n| ranks | plan, s | steps | a step waits | in a plain shuffle | shapes |\n|---|---|---|---|---|---|"
+        "\n| ranks | plan, s | steps | a step waits | in a plain shuffle | shapes "
+        "|\n|---|---|---|---|---|---|"
     )
     for n in (8, 192):
         one = found[n]
         waits = [f"{100 * (value - 1):.1f} %" for value in (one.imbalance, one.imbalance_shuffled)]
         print(
-            f"| {n} | {spread(columns[str(n)])} | {len(one.order)} | {waits[0]} | {waits[1]} | {len(one.buckets)} |"
+            f"| {n} | {spread(columns[str(n)])} | {len(one.order)} | {waits[0]} | {waits[1]} | "
+            f"{len(one.buckets)} |"
         )
     print(f"\n{found[192].table()}")
 

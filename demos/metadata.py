@@ -9,8 +9,8 @@ import numpy as np
 COLOURS = "red green blue yellow purple white black orange".split()
 THINGS = "ball car dog cat boat train bird robot".split()
 ACTIONS = {
-    "left": "moves to the left", "right": "moves to the right", "jump": "jumps up and down", "spin": "spins in place",
-    "stop": "stands still", "chase": "chases a butterfly",
+    "left": "moves to the left", "right": "moves to the right", "jump": "jumps up and down",
+    "spin": "spins in place", "stop": "stands still", "chase": "chases a butterfly",
 }  # fmt: skip
 PLACES = "park street kitchen beach garden room".split()
 QUESTIONS = {
@@ -24,7 +24,8 @@ QUESTIONS = {
 def generated_rows(count: int, seed: int, held_out: bool) -> list[tuple[str, dict, str]]:
     """Rows as common.py's all_rows gives them: tags in any order, duration, frames; a sentence as the answer.
 
-    An eleventh of the combinations of colour, thing and action are never trained on: those are the held-out part.
+    An eleventh of the combinations of colour, thing and action are never trained on: those are the held-out
+    part.
     """
     rng = np.random.default_rng((seed, held_out))
     part = "held_out" if held_out else "train"
@@ -52,8 +53,9 @@ def generated_rows(count: int, seed: int, held_out: bool) -> list[tuple[str, dic
 
 
 def build_tiny(folder: Path, seed: int, source_of: Callable[[str, dict, list[str]], str]) -> None:
-    """An NLLB of the real classes with 1 M random weights, and its tokenizer with a BPE trained on what the demo says, saved
-    as the real one is. It knows three languages. source_of: what the script makes of a question and fields of a row"""
+    """An NLLB of the real classes with 1 M random weights, and its tokenizer with a BPE trained on what the
+    demo says, saved as the real one is. It knows three languages. source_of: what the script makes of a
+    question and fields of a row"""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import M2M100Config, M2M100ForConditionalGeneration, NllbTokenizer
@@ -72,10 +74,10 @@ def build_tiny(folder: Path, seed: int, source_of: Callable[[str, dict, list[str
         tgt_lang="eng_Latn", extra_special_tokens=["eng_Latn", "fra_Latn", "deu_Latn"], model_max_length=256,
     )  # fmt: skip
     config = M2M100Config(
-        vocab_size=-(-len(tokenizer) // 64) * 64, d_model=128, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=512,
-        decoder_ffn_dim=512, encoder_attention_heads=4, decoder_attention_heads=4, max_position_embeddings=256,
-        dropout=0.0, attention_dropout=0.0, activation_dropout=0.0, encoder_layerdrop=0.0, decoder_layerdrop=0.0,
-        decoder_start_token_id=2,
+        vocab_size=-(-len(tokenizer) // 64) * 64, d_model=128, encoder_layers=2, decoder_layers=2,
+        encoder_ffn_dim=512, decoder_ffn_dim=512, encoder_attention_heads=4, decoder_attention_heads=4,
+        max_position_embeddings=256, dropout=0.0, attention_dropout=0.0, activation_dropout=0.0,
+        encoder_layerdrop=0.0, decoder_layerdrop=0.0, decoder_start_token_id=2,
     )  # fmt: skip
     torch.manual_seed(seed)
     M2M100ForConditionalGeneration(config).save_pretrained(folder)

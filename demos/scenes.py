@@ -1,7 +1,7 @@
 """Clips of shapes that move or stay, with questions about them, and a tiny LLaVA: the demo of llava_vtt.py.
 
-One shape stays or crosses half the frame; sometimes another, smaller and of another colour, stands behind it. The same
-pictures in another order show another direction.
+One shape stays or crosses half the frame; sometimes another, smaller and of another colour, stands behind it.
+The same pictures in another order show another direction.
 """
 
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ NUM_HELD_OUT = 400
 
 @dataclass(frozen=True)
 class Scene:
-    """What a generated clip shows, and the seed of where and how large. The move "" stays; `other`, if there is a second
-    shape, is its shape and colour."""
+    """What a generated clip shows, and the seed of where and how large. The move "" stays; `other`, if there
+    is a second shape, is its shape and colour."""
 
     seed: tuple[int, int]
     shape: str
@@ -89,8 +89,9 @@ def outline(centres: np.ndarray, radius: float, shape: str, size: int) -> np.nda
 
 
 def build_tiny(folder: Path, seed: int, template: str) -> None:
-    """A LLaVA of the real classes (SigLIP, projector, Qwen2) with 0.5 M random weights, and its processor with this chat
-    template, saved as the real one is: 16 tokens a frame, byte-level BPE trained on what the demo asks and answers."""
+    """A LLaVA of the real classes (SigLIP, projector, Qwen2) with 0.5 M random weights, and its processor
+    with this chat template, saved as the real one is: 16 tokens a frame, byte-level BPE trained on what the
+    demo asks and answers."""
     import torch
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -104,8 +105,8 @@ def build_tiny(folder: Path, seed: int, template: str) -> None:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=512, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=512, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"],
+        show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
     bpe.train_from_iterator(sorted(texts), trainer)
     tokenizer = transformers.PreTrainedTokenizerFast(
@@ -121,8 +122,8 @@ def build_tiny(folder: Path, seed: int, template: str) -> None:
         num_additional_image_tokens=0, chat_template=template,
     )  # fmt: skip
     vision = transformers.SiglipVisionConfig(
-        hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, image_size=DEMO_SIZE,
-        patch_size=8, vision_use_head=False,
+        hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        image_size=DEMO_SIZE, patch_size=8, vision_use_head=False,
     )  # fmt: skip
     text = transformers.Qwen2Config(
         vocab_size=512, hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=6,
@@ -130,8 +131,9 @@ def build_tiny(folder: Path, seed: int, template: str) -> None:
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     config = transformers.LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=processor.image_token_id, image_seq_length=16,
-        vision_feature_select_strategy="full", vision_feature_layer=-1, tie_word_embeddings=True,
+        vision_config=vision, text_config=text, image_token_index=processor.image_token_id,
+        image_seq_length=16, vision_feature_select_strategy="full", vision_feature_layer=-1,
+        tie_word_embeddings=True,
     )  # fmt: skip
     torch.manual_seed(seed)
     model = transformers.LlavaForConditionalGeneration(config)

@@ -1,4 +1,5 @@
-"""Moving shapes with captions: what t2v_ddpm.py and t2v_rflow.py learn in their demos, and how their samples are read back."""
+"""Moving shapes with captions: what t2v_ddpm.py and t2v_rflow.py learn in their demos, and how their samples
+are read back."""
 
 import itertools
 import math
@@ -14,7 +15,8 @@ from common import encode_clip, made_once
 # {attribute: value}; caption_of makes a sentence of it
 Caption = dict[str, str]
 COLOURS = {
-    "red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1, 1, 0), "magenta": (1, 0, 1), "cyan": (0, 1, 1),
+    "red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1, 1, 0), "magenta": (1, 0, 1),
+    "cyan": (0, 1, 1),
 }  # fmt: skip
 # x to the right, y downwards
 MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
@@ -49,8 +51,8 @@ def caption_of(a: Caption) -> str:
 def attributes_in(caption: str) -> Caption:
     """The inverse of caption_of"""
     pattern = r"a (?P<size>\w+) (?P<colour>\w+) (?P<shape>\w+) moving (?P<move>\w+) (?P<speed>\w+)"
-    found = re.match(pattern, caption)
-    return found.groupdict() if found else {}
+    match = re.match(pattern, caption)
+    return match.groupdict() if match else {}
 
 
 def is_held_out(a: Caption, shapes: tuple[str, ...]) -> bool:
@@ -99,7 +101,8 @@ def draw_clip(a: Caption, frames: int, size: int, rng: np.random.Generator) -> n
 
 
 def read_clip(clip: np.ndarray, shapes: tuple[str, ...]) -> Caption:
-    """The attributes seen in a uint8 (F, H, W, 3) clip; {} unless it shows one compact object of plausible size throughout."""
+    """The attributes seen in a uint8 (F, H, W, 3) clip; {} unless it shows one compact object of plausible
+    size throughout."""
     x = clip.astype(np.float64) / 255
     frames, size = x.shape[:2]
     # foreground, without the noise floor
@@ -136,7 +139,8 @@ def read_clip(clip: np.ndarray, shapes: tuple[str, ...]) -> Caption:
 
 
 def asked_is_made(clips: np.ndarray, asked: list[Caption], shapes: tuple[str, ...]) -> dict[str, float]:
-    """Share of uint8 (N, F, H, W, 3) clips that show what was asked, per attribute and for all five at once."""
+    """Share of uint8 (N, F, H, W, 3) clips that show what was asked, per attribute and for all five at
+    once."""
     seen = [read_clip(clip, shapes) for clip in clips]
     hits = {name: [s.get(name) == a[name] for s, a in zip(seen, asked)] for name in attributes_of(shapes)}
     hits["all_five"] = [all(hit) for hit in zip(*hits.values())]
@@ -165,7 +169,8 @@ def write_lossless(clip: np.ndarray, path: Path, fps: int) -> None:
 
 
 def make_data(cfg: Any) -> Path:
-    """For t2v_rflow.py, rank 0: a manifest of captioned clips, lossless, made once; a shorter demo needs fewer."""
+    """For t2v_rflow.py, rank 0: a manifest of captioned clips, lossless, made once; a shorter demo needs
+    fewer."""
     count = NUM_GENERATED if cfg.steps >= 100 else 192
 
     def make(folder: Path) -> None:

@@ -1,4 +1,5 @@
-"""Coloured clips, spoken numbers and spoken replies, and a tiny LongCat-Flash-Omni: the demo of longcat_vss.py."""
+"""Coloured clips, spoken numbers and spoken replies, and a tiny LongCat-Flash-Omni: the demo of
+longcat_vss.py."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,12 +14,14 @@ from demos.shapes import COLOURS
 
 # as longcat_vss.py has it
 SAMPLE_RATE = 16_000
-# Words are two syllables. The colour that fills the clip and the number that is heard make the reply: 6 x 4 of them.
+# Words are two syllables. The colour that fills the clip and the number that is heard make the reply: 6 x 4
+# of them.
 WORDS = {"red": "seta", "green": "miso", "blue": "tume", "yellow": "mati", "magenta": "sumo", "cyan": "tosi"}
 NUMBERS = ("samu", "tiso", "metu", "tami")
 # Hz, of men's vowels: Peterson and Barney 1952, table II
 FORMANTS = {
-    "a": (730, 1090, 2440), "e": (530, 1840, 2480), "i": (270, 2290, 3010), "o": (570, 840, 2410), "u": (300, 870, 2240),
+    "a": (730, 1090, 2440), "e": (530, 1840, 2480), "i": (270, 2290, 3010), "o": (570, 840, 2410),
+    "u": (300, 870, 2240),
 }  # fmt: skip
 DEMO_SECONDS = 2.0
 NUM_TRAIN, NUM_HELD_OUT = 1536, 96
@@ -36,7 +39,8 @@ def voiced(length: int, pitch: float, formants: tuple[float, ...], rng: np.rando
 
 
 def say(word: str, pitch: float, rng: np.random.Generator) -> np.ndarray:
-    """A word of consonant-vowel syllables (s, t, m; a, e, i, o, u) as float32 (N,) at 16 kHz, a little different each time."""
+    """A word of consonant-vowel syllables (s, t, m; a, e, i, o, u) as float32 (N,) at 16 kHz, a little
+    different each time."""
     parts = []
     for consonant, vowel in zip(word[::2], word[1::2]):
         length = int(SAMPLE_RATE * rng.uniform(0.075, 0.09))
@@ -58,8 +62,8 @@ def say(word: str, pitch: float, rng: np.random.Generator) -> np.ndarray:
 def make_clip(
     folder: Path, number: int, held_out: bool, adapted: bool, seed: int, write_wav: Callable[..., None]
 ) -> None:
-    """One sample folder: a clip filled with a colour in which a grey square drifts, a number that some voice says over and
-    over, and the reply. `adapted`: colours have other words, spoken by a higher voice."""
+    """One sample folder: a clip filled with a colour in which a grey square drifts, a number that some voice
+    says over and over, and the reply. `adapted`: colours have other words, spoken by a higher voice."""
     rng = np.random.default_rng((seed, held_out, adapted, number))
     colour, heard = str(rng.choice(list(WORDS))), str(rng.choice(NUMBERS))
 
@@ -133,8 +137,9 @@ def tiny_tokenizer() -> Any:
 
 
 def build_tiny(folder: Path, seed: int, script: ModuleType) -> None:
-    """A LongCat-Flash-Omni of 1.6 M random weights, 8 real experts and 4 identities, in the real files: its tokenizer,
-    statistics of the demo's speech, codes of 4 x 64. script: longcat_vss.py, which has its classes"""
+    """A LongCat-Flash-Omni of 1.6 M random weights, 8 real experts and 4 identities, in the real files: its
+    tokenizer, statistics of the demo's speech, codes of 4 x 64. script: longcat_vss.py, which has its
+    classes"""
     import kaldiio
     import torch
     from torch import nn
@@ -144,20 +149,20 @@ def build_tiny(folder: Path, seed: int, script: ModuleType) -> None:
     tokenizer = tiny_tokenizer()
     config = LongcatFlashConfig(
         vocab_size=len(tokenizer), hidden_size=128, num_layers=2, num_attention_heads=4, ffn_hidden_size=256,
-        q_lora_rank=48, kv_lora_rank=32, qk_nope_head_dim=24, qk_rope_head_dim=8, head_dim=8, v_head_dim=32, moe_topk=3,
-        n_routed_experts=8, zero_expert_num=4, expert_ffn_hidden_size=64, max_position_embeddings=2048, pad_token_id=3,
-        routed_scaling_factor=2.0,
+        q_lora_rank=48, kv_lora_rank=32, qk_nope_head_dim=24, qk_rope_head_dim=8, head_dim=8, v_head_dim=32,
+        moe_topk=3, n_routed_experts=8, zero_expert_num=4, expert_ffn_hidden_size=64,
+        max_position_embeddings=2048, pad_token_id=3, routed_scaling_factor=2.0,
     )  # fmt: skip
     vision = script.VISION | dict(
-        hidden_size=64, intermediate_size=144, num_hidden_layers=2, num_attention_heads=4, initializer_factor=1.0,
-        adaptor_dim=128,
+        hidden_size=64, intermediate_size=144, num_hidden_layers=2, num_attention_heads=4,
+        initializer_factor=1.0, adaptor_dim=128,
     )  # fmt: skip
     audio = script.AUDIO | dict(
         hidden_size=128, proj_size=64, vocab_size=8, nlayer=3, ndnn=1, num_right_layers=2, dropout=0.0
     )
     front = {
-        "fbank": {"freq": SAMPLE_RATE, "frame_length": 25, "frame_shift": 10, "num_mel_bins": 80, "low_freq": 20,
-                  "high_freq": 7800, "preemphasis": 0.97, "dither": 0.0},
+        "fbank": {"freq": SAMPLE_RATE, "frame_length": 25, "frame_shift": 10, "num_mel_bins": 80,
+                  "low_freq": 20, "high_freq": 7800, "preemphasis": 0.97, "dither": 0.0},
         "delta": {"delta_order": 0, "window_size": 2}, "cmvn": {"global_cmvn": "global_cmvn"},
         "splice": {"left": 7, "right": 7, "stride": 8, "random_start": False, "seed": 0},
     }  # fmt: skip

@@ -1,8 +1,10 @@
-"""Test videos, written with PyAV alone: every frame carries its own number, so a reader can be checked frame by frame.
+"""Test videos, written with PyAV alone: every frame carries its own number, so a reader can be checked frame
+by frame.
 
-make_all(folder) -> {name: path} of good files, make_bad(folder) -> {name: (path, words the reason must hold)}.
-The number stands in a bar of 16 black or white blocks on top, which survives lossy coding; below it moves a texture,
-so that the encoder makes real P and B frames. Editing boxes gives what muxers do not write: a trim, a rotation.
+make_all(folder) -> {name: path} of good files, make_bad(folder) -> {name: (path, words the reason must
+hold)}. The number stands in a bar of 16 black or white blocks on top, which survives lossy coding; below it
+moves a texture, so that the encoder makes real P and B frames. Editing boxes gives what muxers do not write:
+a trim, a rotation.
 """
 
 import struct
@@ -38,7 +40,8 @@ def read_number(frame: np.ndarray) -> int:
 def write(
     path, frames, codec="libx264", gop=250, times=None, pix_fmt="yuv420p", options=None, mux=None, turn=0
 ):
-    """Encode the numbers 0..frames-1 at 25 fps, or at `times` (ms); turn: quarter turns of the picture before."""
+    """Encode the numbers 0..frames-1 at 25 fps, or at `times` (ms); turn: quarter turns of the picture
+    before."""
     options = dict({"libx264": {"preset": "veryfast", "bf": "3"}}.get(codec, {}), **(options or {}))
     with av.open(str(path), "w", options=mux or {}) as out:
         stream = out.add_stream(codec, rate=25, options=options)
@@ -101,7 +104,8 @@ def lose_frame(path: Path, nth: int) -> Path:
 
 
 def add_ghosts(path: Path, target: Path) -> Path:
-    """Copy MPEG-4 video, with a "VOP not coded" after each tenth of the first 200 frames: it decodes to nothing."""
+    """Copy MPEG-4 video, with a "VOP not coded" after each tenth of the first 200 frames: it decodes to
+    nothing."""
     with av.open(str(path)) as source, av.open(str(target), "w") as out:
         stream = out.add_stream_from_template(source.streams.video[0])
         for i, packet in enumerate(p for p in source.demux(video=0) if p.size):

@@ -1,4 +1,5 @@
-"""What the tests share: start a script as its user does, a loopback Hub, tiny settings. `--demos` runs the demos whole."""
+"""What the tests share: start a script as its user does, a loopback Hub, tiny settings. `--demos` runs the
+demos whole."""
 
 import json
 import os
@@ -47,10 +48,13 @@ def pytest_configure(config):
 
 # Files that start scripts take minutes: first, so that no process is left with the longest of them at the end.
 SLOW = (
+    "test_every_script.py",
     "test_t2v_ddpm.py",
-    "test_longcat_vss.py",
     "test_llava_vtt.py",
+    "test_longcat_vss.py",
     "test_t2v_rflow.py",
+    "test_run_sh.py",
+    "test_hub.py",
     "test_nllb_vtt.py",
 )
 
@@ -93,8 +97,9 @@ def command(script, *flags, ranks=1, launcher="torchrun") -> list[str]:
 def start(arguments, cwd, **variables) -> subprocess.Popen:
     """A process group of its own, with SIGINT back to normal: CI shells hand it down ignored."""
     return subprocess.Popen(
-        arguments, cwd=cwd, env=environment(**variables), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        arguments, cwd=cwd, env=environment(**variables), text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
 
 
@@ -140,7 +145,8 @@ def weights(folder: Path, name: str = "model.safetensors") -> dict:
 
 
 def unbroken_runs(tmp_path_factory, script, flags_of):
-    """get(ranks) -> run folder of a run that nothing interrupted, made once; flags_of(ranks, run folder). Beside it: `output`."""
+    """get(ranks) -> run folder of a run that nothing interrupted, made once; flags_of(ranks, run folder).
+    Beside it: `output`."""
     done = {}
 
     def get(ranks: int) -> Path:

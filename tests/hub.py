@@ -1,13 +1,15 @@
-"""A Hugging Face Hub on 127.0.0.1 for tests: enough of the REST API for the real client, with faults on demand.
+"""A Hugging Face Hub on 127.0.0.1 for tests: enough of the REST API for the real client, with faults on
+demand.
 
     with Hub() as hub:
         hub.fault("POST .*/commit/", status=503, times=2)
         subprocess.run([...], env=hub.environment())
         hub.files("tester/model")  # {path: bytes}
 
-The client reads HF_ENDPOINT when it is imported: set it before, best for a process of its own. Large files come by git-lfs, or
-with environment(xet=True) by xet, as users send them: token, chunks and shards are spoken as the real client does, without
-compression and without deduplication against what is stored; downloads are plain ones. `hub.static` serves anything under /files/.
+The client reads HF_ENDPOINT when it is imported: set it before, best for a process of its own. Large files
+come by git-lfs, or with environment(xet=True) by xet, as users send them: token, chunks and shards are spoken
+as the real client does, without compression and without deduplication against what is stored; downloads are
+plain ones. `hub.static` serves anything under /files/.
 """
 
 import base64
@@ -74,9 +76,9 @@ class Static:
 class Fault:
     """What to do to the requests whose "METHOD /path" matches, `times` times after letting `skip` pass.
 
-    kind: status (answer that), reset (before reading it), lost (do the work, then reset), failed (do the work, then answer
-    `status`), hang (for `seconds`, then reset), late (hang, then do the work), cut (half of the answer, then an orderly end),
-    none (lets it pass: a gap before the next fault).
+    kind: status (answer that), reset (before reading it), lost (do the work, then reset), failed (do the
+    work, then answer `status`), hang (for `seconds`, then reset), late (hang, then do the work), cut (half of
+    the answer, then an orderly end), none (lets it pass: a gap before the next fault).
     """
 
     pattern: str
@@ -170,7 +172,8 @@ class Hub:
         return key
 
     def find_fault(self, line: str) -> Fault | None:
-        """The first fault for this request that is not used up; a fault that skips it leaves it to the next."""
+        """The first fault for this request that is not used up; a fault that skips it leaves it to the
+        next."""
         for fault in self.faults:
             if not re.search(fault.pattern, line) or fault.hits >= fault.skip + fault.times:
                 continue
@@ -362,7 +365,8 @@ class Handler(BaseHTTPRequestHandler):
         return row
 
     def tree(self, kind: str, id: str, rev: str, path: str = "") -> None:
-        """Folders are listed only where the client asks for one level: it derives them from the paths otherwise."""
+        """Folders are listed only where the client asks for one level: it derives them from the paths
+        otherwise."""
         _, commit = self.find(kind, id, rev)
         recursive = self.query.get("recursive", ["false"])[0].lower() == "true"
         prefix = path.strip("/") + "/" if path.strip("/") else ""
@@ -504,7 +508,8 @@ class Handler(BaseHTTPRequestHandler):
             self.error(401, "InvalidCredentials", "not a token for the storage")
 
     def xorb(self, hash: str) -> None:
-        """A sequence of chunks, each behind a version (1 byte), its length (3), its compression (1) and its size (3)."""
+        """A sequence of chunks, each behind a version (1 byte), its length (3), its compression (1) and its
+        size (3)."""
         self.xet_user()
         chunks, at = [], 0
         while at < len(self.body):
@@ -517,8 +522,9 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(200, {"was_inserted": True})
 
     def shard(self) -> None:
-        """Rows of 48 bytes. After the head, for each file: (hash, flags, number of segments), the segments (xorb, flags, size,
-        first chunk, end), rows that verify them and one about the file, where the flags say so. ff... ends the files."""
+        """Rows of 48 bytes. After the head, for each file: (hash, flags, number of segments), the segments
+        (xorb, flags, size, first chunk, end), rows that verify them and one about the file, where the flags
+        say so. ff... ends the files."""
         self.xet_user()
         rows = iter([self.body[at : at + 48] for at in range(48, len(self.body), 48)])
         while (file := next(rows))[:32] != b"\xff" * 32:

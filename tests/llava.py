@@ -1,4 +1,5 @@
-"""Tiny random LLaVAs of the real classes, saved as the real one is: folder, processor, safetensors; and rows about clips."""
+"""Tiny random LLaVAs of the real classes, saved as the real one is: folder, processor, safetensors; and rows
+about clips."""
 
 import json
 from pathlib import Path
@@ -7,7 +8,8 @@ from pathlib import Path
 def build(
     folder: Path, size: int = 384, patch: int = 14, width: int = 32, words: str = "", chatml: bool = True
 ) -> Path:
-    """(size / patch)^2 tokens a frame: 27 x 27 by default, as llava-interleave-qwen has. Byte-level BPE: it can say anything."""
+    """(size / patch)^2 tokens a frame: 27 x 27 by default, as llava-interleave-qwen has. Byte-level BPE: it
+    can say anything."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import (
@@ -35,17 +37,18 @@ def build(
         extra_special_tokens={"image_token": "<image>"},
     )
     processor = LlavaProcessor(
-        image_processor=SiglipImageProcessor(size={"height": size, "width": size}), tokenizer=tokenizer, patch_size=patch,
-        vision_feature_select_strategy="full", num_additional_image_tokens=0, chat_template="{{ messages }}",
+        image_processor=SiglipImageProcessor(size={"height": size, "width": size}), tokenizer=tokenizer,
+        patch_size=patch, vision_feature_select_strategy="full", num_additional_image_tokens=0,
+        chat_template="{{ messages }}",
     )  # fmt: skip
     vision = SiglipVisionConfig(
-        hidden_size=width, intermediate_size=2 * width, num_hidden_layers=1, num_attention_heads=2, image_size=size,
-        patch_size=patch, vision_use_head=False,
+        hidden_size=width, intermediate_size=2 * width, num_hidden_layers=1, num_attention_heads=2,
+        image_size=size, patch_size=patch, vision_use_head=False,
     )  # fmt: skip
     text = Qwen2Config(
-        vocab_size=320, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=8192, tie_word_embeddings=False, eos_token_id=2, pad_token_id=0,
-        bos_token_id=None, initializer_range=0.2,
+        vocab_size=320, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=8192, tie_word_embeddings=False,
+        eos_token_id=2, pad_token_id=0, bos_token_id=None, initializer_range=0.2,
     )  # fmt: skip
     config = LlavaConfig(
         vision_config=vision, text_config=text, image_token_index=processor.image_token_id,
@@ -62,16 +65,16 @@ def real_size_config():
     from transformers import LlavaConfig, Qwen2Config, SiglipVisionConfig
 
     vision = SiglipVisionConfig(
-        hidden_size=1152, intermediate_size=4304, num_hidden_layers=26, num_attention_heads=16, image_size=384, patch_size=14,
-        vision_use_head=False,
+        hidden_size=1152, intermediate_size=4304, num_hidden_layers=26, num_attention_heads=16,
+        image_size=384, patch_size=14, vision_use_head=False,
     )  # fmt: skip
     text = Qwen2Config(
-        vocab_size=152000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=32, tie_word_embeddings=False,
+        vocab_size=152000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=32, tie_word_embeddings=False,
     )  # fmt: skip
     return LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=151646, vision_feature_select_strategy="full",
-        vision_feature_layer=-1,
+        vision_config=vision, text_config=text, image_token_index=151646,
+        vision_feature_select_strategy="full", vision_feature_layer=-1,
     )  # fmt: skip
 
 

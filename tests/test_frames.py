@@ -83,7 +83,8 @@ def naive_frames(path, k: int) -> list[np.ndarray]:
 
 
 def same(got, want) -> bool:
-    """Equal but for the rounding of the colour conversion; a neighbouring frame of these clips differs by far more."""
+    """Equal but for the rounding of the colour conversion; a neighbouring frame of these clips differs by far
+    more."""
     return len(got) == len(want) and all(
         a.shape == b.shape and np.abs(a.astype(np.int16) - b).mean() < 0.5
         for a, b in zip(got, want, strict=True)
@@ -182,7 +183,8 @@ def test_size(good, name):
 
 
 def test_a_playlist_opens_no_other_file(bad):
-    """The disguise (a NUL byte) passes the look at the first bytes; ffmpeg's format whitelist must stop it."""
+    """The disguise (a NUL byte) passes the look at the first bytes; ffmpeg's format whitelist must stop
+    it."""
     import cv2
 
     path = bad["disguised.mp4"][0]

@@ -1,8 +1,10 @@
-"""Retry, secrets, Hub checks, pushes and downloads: the real huggingface_hub client against the Hub of hub.py.
+"""Retry, secrets, Hub checks, pushes and downloads: the real huggingface_hub client against the Hub of
+hub.py.
 
-What talks to the Hub runs in a process of its own, whose sleeps are recorded instead of slept. It sends large files by xet, as users
-do, and where it matters also by git-lfs. Of xet, hf_xet's real upload is covered (token, chunks, shards, and faults in each); not
-covered are compressed chunks, chunks that the storage has already, and xet downloads. hf_xet's own retries are cut to one.
+What talks to the Hub runs in a process of its own, whose sleeps are recorded instead of slept. It sends large
+files by xet, as users do, and where it matters also by git-lfs. Of xet, hf_xet's real upload is covered
+(token, chunks, shards, and faults in each); not covered are compressed chunks, chunks that the storage has
+already, and xet downloads. hf_xet's own retries are cut to one.
 """
 
 import json
@@ -51,7 +53,8 @@ def hub():
 
 @pytest.fixture
 def run(hub, tmp_path):
-    """run(code, xet=False, NAME=value, ...) -> the finished process, which never shows a token; None removes a variable."""
+    """run(code, xet=False, NAME=value, ...) -> the finished process, which never shows a token; None removes
+    a variable."""
 
     def run(code: str, xet: bool = True, **changes: str | None) -> subprocess.CompletedProcess:
         process = start(code, hub.environment(xet=xet) | changes, tmp_path)
@@ -756,7 +759,10 @@ def test_a_push_to_a_gone_hub_raises_after_half_an_hour(hub, run, tmp_path):
     make_model(tmp_path / "model")
     hub.add_repo("tester/clips")
     hub.fault("POST .*/commit/", kind="reset", times=math.inf)
-    code = "try: hub_push(Path('model'), 'tester/clips', 'x')\nexcept OSError as e: print(type(e).__name__, sum(waits))"
+    code = (
+        "try: hub_push(Path('model'), 'tester/clips', 'x')\nexcept OSError as e: print(type(e).__name__, "
+        "sum(waits))"
+    )
     name, waited = run(code).stdout.split()
     assert name == "ConnectionError"
     assert 1700 < float(waited) <= 1800
@@ -847,7 +853,8 @@ def test_download_fetches_once(web, tmp_path):
 
 
 def test_download_takes_no_part_for_the_file(web, tmp_path):
-    """A crash leaves the part file of its process; the next call starts over, and so does a try after a cut answer."""
+    """A crash leaves the part file of its process; the next call starts over, and so does a try after a cut
+    answer."""
     web.static["clip.mp4"] = Static(b"whole" * 1000)
     url = web.url + "/files/clip.mp4"
     path = download(url, tmp_path)
@@ -869,7 +876,8 @@ def test_download_follows_http_and_quotes(web, tmp_path):
 
 
 def test_download_sends_no_secret(web, tmp_path, monkeypatch, caplog):
-    """No password of a proxy or of .netrc; a plain proxy is used; an url's own signature stays out of the messages."""
+    """No password of a proxy or of .netrc; a plain proxy is used; an url's own signature stays out of the
+    messages."""
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password Canary\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     web.static["x"] = Static(b"x")

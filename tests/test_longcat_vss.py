@@ -1,4 +1,5 @@
-"""longcat_vss.py as its user runs it: folders of video and speech, LoRA on a tiny model in the real files, kill, resume, Hub."""
+"""longcat_vss.py as its user runs it: folders of video and speech, LoRA on a tiny model in the real files,
+kill, resume, Hub."""
 
 import json
 import shutil
@@ -16,11 +17,9 @@ from conftest import (
     environment,
     finish,
     hub_variables,
-    kill_at_step_3,
     losses,
     read,
     run,
-    same,
     start,
     unbroken_runs,
     wait_for,
@@ -88,9 +87,11 @@ def test_the_demo_trains_a_base_and_adapts_it(tmp_path):
     ), output
     results = json.loads((folder / "results.json").read_text())
     assert 0 <= results["score"] <= 1 and set(results["controls"]) == {"video_blanked", "audio_silenced"}
-    assert set(results["lora"]) == {"before", "score"} and results["training_mean"]["accuracy"].keys() == set(
-        longcat_vss.HEADS
-    )
+    tables = results["tables"]
+    assert set(tables["new words and voice"]) == {"before LoRA", "after LoRA"}
+    given = tables["given the reply so far"]
+    assert set(given["accuracy, semantic"]) == {*longcat_vss.SHOWN, "training mean"}
+    assert {"recognised", "stoi", "duration error"} <= set(tables["spoken"])
     assert (folder / "lora" / "model" / "adapter_config.json").exists()
     row = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
     assert row.keys() >= {
@@ -113,7 +114,7 @@ def test_the_demo_trains_a_base_and_adapts_it(tmp_path):
     # the same command again does no work twice, and the whole model that was trained speaks
     before = (folder / "lora" / "model" / "adapter_model.safetensors").stat().st_mtime_ns
     again = run(SCRIPT, *TINY_DEMO, cwd=tmp_path)
-    assert again.count("resumed") == 2 and "step 0000" not in again.replace("step_0000", "")
+    assert again.count("resumed") == 2 and "| loss " not in again
     assert (folder / "lora" / "model" / "adapter_model.safetensors").stat().st_mtime_ns == before
     clip = next(tmp_path.glob("cache/longcat_vss_demo_*_base_*/test/001"))
     said = run(
@@ -260,15 +261,6 @@ def sound(path: Path) -> bool:
 # --- Nothing is lost
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_killed_while_training_goes_on_to_the_same_adapter(tmp_path, ranks, unbroken, tiny, samples):
-    given = flags(ranks, tiny, samples, tmp_path / "run")
-    kill_at_step_3(SCRIPT, *given, folder=tmp_path / "run", cwd=tmp_path, ranks=ranks)
-    assert "resumed" in run(SCRIPT, *given, cwd=tmp_path, ranks=ranks)
-    assert same(adapter(tmp_path / "run"), adapter(unbroken(ranks)))
-    assert losses(tmp_path / "run") == losses(unbroken(ranks))
-
-
 def test_sigterm_saves_and_another_number_of_ranks_goes_on(tmp_path, unbroken, tiny, samples):
     given = flags(1, tiny, samples, tmp_path / "run")
     process = start(command(SCRIPT, *given), tmp_path)
@@ -276,15 +268,20 @@ def test_sigterm_saves_and_another_number_of_ranks_goes_on(tmp_path, unbroken, t
     process.send_signal(signal.SIGTERM)
     code, output = finish(process)
     assert code == 143 and "the same command goes on from there" in output, output
-    assert "accum: 2 there, 1 here" in run(SCRIPT, *given, "--accum", 1, cwd=tmp_path, expect=2)
+    refusal = run(SCRIPT, *given, "--accum", 3, cwd=tmp_path, expect=2)
+    assert "accum: 2 there, 3 here (it may only go down)" in refusal
     assert "saved by another number of ranks" in run(SCRIPT, *given, cwd=tmp_path, ranks=2)
     assert [step for step, _, _ in losses(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_divergence_ends_with_4(tmp_path, tiny, samples):
-    more = ["--lr", 1e30, "--steps", 12, "--warmup_steps", 0]
-    output = run(SCRIPT, "--model", tiny, "--data_dir", samples, *SMALL, *more, cwd=tmp_path, expect=4)
-    assert "3 in a row" in output and "lower --lr" in output
+def test_the_data_may_lie_elsewhere_but_be_no_others(tmp_path, unbroken, tiny, samples):
+    shutil.copytree(unbroken(1), tmp_path / "run")
+    data = shutil.copytree(samples, tmp_path / "elsewhere")
+    given = flags(1, tiny, data, tmp_path / "run")
+    output = run(SCRIPT, *given, cwd=tmp_path)
+    assert "data_dir: " in output and "resumed" in output
+    (data / "train" / "03" / "out.txt").write_text("seta samu")
+    assert "was trained on other data" in run(SCRIPT, *given, cwd=tmp_path, expect=2)
 
 
 # --- Hub
@@ -370,4 +367,5 @@ def test_the_whole_demo_learns_to_speak(tmp_path):
     run(SCRIPT, "--demo", cwd=tmp_path, OMP_NUM_THREADS=2)
     results = json.loads((tmp_path / "runs" / "longcat_vss_demo" / "results.json").read_text())
     assert results["score"] >= 0.85 and max(results["controls"].values()) <= 0.35
-    assert results["lora"]["before"] <= 0.2 and results["lora"]["score"] >= 0.8
+    adapted = results["tables"]["new words and voice"]
+    assert adapted["before LoRA"]["as it is"] <= 0.2 and adapted["after LoRA"]["as it is"] >= 0.8

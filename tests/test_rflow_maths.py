@@ -115,7 +115,7 @@ def test_names_and_shapes_are_the_published_ones():
         ("scratch", 1_207_643_936),
         ("", 1_201_595_936),
     ):  # the loaded caption projection stays, as upstream
-        adapted = rflow.with_adapter(model, rflow.Config(model=source))
+        adapted = rflow.set_trained(model, rflow.Config(model=source))
         trained = {name: p.numel() for name, p in adapted.named_parameters() if p.requires_grad}
         assert sum(trained.values()) == count
         assert {"rope.freqs", "y_embedder.y_embedding"} <= set(names) - set(trained)
@@ -352,7 +352,7 @@ def test_checkpointing_changes_no_gradient(weights):
 
 def test_merged_lora_is_the_model_with_it(weights):
     cfg = rflow.Config(lora_r=3, lora_alpha=6)
-    lora = rflow.with_adapter(model_of(weights), cfg)
+    lora = rflow.set_trained(model_of(weights), cfg)
     rng = torch.Generator().manual_seed(2)
     trained = {name: p for name, p in lora.named_parameters() if p.requires_grad}
     assert len(trained) == 2 * 7 * 4 and all(".lora_" in name for name in trained)
@@ -794,22 +794,22 @@ def test_a_clips_draw_is_its_own():
 @pytest.mark.parametrize("world", [1, 8])
 def test_plan(world):
     table = mixed(6000)
-    p = rflow.plan(table, rflow.BUCKETS["3"], 1, 2, world)
-    again = rflow.plan(table, rflow.BUCKETS["3"], 1, 2, world)
+    p = rflow.plan_epoch(table, rflow.BUCKETS["3"], 1, 2, world)
+    again = rflow.plan_epoch(table, rflow.BUCKETS["3"], 1, 2, world)
     assert all(
         np.array_equal(getattr(p, n), getattr(again, n)) for n in ("rows", "starts", "bucket_of", "order")
     )
     step = len(p.order) // 2  # a resumed run asks for this one at once
-    assert [p.batch(step, r)[1].tolist() for r in range(world)] == [
-        again.batch(step, r)[1].tolist() for r in range(world)
+    assert [p.batch(p.order[step, r])[1].tolist() for r in range(world)] == [
+        again.batch(again.order[step, r])[1].tolist() for r in range(world)
     ]
-    assert not np.array_equal(p.rows, rflow.plan(table, rflow.BUCKETS["3"], 1, 3, world).rows)
+    assert not np.array_equal(p.rows, rflow.plan_epoch(table, rflow.BUCKETS["3"], 1, 3, world).rows)
     assert p.order.shape[1] == world and len(np.unique(p.order)) == p.order.size
     cell, cells, _ = rflow.assign(table, rflow.BUCKETS["3"], 1, 2)
     seen = []
     for s in range(len(p.order)):
         for r in range(world):
-            bucket, rows, spare = p.batch(s, r)
+            bucket, rows, spare = p.batch(p.order[s, r])
             assert len(rows) == bucket.batch_size <= rflow.BUCKETS["3"][bucket.resolution][bucket.frames][1]
             assert {cells[c] for c in cell[[*rows, *spare]]} == {
                 (bucket.resolution, bucket.frames, bucket.ratio)
@@ -821,20 +821,20 @@ def test_plan(world):
         int(line.split()[2].replace(",", "")) for line in p.table().split("left out")[0].splitlines()[1:]
     )
     assert clips == len(seen) and f"remainder of a step {p.dropped['remainder of a step']:20,}" in p.table()
-    assert [row for _, row in p.wanted()] == p.rows.tolist()
+    assert [row for _, row in p.clips()] == p.rows.tolist()
     first = p.first_of_each(1)
     names = [(p.buckets[i].resolution, p.buckets[i].frames) for i in p.bucket_of]
     assert {names[b] for b in first} == set(names) and len(first) == len(set(names)), "whatever the ratio"
-    assert len(p.wanted(first)) == sum(p.starts[b + 1] - p.starts[b] for b in first)
+    assert len(p.clips(first)) == sum(p.starts[b + 1] - p.starts[b] for b in first)
 
 
 def test_remainders():
     table = table_of([(60, 240, 426)] * 47 + [(60, 426, 240)] * 3)
-    plans = [rflow.plan(table, {"240p": {51: (1.0, 20)}}, 0, epoch, 1) for epoch in range(60)]
+    plans = [rflow.plan_epoch(table, {"240p": {51: (1.0, 20)}}, 0, epoch, 1) for epoch in range(60)]
     for p in plans:  # two whole batches and a smaller one of the rare shape
         assert sorted(np.diff(p.starts)) == [3, 20, 20] and p.dropped["remainder of a batch"] == 7
     assert {int(row) for p in plans for row in p.rows} == set(range(50))  # each clip comes in some epoch
-    two = rflow.plan(table, {"240p": {51: (1.0, 20)}}, 0, 0, 2)
+    two = rflow.plan_epoch(table, {"240p": {51: (1.0, 20)}}, 0, 0, 2)
     assert two.order.shape == (1, 2) and two.dropped["remainder of a step"] in (3, 20)
 
 
@@ -852,7 +852,7 @@ def test_refusals(capsys):
         (table_of([(60, 480, 854)] * 9), {"480p": {51: (1.0, 3)}}, 8, "3 batches for 8 ranks"),
     ):
         with pytest.raises(SystemExit) as stop:
-            rflow.plan(table, buckets, 0, 0, world)
+            rflow.plan_epoch(table, buckets, 0, 0, world)
         error = capsys.readouterr().err
         assert stop.value.code == 2 and said in error and "take " in error
 
@@ -860,8 +860,8 @@ def test_refusals(capsys):
 def test_demo_buckets():
     """Each generated clip, which has its last frame twice, goes where it was made for."""
     table = table_of([(frames + 1, size, size) for size, frames in shapes.MADE] * 50)
-    p = rflow.plan(table, rflow.BUCKETS["demo"], 0, 0, 2)
-    for b, row in p.wanted():
+    p = rflow.plan_epoch(table, rflow.BUCKETS["demo"], 0, 0, 2)
+    for b, row in p.clips():
         assert (b.size, b.frames) == ((shapes.MADE[row % 4][0],) * 2, shapes.MADE[row % 4][1])
     assert (
         len(p.buckets) == 4
@@ -872,7 +872,7 @@ def test_demo_buckets():
 @pytest.mark.parametrize(("stage", "world"), [("1", 8), ("2", 192)])
 def test_balance(stage, world):
     """What a step waits for its costliest rank: .3 and 1.7 %, in upstream's order 6 and 23 %"""
-    p = rflow.plan(openvid(200_000), rflow.BUCKETS[stage], 0, 0, world)
+    p = rflow.plan_epoch(openvid(200_000), rflow.BUCKETS[stage], 0, 0, world)
     assert p.order.shape[1] == world and 1 <= p.imbalance < 1.03 < 1.05 < p.imbalance_shuffled
     costs = np.array([rflow.published_tokens(b.frames, *b.size) * b.batch_size for b in p.buckets])[
         p.bucket_of
@@ -923,7 +923,7 @@ def test_forms(tmp_path, form):
     else:
         table = pytest.importorskip("pyarrow").Table.from_pylist([OPEN_SORA])
         pytest.importorskip("pyarrow.parquet").write_table(table, file)
-    (row,), bad = rflow.read_manifest(file)
+    (row,), bad = rflow.manifest_rows(file)
     assert (row.path, row.text, row.num_frames, row.height, row.width, row.fps) == (
         "/v/a.mp4",
         "a cat",
@@ -936,13 +936,13 @@ def test_forms(tmp_path, form):
 
 
 def test_columns_of_openvid_and_miradata(tmp_path):
-    (row,), _ = rflow.read_manifest(write_csv(tmp_path / "o.csv", [OPENVID]), Path("/videos"))
+    (row,), _ = rflow.manifest_rows(write_csv(tmp_path / "o.csv", [OPENVID]), Path("/videos"))
     assert row.path == "/videos/a_0.mp4" and row.scores == ("5.5", "10.0", "pan left")
     assert (row.num_frames, row.height, row.width, row.fps) == (60, 0, 0, 23.976)  # it has no sizes
-    (row,), _ = rflow.read_manifest(write_csv(tmp_path / "m.csv", [MIRA]))
+    (row,), _ = rflow.manifest_rows(write_csv(tmp_path / "m.csv", [MIRA]))
     assert (row.path, row.text, row.num_frames, row.height) == (f"{tmp_path}/d/1.mp4", "a cat", 60, 240)
     assert row.scores == ("", "", "")
-    (row,), _ = rflow.read_manifest(write_csv(tmp_path / "c.csv", [{"clip_id": "7.1", "dense_caption": "x"}]))
+    (row,), _ = rflow.manifest_rows(write_csv(tmp_path / "c.csv", [{"clip_id": "7.1", "dense_caption": "x"}]))
     assert row.path == f"{tmp_path}/7.1.mp4"
 
 
@@ -951,14 +951,14 @@ def test_bad_rows(tmp_path, capsys):
         OPEN_SORA | {"path": ""}, OPEN_SORA | {"text": " "}, OPEN_SORA | {"height": "nan", "fps": "x", "num_frames": -3},
         OPEN_SORA | {"path": "https://host/b.mp4"},
     ]  # fmt: skip
-    good, bad = rflow.read_manifest(write_csv(tmp_path / "a.csv", rows))
+    good, bad = rflow.manifest_rows(write_csv(tmp_path / "a.csv", rows))
     assert [b["reason"] for b in bad] == ["no path", "no caption"] and bad[1]["where"].endswith("a.csv:3")
     assert (good[0].num_frames, good[0].height, good[0].fps) == (0, 0, 0) and good[
         1
     ].path == "https://host/b.mp4"
     for lacking in ("path", "text"):
         with pytest.raises(SystemExit) as stop:
-            rflow.read_manifest(
+            rflow.manifest_rows(
                 write_csv(tmp_path / "b.csv", [{k: v for k, v in OPEN_SORA.items() if k != lacking}])
             )
         error = capsys.readouterr().err
@@ -984,39 +984,39 @@ def test_sizes_are_read_from_the_files(tmp_path):
         assert rflow.probe(tmp_path / "side.mp4")[1:3] == (48, 32)
     lines = [{"path": name, "text": "x"} for name in ("a.mp4", "bad.mp4", "none.mp4", "b.png")] + [OPEN_SORA]
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    rows, bad = rflow.read_manifest(tmp_path / "m.jsonl")
-    good, table, unread = rflow.measure(rows, tmp_path / "cache", 2)
+    rows, bad = rflow.manifest_rows(tmp_path / "m.jsonl")
+    good, table, unread = rflow.clip_table(rows, tmp_path / "cache", 2)
     assert not bad and [Path(row.path).name for row in good] == ["a.mp4", "b.png", "a.mp4"]
     assert table.num_frames.tolist() == [7, 1, 60]
     assert table.height.tolist() == [32, 20, 240] and table.width.tolist() == [48, 30, 426]
     assert [b["reason"] for b in unread][1] == "No such file or directory" and "not a video" in unread[0][
         "reason"
     ]
-    assert rflow.measure([], tmp_path, 1)[1].num_frames.shape == (0,)
+    assert rflow.clip_table([], tmp_path, 1)[1].num_frames.shape == (0,)
     (tmp_path / "a.mp4").rename(
         tmp_path / "elsewhere.mp4"
     )  # what was seen is noted: a good file is opened once
-    assert rflow.measure(rows, tmp_path / "cache", 2)[0] == good
+    assert rflow.clip_table(rows, tmp_path / "cache", 2)[0] == good
 
 
 def test_captions():
-    row = rflow.Row("a.mp4", "A cat.", ("5.5", "10.0", "pan left"), 60, 240, 426, 24.0, "")
-    made = [rflow.scored_caption(row, rflow.rng_of(rflow.CAPTION, 0, 1, i)) for i in range(4000)]
-    assert made == [rflow.scored_caption(row, rflow.rng_of(rflow.CAPTION, 0, 1, i)) for i in range(4000)]
-    assert (
-        "A cat. aesthetic score: 5.5. motion score: 10.0. camera motion: pan left." in made
-        and "A cat." in made
-    )
+    scores = ("5.5", "10.0", "pan left")
+    captions = [
+        rflow.scored_caption("A cat.", scores, rflow.rng_of(rflow.CAPTION, 0, 1, i)) for i in range(4000)
+    ]
+    again = [
+        rflow.scored_caption("A cat.", scores, rflow.rng_of(rflow.CAPTION, 0, 1, i)) for i in range(4000)
+    ]
+    assert captions == again
+    assert "A cat. aesthetic score: 5.5. motion score: 10.0. camera motion: pan left." in captions
+    assert "A cat." in captions
     for name in rflow.SCORES:
-        assert np.mean([name in text for text in made]) == pytest.approx(0.8, abs=0.03)
-    none = rflow.Row("a.mp4", "a cat", ("", "", ""), 60, 240, 426, 24.0, "")
-    assert rflow.scored_caption(none, rflow.rng_of(rflow.CAPTION, 0, 1, 2)) == "a cat"
-    told = rflow.Row("a.mp4", "a cat. aesthetic score: 6.", ("5.5", "", ""), 60, 240, 426, 24.0, "")
-    assert rflow.scored_caption(told, rflow.rng_of(rflow.CAPTION, 0, 1, 2)) == told.text
-    assert (
-        rflow.scored_caption(rflow.Row("a.mp4", "a cat", ("6.5", "", ""), 0, 0, 0, 0.0, ""), None)
-        == "a cat. aesthetic score: 6.5."
-    )
+        assert np.mean([name in text for text in captions]) == pytest.approx(0.8, abs=0.03)
+    rng = rflow.rng_of(rflow.CAPTION, 0, 1, 2)
+    assert rflow.scored_caption("a cat", ("", "", ""), rng) == "a cat"
+    written = "a cat. aesthetic score: 6."
+    assert rflow.scored_caption(written, ("5.5", "", ""), rng) == written
+    assert rflow.scored_caption("a cat", ("6.5", "", ""), None) == "a cat. aesthetic score: 6.5."
 
 
 def test_frames():
@@ -1031,6 +1031,20 @@ def test_frames():
         len({rflow.rng_of(use, *rest).random() for use in uses for rest in ((1, 2, 3), (1, 3, 2), (2, 1, 3))})
         == 15
     )
+
+
+def test_data_are_the_same_wherever_they_lie(tmp_path):
+    """Fingerprint and random numbers go by what the manifest says, not by the folder that it lies in."""
+    draws, digests = [], []
+    for folder, text in (("here", "a cat"), ("there", "a cat"), ("there", "a dog")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        row = OPEN_SORA | {"path": "a.mp4", "text": text}
+        cfg = rflow.Config(manifest=write_csv(tmp_path / folder / "m.csv", [row]))
+        data = rflow.load_data(cfg)
+        source = rflow.Source(cfg, data.rows, data.table, PIXELS, WORDS)
+        draws.append([source.frames(0, rflow.Bucket("240p", 4, "9:16", 1), epoch) for epoch in range(20)])
+        digests.append(data.digest)
+    assert draws[0] == draws[1] and digests[0] == digests[1] != digests[2]
 
 
 # --- Generated clips
@@ -1165,7 +1179,7 @@ def batches_of(cache, seed=1, mask_share=0.5):
     table.fps[:] = np.arange(120)
     buckets = {r: {f: (0.6, 2 if f == 4 else 3) for f in of} for r, of in rflow.BUCKETS["demo"].items()}
     cfg = rflow.Config(seed=seed, cache=cache, mask_share=mask_share)
-    return rflow.Batches(cfg, Named(table=table, codec=PIXELS), buckets, rflow.published_tokens)
+    return rflow.Batches(cfg, Named(table=table, codec=PIXELS), buckets, 2)
 
 
 @pytest.mark.parametrize("cache", [None, Path("latents")])
@@ -1218,7 +1232,7 @@ def test_batches_are_a_function_of_seed_step_and_rank(monkeypatch, cache):
         monkeypatch.setenv("RANK", rank)
         batches = batches_of(cache, seed)
         told[name] = [
-            (b["clips"].tolist(), b["made"].tolist(), b["fps"].tolist()) for b in map(batches, steps)
+            (b["clips"].tolist(), b["predicted"].tolist(), b["fps"].tolist()) for b in map(batches, steps)
         ]
     assert told["again"] == told["run"][30:], "resumed"
     assert all(told[name][i] != told["run"][i] for name in ("rank", "seed") for i in range(40))
@@ -1227,7 +1241,7 @@ def test_batches_are_a_function_of_seed_step_and_rank(monkeypatch, cache):
     given = np.mean([not all(made) for _, many, _ in told["run"] for made in many])
     assert 0.3 < given < 0.7, "of each clip by itself"
     assert any(len(set(map(all, many))) == 2 for _, many, _ in told["run"])
-    assert all(b["made"].all() for b in map(batches_of(cache, mask_share=0.0), range(40)))
+    assert all(b["predicted"].all() for b in map(batches_of(cache, mask_share=0.0), range(40)))
 
 
 def test_another_clip_takes_the_place_of_one_that_cannot_be_read(tmp_path, caplog):
@@ -1237,20 +1251,19 @@ def test_another_clip_takes_the_place_of_one_that_cannot_be_read(tmp_path, caplo
         if i == 2:
             path.write_bytes(path.read_bytes()[:300])
     rows = [
-        rflow.Row(f"{tmp_path}/{i}.mkv", f"w{i}", ("", "", ""), 5, 12, 12, 8.0 + i, f"m:{i}")
+        rflow.Row(f"{i}", f"{tmp_path}/{i}.mkv", f"w{i}", ("", "", ""), 5, 12, 12, 8.0 + i, f"m:{i}")
         for i in range(6)
     ]
     table = table_of([(5, 12, 12)] * 6)
     table.fps[:] = [row.fps for row in rows]
     cfg = rflow.Config(cache_dir=tmp_path, output_dir=tmp_path)
-    batches = rflow.Batches(
-        cfg, rflow.Source(cfg, rows, table, PIXELS, WORDS), {"12p": {4: (1.0, 2)}}, rflow.published_tokens
-    )
+    source = rflow.Source(cfg, rows, table, PIXELS, WORDS)
+    batches = rflow.Batches(cfg, source, {"12p": {4: (1.0, 2)}}, ranks=1)
     states = {WORDS.encode([f"w{i}"])[0].tobytes(): i for i in range(6)}
     replaced = 0
     for micro in range(30):
         epoch, step = batches.place(micro)
-        _, asked, spare = batches.plan(epoch).batch(step, 0)
+        _, asked, spare = batches.epoch(epoch).batch(batches.epoch(epoch).order[step, 0])
         if 2 in asked and not len(spare):
             continue
         batch = batches(micro)

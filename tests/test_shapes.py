@@ -1,4 +1,5 @@
-"""The generated clips that t2v_ddpm.py and t2v_rflow.py learn from and are scored by: what is drawn is what is read."""
+"""The generated clips that t2v_ddpm.py and t2v_rflow.py learn from and are scored by: what is drawn is what
+is read."""
 
 import itertools
 

@@ -1,4 +1,5 @@
-"""t2v_ddpm.py as its user runs it: a process, through each launcher, fresh, killed and resumed, on good input and bad."""
+"""t2v_ddpm.py as its user runs it: a process, through each launcher, fresh, killed and resumed, on good input
+and bad."""
 
 import json
 import os
@@ -21,7 +22,6 @@ from conftest import (
     environment,
     finish,
     hub_variables,
-    kill_at_step_3,
     losses,
     read,
     run,
@@ -31,7 +31,7 @@ from conftest import (
     wait_for,
     weights,
 )
-from hub import READ, WRITE, Hub, Static
+from hub import WRITE, Hub, Static
 
 import common
 import t2v_ddpm
@@ -101,8 +101,7 @@ def test_run_folder_and_output(tmp_path):
     ).exists()
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
-@pytest.mark.parametrize("zero", [ZERO2, ZERO3], ids=["zero2", "zero3_offload"])
+@pytest.mark.parametrize(("launcher", "zero"), [("torchrun", ZERO2), ("deepspeed", ZERO3)])
 def test_two_ranks_under_each_launcher(tmp_path, launcher, zero, unbroken):
     output = run(SCRIPT, *TINY, "--steps", 6, "--deepspeed", zero, cwd=tmp_path, ranks=2, launcher=launcher)
     assert "2 CPU process" in output
@@ -130,7 +129,7 @@ def test_bf16_and_accumulation_train(tmp_path):
         ZERO2,
         cwd=tmp_path,
     )
-    assert "x 4 clips x 2 accum = 8 samples per step" in output
+    assert "x 4 clips x 2 accum = 8 clips per step" in output
     used = json.loads((tmp_path / "runs" / "t2v_ddpm_demo" / "deepspeed.json").read_text())
     assert used["bf16"]["enabled"] is True and used["gradient_accumulation_steps"] == 2
 
@@ -138,7 +137,7 @@ def test_bf16_and_accumulation_train(tmp_path):
 def test_check_prints_the_plan_and_writes_nothing(tmp_path):
     one = run(SCRIPT, *TINY, "--check", "--batch_size", 8, cwd=tmp_path)
     two = run(SCRIPT, *TINY, "--check", "--batch_size", 2, "--accum", 2, "--local_rank=0", cwd=tmp_path)
-    assert "= 8 samples per step" in one and "= 4 samples per step" in two and "auto takes this" in one
+    assert "= 8 clips per step" in one and "= 4 clips per step" in two and "auto takes this" in one
     assert not (tmp_path / "runs").exists()
 
 
@@ -183,19 +182,7 @@ def test_a_lone_copy_works_elsewhere(tmp_path, clips_manifest):
 # --- Nothing is lost
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_killed_while_training_goes_on_to_the_same_weights(tmp_path, ranks, unbroken):
-    flags = [*TINY, "--steps", 6, "--output_dir", tmp_path / "run"]
-    kill_at_step_3(SCRIPT, *flags, folder=tmp_path / "run", cwd=tmp_path, ranks=ranks)
-    output = run(SCRIPT, *flags, cwd=tmp_path, ranks=ranks)
-    assert "resumed" in output
-    assert same(weights(tmp_path / "run"), weights(unbroken(ranks)))
-    assert losses(tmp_path / "run") == losses(unbroken(ranks))
-
-
-@pytest.mark.parametrize(
-    ("call", "count", "ranks"), [("fsync", 1, 1), ("fsync", 4, 1), ("rename", 1, 1), ("fsync", 2, 2)]
-)
+@pytest.mark.parametrize(("call", "count", "ranks"), [("rename", 1, 1), ("fsync", 2, 2)])
 def test_killed_inside_a_save_goes_on_to_the_same_weights(tmp_path, call, count, ranks, unbroken):
     (tmp_path / "killed.py").write_text(KILLED)
     flags = [*TINY, "--steps", 6, "--output_dir", tmp_path / "run"]
@@ -213,19 +200,13 @@ def test_killed_inside_a_save_goes_on_to_the_same_weights(tmp_path, call, count,
     assert not list((tmp_path / "run" / "checkpoints").glob(".*")), "nothing half-written stays"
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped bit", "missing marker"])
-def test_a_broken_checkpoint_is_named_skipped_and_kept(tmp_path, damage, unbroken):
+def test_a_broken_checkpoint_is_named_skipped_and_kept(tmp_path, unbroken):
     shutil.copytree(unbroken(1), tmp_path / "run", ignore=shutil.ignore_patterns("model", "results.json"))
     newest = tmp_path / "run" / "checkpoints" / "step_000006"
     victim = max(newest.rglob("*.pt"), key=lambda path: path.stat().st_size)
-    if damage == "truncated":
-        os.truncate(victim, victim.stat().st_size - 1)
-    elif damage == "flipped bit":
-        data = bytearray(victim.read_bytes())
-        data[len(data) // 2] ^= 1
-        victim.write_bytes(data)
-    else:
-        (newest / "checkpoint.json").unlink()
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
     output = run(SCRIPT, *TINY, "--steps", 6, "--output_dir", tmp_path / "run", cwd=tmp_path)
     assert re.search(r"warning: \S+step_000006 is broken", output) and "step_000004" in output
     assert same(weights(tmp_path / "run"), weights(unbroken(1)))
@@ -281,7 +262,7 @@ def test_sigterm_saves_and_ends_with_143(tmp_path, ranks, to):
     assert "resumed" in run(SCRIPT, *flags, "--steps", int(saved.name[5:]) + 1, cwd=tmp_path, ranks=ranks)
 
 
-@pytest.mark.parametrize(("zero", "before", "after"), [(ZERO2, 1, 2), (ZERO2, 2, 1), (ZERO3, 1, 2)])
+@pytest.mark.parametrize(("zero", "before", "after"), [(ZERO2, 2, 1), (ZERO3, 1, 2)])
 def test_another_number_of_ranks_goes_on(tmp_path, zero, before, after):
     flags = [
         *TINY,
@@ -420,11 +401,13 @@ BAD_JSON = {
 
 
 @pytest.mark.parametrize("case", BAD_JSON)
-def test_deepspeed_json_that_would_mislead_is_refused(tmp_path, case):
+def test_deepspeed_json_that_would_mislead_is_refused(case, capsys):
     config, word = BAD_JSON[case]
-    (tmp_path / "ds.json").write_text(json.dumps(config))
-    assert word in run(SCRIPT, *TINY, "--deepspeed", "ds.json", cwd=tmp_path, expect=2)
-    assert not (tmp_path / "runs").exists()
+    with pytest.raises(SystemExit) as stop:
+        common.ds_config(config, "ds.json", 4, 1, 1.0, "fp32")
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert word in error and "ds.json" in error
 
 
 BAD_INPUT = {
@@ -437,13 +420,16 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_manifest(tmp_path, case):
+def test_bad_manifest(tmp_path, case, capsys):
     content, word = BAD_INPUT[case]
     (tmp_path / "page.mp4").write_text("<!DOCTYPE html><html></html>")
     if content is not None:
         (tmp_path / "manifest.jsonl").write_text(content)
-    assert word in run(SCRIPT, cwd=tmp_path, expect=2, MANIFEST="manifest.jsonl")
-    assert not (tmp_path / "runs").exists()
+    with pytest.raises(SystemExit) as stop:
+        t2v_ddpm.load_videos(
+            t2v_ddpm.Config(manifest=tmp_path / "manifest.jsonl", cache_dir=tmp_path / "cache")
+        )
+    assert stop.value.code == 2 and word in capsys.readouterr().err
 
 
 # --- Real videos
@@ -454,7 +440,8 @@ SMALL = "--base 8 --levels 2 --blocks 1 --frames 4 --size 16 --batch_size 2 --sa
 
 @pytest.fixture(scope="module")
 def clips_manifest(tmp_path_factory):
-    """A manifest of videos made on the spot, one of them truncated, and a tiny CLIP text encoder saved by its real classes."""
+    """A manifest of videos made on the spot, one of them truncated, and a tiny CLIP text encoder saved by its
+    real classes."""
     from clips import write
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
@@ -594,39 +581,6 @@ def test_pushed_model_is_the_folder_and_its_snippet_runs(tmp_path, hub):
     assert (tmp_path / "sample.mp4").stat().st_size > 200
 
 
-def test_a_run_that_is_pushed_later_names_its_repository(tmp_path, hub):
-    variables = hub_variables(hub, tmp_path)
-    run(SCRIPT, *TINY, "--steps", 2, cwd=tmp_path)
-    run(SCRIPT, *TINY, "--steps", 2, "--push_to_hub", cwd=tmp_path, **variables)
-    assert 'snapshot_download("tester/t2v_ddpm")' in hub.files("tester/t2v_ddpm")["README.md"].decode()
-
-
-def test_read_only_token_is_found_before_training(tmp_path, hub):
-    output = run(SCRIPT, *TINY, "--push_to_hub", cwd=tmp_path, expect=2, **hub_variables(hub, tmp_path, READ))
-    assert "write" in output and READ not in output and not (tmp_path / "runs").exists()
-
-
-def test_hub_gone_at_the_end_is_exit_3_and_pushed_later(tmp_path, hub):
-    variables = hub_variables(hub, tmp_path)
-    process = start(command(SCRIPT, *TINY, "--steps", 3, "--push_to_hub"), tmp_path, **variables)
-    folder = tmp_path / "runs" / "t2v_ddpm_demo"
-    wait_for(lambda: '"step": 2' in read(folder / "metrics.jsonl"), what="step 2")
-    fault = hub.fault(r"preupload", status=403, times=1000)
-    code, output = finish(process)
-    assert (
-        code == 3
-        and "trained, not pushed" in output
-        and f"hf upload tester/t2v_ddpm {folder.relative_to(tmp_path)}/model ." in output
-    )
-    assert (
-        same(weights(folder), torch.load(folder / "ckpt_000003.pt", weights_only=True)["ema"])
-        and not (folder / "SUCCESS").exists()
-    )
-    hub.faults.remove(fault)
-    output = run(SCRIPT, *TINY, "--steps", 3, "--push_to_hub", cwd=tmp_path, **variables)
-    assert "pushed " in output and "model.safetensors" in hub.files("tester/t2v_ddpm")
-
-
 # --- The demo itself
 
 
@@ -637,5 +591,5 @@ def test_demo_learns(tmp_path):
     )
     assert code == 0, output
     results = json.loads((tmp_path / "runs" / "t2v_ddpm_demo" / "results.json").read_text())
-    assert results["score"] >= 0.85 and results["asked_is_made"]["move"] >= 0.9
+    assert results["score"] >= 0.85 and results["tables"]["asked is made"]["move"]["as asked"] >= 0.9
     assert results["controls"]["captions_shuffled"] <= 0.05
