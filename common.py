@@ -1320,7 +1320,9 @@ def choose_layout(layouts: list[Layout], deepspeed: str, advice: str) -> tuple[s
         lines.append(f"  {layout.name:<40}{needs}  {'; '.join(notes)}")
     if not taken:
         refuse("\n".join(["memory " + lines[0], *lines[1:], "no memory layout fits this machine", advice]))
-    return "\n".join(lines), taken if deepspeed == "auto" else dataclasses.replace(taken, config=config)
+    if deepspeed != "auto":
+        taken = dataclasses.replace(taken, stage=zero.get("stage"), offload=offload, config=config)
+    return "\n".join(lines), taken
 
 
 def ds_config(source: dict, name: str, batch_size: int, accum: int, clip: float, dtype: str) -> dict:
@@ -2309,7 +2311,7 @@ def find_checkpoint(folder: Path, resume: bool, facts: dict) -> tuple[Path | Non
         )
     marker = json.loads((path / "checkpoint.json").read_text())
     for name, value in facts.items():
-        before = marker.get(name)
+        before = marker.get(name, value)  # one of an older version may not have it
         if before == value:
             continue
         if name == "data":
