@@ -900,7 +900,7 @@ def train_steps(cfg: Config, run: Run, engine, ema: dict[str, Tensor], data: Dat
         run,
         engine,
         save=partial(save, cfg, run, engine, ema, data),
-        evaluate=on_rank0(lambda step: evaluate_at(step, averaged(engine.module, ema), data, cfg)),
+        evaluate=partial(evaluate_at, cfg, engine.module, ema, data),
     )
     pool = ThreadPoolExecutor(1)  # reads the next batch while the GPU works
     ahead = pool.submit(get_batch, data.train, cfg, run.step * cfg.accum)
@@ -918,9 +918,12 @@ def train_steps(cfg: Config, run: Run, engine, ema: dict[str, Tensor], data: Dat
             update_ema(ema, engine.module, min(cfg.ema, (2 + step) / (11 + step)))
 
 
-def evaluate_at(step: int, model: UNet3DCond, data: Data, cfg: Config) -> dict[str, float]:
-    """Rank 0: evaluate in the middle of the run. -> what goes into metrics.jsonl"""
-    losses = held_out_loss(model, data.held_out, cfg)
+@on_rank0
+def evaluate_at(
+    cfg: Config, model: UNet3DCond, ema: dict[str, Tensor], data: Data, step: int
+) -> dict[str, float]:
+    """Evaluate in the middle of the run. -> what goes into metrics.jsonl"""
+    losses = held_out_loss(averaged(model, ema), data.held_out, cfg)
     swapped = losses["captions_swapped"]
     log.info(f"eval step {step:06d} | held-out loss {losses['loss']:.4f} | swapped {swapped:.4f}")
     return {f"held_out_{name}": value for name, value in losses.items()}
