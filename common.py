@@ -2613,7 +2613,8 @@ def show_results(results: dict, folder: Path) -> None:
     score = "none " if results["score"] is None else f"{results['score']:.3f}"
     lines = ["", f"{'score':<22}{score}   {results['score_is']}"]
     lines += [
-        f"{name:<22}{value:.3f}   a control: must be low" for name, value in results["controls"].items()
+        f"{name:<22}{value:.3f}   a control, to be below the score"
+        for name, value in results["controls"].items()
     ]
     for title, rows in results["tables"].items():
         lines += ["", *aligned(title, rows)]

@@ -110,7 +110,7 @@ def test_a_run_leaves_what_the_readme_promises(script, unbroken):
     assert 0 <= results["score"] <= 1 and results["score_is"] and results["controls"] and results["tables"]
     assert results["steps"] == 6 and results["held_out_loss"] > 0
     for name in results["controls"]:
-        assert re.search(rf"^{name} +\d\.\d+ +a control: must be low$", output, re.M)
+        assert re.search(rf"^{name} +\d\.\d+ +a control, to be below the score$", output, re.M)
     for title in results["tables"]:
         assert re.search(rf"^{re.escape(title)}  ", output, re.M), (
             "the table at the end has all of results.json"
