@@ -322,8 +322,8 @@ finish() {  # on every way out: the last line, on the terminal and in the log
 
 # --- Main
 
-run_tests() {  # a process for each core, 4 at most; the demos one after the other, for they have threads of their own
-  local parallel=(-n $(($(nproc) < 4 ? $(nproc) : 4)) --dist loadfile --no-loadscope-reorder)
+run_tests() {  # a process for each core, 4 at most, and one, for many wait; the demos one by one: they have threads of their own
+  local parallel=(-n $(($(nproc) < 4 ? $(nproc) + 1 : 5)) --dist loadfile --no-loadscope-reorder)
   if [[ " $* " == *" --demos "* ]]; then parallel=(); fi
   choose_python
   cd "$here"

@@ -132,7 +132,7 @@ def test_the_card_has_what_was_measured_as_the_hub_reads_it(script, unbroken):
 
 
 @each_script
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [2, pytest.param(1, marks=pytest.mark.demo)])
 def test_killed_while_training_it_goes_on_to_the_same_weights(script, ranks, unbroken, cache, tmp_path):
     flags = flags_of(script, tmp_path / "run", cache)
     kill_at_step_3(script, *flags, folder=tmp_path / "run", cwd=tmp_path, ranks=ranks)
