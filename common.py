@@ -35,9 +35,7 @@ import sys
 import tempfile
 import time
 import typing
-import urllib.error
 import urllib.parse
-import urllib.request
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -396,8 +394,6 @@ _lock: dict[Path, int] = {}  # open for as long as the process lives
 def lock_folder(folder: Path, pids: list[int]) -> None:
     """Rank 0: `folder`, made if need be, is this run's until the process ends. Exit 2, with host and pids,
     when another run has it: its ranks may have outlived the run.sh that started them."""
-    if folder in _lock:
-        return
     path = folder / ".lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -479,9 +475,8 @@ def environment() -> dict:
     import torch
 
     versions = {}
-    for (
-        name
-    ) in "torch deepspeed transformers huggingface_hub safetensors numpy opencv-python-headless av".split():
+    packages = "torch deepspeed transformers huggingface_hub safetensors numpy opencv-python-headless av"
+    for name in packages.split():
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     revision = ""
@@ -592,9 +587,9 @@ def read_json_lines(path: Path) -> list[tuple[int, dict]]:
     """[(line number, object)] of a file of JSON lines, blank lines skipped; exit 2 with the number of a line
     that is none."""
     rows = []
-    for number, line in enumerate(
-        path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), 1
-    ):  # bytes: one bad line must not hide
+    # bytes: one bad line must not hide
+    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
+    for number, line in enumerate(lines, 1):
         if line.strip():
             try:
                 value = json.loads(line)  # UTF-8 as well
@@ -1220,11 +1215,7 @@ class Layout:
 
 
 # what --gradient_checkpointing allows
-CHECKPOINTING = {
-    "auto": (False, True),
-    "on": (True,),
-    "off": (False,),
-}
+CHECKPOINTING = {"auto": (False, True), "on": (True,), "off": (False,)}
 
 
 def memory_layouts(
@@ -2278,8 +2269,9 @@ def start_run(
     @on_rank0
     def start() -> tuple[str, Path | None, dict]:
         folder = cfg.output_dir
-        lock_folder(folder, pids)
-        check_same_run(from_flags)
+        if folder not in _lock:  # else open_run has taken it, and looked
+            lock_folder(folder, pids)
+            check_same_run(from_flags)
         path, marker = find_checkpoint(folder / "checkpoints", cfg.resume, facts)
         repo = ""
         if cfg.push_to_hub:
@@ -2517,9 +2509,8 @@ def count_skipped(engine: Any, loss: Any, step: int, lr: float, skipped: int) ->
     all ranks because a gradient was not finite. Ends the run with exit 4 at the third."""
     if engine.was_step_applied():
         return 0
-    if engine.fp16_enabled() and math.isfinite(
-        over_ranks(float(loss), "mean")
-    ):  # fp16 skips to find its scale
+    # fp16 skips to find its scale
+    if engine.fp16_enabled() and math.isfinite(over_ranks(float(loss), "mean")):
         return skipped
     log.warning(f"warning: step {step}: not finite, update skipped on all ranks ({skipped + 1} in a row)")
     if skipped == 2:
@@ -2554,7 +2545,7 @@ def finish_run(
 
     export(folder) writes the finished model, first, so that a run that dies in its evaluation has it.
     evaluate() -> what the script measured (on rank 0): "score" from 0 to 1, "score_is", "controls" {name:
-    number that must be low}, "held_out_loss", "tables" {title: {row: {column: number}}}. card(results) ->
+    number to be below it}, "held_out_loss", "tables" {title: {row: {column: number}}}. card(results) ->
     what write_card wants. Exit 3 when only the push failed. `last`: False when the script has more to do.
     """
     folder, target, step = run.folder, run.folder / "model", run.cfg.steps
@@ -2624,7 +2615,9 @@ def show_results(results: dict, folder: Path) -> None:
         f"{'speed':<22}{results['samples_per_s']:.2f} samples/s, peak memory {results['peak_memory_gb']:.2f} "
         "GB"
     )
-    lines += [f"{'model':<22}{folder / 'model'}", f"{'samples':<22}{folder / 'samples'}"]
+    pictures = folder / "model" / "samples.png"
+    samples = pictures if pictures.exists() else folder / "samples"
+    lines += [f"{'model':<22}{folder / 'model'}", f"{'samples':<22}{samples}"]
     log.info("\n".join(lines))
 
 
