@@ -27,8 +27,8 @@ LongCat-Audio-Codec (--codec, a checkout with its ckpts/, encoder too).
 
 Writes the run folder described in README.md. The same command again goes on from the newest whole checkpoint.
 
-Never run on the real weights, nor on a GPU. Measured: --demo, 6.5 minutes on 2 CPU cores: 0.99 of 96 spoken
-replies to clips never seen are recognised, 0.19 with the video blanked, 0.18 with the audio silenced; after
+Never run on the real weights, nor on a GPU. Measured: --demo, 6.5 minutes on 2 CPU cores: 1.00 of 96 spoken
+replies to clips never seen are recognised, 0.17 with the video blanked, 0.19 with the audio silenced; after
 LoRA, new words in a new voice, 1.00.
 """
 
