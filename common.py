@@ -6,17 +6,22 @@ records; each function imports what it alone needs, so a script that never opens
 
 from __future__ import annotations
 
+import ast
 import atexit
+import bisect
+import collections
 import contextlib
 import csv
 import dataclasses
 import errno
 import fcntl
 import functools
+import gc
 import hashlib
 import http.client
 import importlib
 import importlib.util
+import ipaddress
 import itertools
 import json
 import logging
@@ -33,6 +38,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import typing
 import urllib.parse
@@ -42,10 +48,12 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
+from fractions import Fraction
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 
@@ -255,6 +263,8 @@ def from_all_ranks(value: T) -> list[T]:
     """[the value of rank 0, of rank 1, ...], the same on each; for small objects."""
     import torch.distributed as dist
 
+    if not is_distributed():
+        return [value]
     values: list = [None] * world_size()
     dist.all_gather_object(values, value, group=control_group())
     return values
@@ -613,97 +623,17 @@ def read_json(path: Path) -> dict:
     )
 
 
-VIDEO_SUFFIXES = {".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif"}
-
-
-def read_rows(source: Path) -> list[tuple[str, dict]]:
-    """[(where, row)] of a file of JSON lines, CSV or parquet, or of a folder of x.mp4 beside x.json (the row
-    is the JSON and the video's name). Exit 2 if it is missing, empty or none of these."""
-    if source.is_dir():
-        videos = sorted(path for path in source.iterdir() if path.suffix.lower() in VIDEO_SUFFIXES)
-        sides = [video.with_suffix(".json") for video in videos]
-        rows = [
-            (str(s), (read_json(s) if s.exists() else {}) | {"video": v.name}) for v, s in zip(videos, sides)
-        ]
-    elif not source.is_file():
-        refuse(f"{source} does not exist")
-    elif source.suffix == ".csv":
-        try:
-            with source.open(newline="", encoding="utf-8-sig") as file:
-                rows = [(f"{source}:{number}", row) for number, row in enumerate(csv.DictReader(file), 2)]
-        except (UnicodeDecodeError, csv.Error) as error:
-            refuse(f"{source} is not CSV in UTF-8: {error}")
-    elif source.suffix == ".parquet":
-        try:
-            import pyarrow.parquet
-        except ImportError:
-            refuse(f"{source}: pip install pyarrow, or convert it to JSON lines")
-        try:
-            table = pyarrow.parquet.read_table(source).to_pylist()
-        except (pyarrow.ArrowInvalid, OSError) as error:
-            refuse(f"{source} is not parquet: {error}")
-        rows = [(f"{source}, row {i}", row) for i, row in enumerate(table, 1)]
-    else:
-        rows = [(f"{source}:{number}", row) for number, row in read_json_lines(source)]
-    return rows or refuse(f"{source} is empty")
-
-
-def first_of(row: dict, *names: str) -> Any:
-    """The first of these columns that has something in it, or None."""
-    return next((row[name] for name in names if row.get(name)), None)
-
-
-def is_url(video: str) -> bool:
-    return video.startswith(("http://", "https://"))
-
-
 def leave_out(source: Any, good: int, bad: list[dict], max_bad: float) -> None:
     """Say which samples are left out; exit 2 when that are more than the share `max_bad`, or all."""
-    first = "".join(f"\n  {b['where']}: {b.get('video', '')}: {b['reason']}" for b in bad[:5])
+    first = "".join(f"\n  {': '.join(b.values())}" for b in bad[:5])
+    first += f"\n  and {len(bad) - 5} more" if len(bad) > 5 else ""
     if not good:
-        refuse(f"{source}: none of {len(bad)} samples is usable:{first}")
+        refuse(f"{source}: none of {len(bad)} samples is usable:{first}" if bad else f"{source}: is empty")
     if len(bad) > max_bad * (good + len(bad)):
-        refuse(
-            f"{source}: {len(bad)} of {good + len(bad)} samples are bad, more than --max_bad "
-            f"{max_bad}:{first}"
-        )
+        share = f"{len(bad)} of {good + len(bad)} samples are bad, more than --max_bad {max_bad}"
+        refuse(f"{source}: {share}:{first}")
     if bad:
         log.warning(f"warning: {len(bad)} of {good + len(bad)} samples are left out:{first}")
-
-
-DEFAULT_QUESTION = "What happens in this video?"
-# What is trained on when nothing is given: (file, caption, split), as a first look at a rented box.
-SAMPLES = [
-    (
-        "https://huggingface.co/datasets/diffusion-datasets/sample-videos/resolve/main/sample1.mp4",
-        "a cat",
-        "train",
-    ),
-    (
-        "https://huggingface.co/datasets/diffusion-datasets/sample-videos/resolve/main/sample2.mp4",
-        "a cat",
-        "held_out",
-    ),
-    ("https://assets.rapidata.ai/hailuo-02_scene-motion_0059.gif", "a breeze over grapes", "train"),
-    ("https://assets.rapidata.ai/hailuo-02_scene-motion_0008.gif", "a breeze over books", "held_out"),
-]
-
-
-def sample_rows() -> list[tuple[str, dict, str]]:
-    """The public samples; $SAMPLES_URL is a mirror that has the four files."""
-    mirror = os.environ.get("SAMPLES_URL", "").rstrip("/")
-    urls = [f"{mirror}/{url.rsplit('/', 1)[1]}" if mirror else url for url, _, _ in SAMPLES]
-    return [
-        (u, {"video": u, "question": DEFAULT_QUESTION, "answer": a}, s) for u, (_, a, s) in zip(urls, SAMPLES)
-    ]
-
-
-def split_of(name: str) -> str:
-    """The part that a split's name means: "held_out" (validation, test and the like), "train" (others), or ""
-    for no name"""
-    return (
-        "held_out" if name.startswith(("held_out", "val", "test", "eval", "dev")) else "train" if name else ""
-    )
 
 
 def split_clips(
@@ -721,80 +651,6 @@ def split_clips(
         held_out = {unique[i] for i in np.random.default_rng(seed).permutation(len(unique))[:count]}
     rows = range(len(videos))
     return [i for i in rows if videos[i] not in held_out], [i for i in rows if videos[i] in held_out]
-
-
-def dataset_rows(source: str, cache: Path, videos: bool) -> list[tuple[str, dict, str]]:
-    """(where, row, split) of a Hub id or folder that the library datasets loads. A video is a path, a URL, or
-    the file itself."""
-    from huggingface_hub import hf_hub_download
-
-    try:
-        from datasets import Dataset, Video, load_dataset, load_from_disk
-    except ImportError:
-        refuse(f"--dataset {source}: pip install datasets")
-
-    local = Path(source).is_dir()
-    saved = local and any((Path(source) / name).exists() for name in ("dataset_dict.json", "state.json"))
-    try:
-        loaded = load_from_disk(source) if saved else load_dataset(source)
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # a missing repository is an OSError as well, an unknown format a ValueError
-        refuse(f"--dataset {source}: {brief(error)}")
-
-    def video_file(video: Any) -> str:
-        if isinstance(video, dict):  # {"path", "bytes"}: the file lies in the table
-            if not videos or not video.get("bytes"):
-                return str(video.get("path") or "")
-            target = cache / "dataset_videos" / f"{hashlib.sha256(video['bytes']).hexdigest()[:32]}.mp4"
-            if not target.exists():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                write_whole(target, lambda aside: aside.write_bytes(video["bytes"]))
-            return str(target)
-        if not videos or not isinstance(video, str) or is_url(video) or Path(video).is_absolute():
-            return video
-        return str(Path(source) / video) if local else hf_hub_download(source, video, repo_type="dataset")
-
-    rows, parts = [], {"train": loaded} if isinstance(loaded, Dataset) else loaded
-    for name, part in parts.items():
-        if isinstance(part.features.get("video"), Video):
-            part = part.cast_column("video", Video(decode=False))
-        split = split_of(name) if len(parts) > 1 else ""
-        for number, row in enumerate(part):
-            try:
-                rows.append(
-                    (f"{source}, {name} row {number}", row | {"video": video_file(row.get("video"))}, split)
-                )
-            except OSError as error:  # not on the Hub
-                rows.append(
-                    (
-                        f"{source}, {name} row {number}",
-                        row | {"video": f"{row['video']}: {brief(error)}"},
-                        split,
-                    )
-                )
-    return rows
-
-
-def all_rows(cfg: Any, videos: bool) -> tuple[list[tuple[str, dict, str]], Path]:
-    """What --manifest, --video_dir, --dataset, or none of them, give. `videos`: whether the files of a data
-    set are wanted. -> (rows as (where, row, split), the folder that relative paths start from). Exit 2 if
-    there are none."""
-    if cfg.dataset:
-        return dataset_rows(cfg.dataset, cfg.cache_dir, videos), Path()
-    if source := cfg.manifest or cfg.video_dir:
-        folder = source if source.is_dir() else source.parent
-        return [
-            (where, row, split_of(str(row.get("split") or ""))) for where, row in read_rows(source)
-        ], folder
-    return sample_rows(), Path()
-
-
-def without_mark(question: str) -> str:
-    """Without the "<image>" or "<video>" that LLaVA's own data sets put in front: the frames' place is
-    known."""
-    return re.sub(r"^(\s*<(image|video)>)+", "", question).strip()
 
 
 def words(text: str) -> list[str]:
@@ -853,10 +709,830 @@ def tiny_model(cfg: Any, script: str, build: Callable[[Path, int], None]) -> str
     return str(made_once(cfg.cache_dir / name, lambda aside: build(aside, cfg.seed)))
 
 
+# ---------------------------------------------------------------------------
+# Rows: whatever form the data have
+# ---------------------------------------------------------------------------
+
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".gif")
+TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+# What columns are called, in any case; the first that has something in it counts. The next data set that
+# calls a thing otherwise is a word here.
+NAMES = {
+    "video": "video videos video_path video_file file_name path file media_path file_path media video_url "
+    "contenturl url clip_id video_id videoid video_name vid youtubeid image_id",
+    "caption": "caption captions text description dense_caption short_caption sentence sentences",
+    "question": "question query prompt instruction q",
+    "answer": "answer response completion output a correct_answer correct_choice",
+    "turns": "messages conversations conversation",
+    "pairs": "qa qa_pairs",
+    "options": "options choices candidates",
+    "kind": "kind question_type",
+    "split": "split subset",
+    "start": "start start_time start_sec start_timestamp video_start clip_start",
+    "end": "end end_time end_sec end_timestamp video_end clip_end",
+    "segments": "timestamp timestamps",
+    "num_frames": "num_frames frame frame_number frame_count",
+    "height": "height",
+    "width": "width",
+    "fps": "fps",
+}
+MEANING = {name: (what, i) for what, names in NAMES.items() for i, name in enumerate(names.split())}
+OPTION = re.compile(r"(?:option[ _]?|a)\d|[A-H]")  # a column for each: NExT-QA, EgoSchema
+# What stands for the frames in a question, whose place is known: LLaVA's, Qwen's and their kin
+MARKS = re.compile(r"<\|?(?:vision_start|vision_end|(?:image|video|vid|img)(?:_pad|-?\d+)?)\|?>")
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant"}
+DEFAULT_QUESTION = "What happens in this video?"
+# What is trained on when nothing is given: (file, caption, split), as a first look at a rented box.
+CATS = "https://huggingface.co/datasets/diffusion-datasets/sample-videos/resolve/main"
+BREEZES = "https://assets.rapidata.ai/hailuo-02_scene-motion"
+SAMPLES = [
+    (f"{CATS}/sample1.mp4", "a cat", "train"), (f"{CATS}/sample2.mp4", "a cat", "held_out"),
+    (f"{BREEZES}_0059.gif", "a breeze over grapes", "train"),
+    (f"{BREEZES}_0008.gif", "a breeze over books", "held_out"),
+]  # fmt: skip
+CELL = "#row="  # x.parquet#row=17:video, a video that lies in a table
+
+Records = Iterator[tuple[str, int, Any]]  # where it is in, the number there, the row or what is wrong with it
+
+
+class QA(NamedTuple):
+    question: str
+    answer: str
+    kind: str = ""  # what is asked for, where the data say so: the table at the end has a line for each
+
+
+@dataclass(slots=True)  # slots: there may be millions
+class Row:
+    """A video, or a part of one, and what the data say of it; empty or 0 where they say nothing."""
+
+    source: str  # "clips.csv:", with `line` where it stands
+    line: int
+    video: str = ""  # path or URL; where no file is wanted what it is called
+    texts: list = field(default_factory=list)  # captions, or QA: what was asked for
+    split: str = ""  # as split_of gives it
+    start: float = 0.0  # seconds; the part of the video that is meant
+    end: float = math.inf
+    num_frames: float = 0.0
+    height: float = 0.0
+    width: float = 0.0
+    fps: float = 0.0
+    cells: tuple = ()  # of the columns that the script asked for by name; None where there is nothing
+
+    @property
+    def where(self) -> str:
+        return f"{self.source}{self.line}" if self.line else self.source
+
+    @property
+    def part(self) -> str:
+        """How it is said; "" for all of the video"""
+        return "" if (self.start, self.end) == (0, math.inf) else f" from {self.start:g} to {self.end:g} s"
+
+    def left_out(self, reason: Any) -> dict:
+        video = {"video": without_query(self.video)} if self.video else {}
+        return {"where": self.where, **video, "reason": str(reason)}
+
+
+def is_url(video: str) -> bool:
+    return video.startswith(("http://", "https://", "hf://"))
+
+
+def without_query(video: str) -> str:
+    """As it may be shown: the query of a signed URL opens the file to whoever reads it."""
+    return f"{video.partition('?')[0]}?..." if is_url(video) and "?" in video else video
+
+
+# Files to records
+
+
+def records_of(source: Path, flag: str = "--manifest") -> Records:
+    """The rows of a file or folder. Exit 2 if there is none, or it is of no known form."""
+    suffix = source.suffix.lower()
+    if source.is_dir():
+        return folder_records(source, flag)
+    if not source.is_file():
+        refuse(f"{flag} {source}: no such file or folder (looked in {Path.cwd()})")
+    if source.name.lower() in ("prompts.txt", "videos.txt"):
+        return folder_records(source.parent, flag)
+    if suffix not in TABLES:
+        refuse(f"{flag} {source}: {', '.join(TABLES)} are read, and folders of videos beside their texts")
+    if suffix in (".csv", ".tsv"):
+        return with_captions(csv_records(source), source.parent)
+    return parquet_records(str(source)) if suffix == ".parquet" else json_records(source)
+
+
+def open_text(source: Path) -> Any:
+    """With or without a BOM. A byte that is not UTF-8 becomes half a character, and its row a bad one."""
+    with source.open("rb") as file:
+        wide = file.read(2) in (b"\xff\xfe", b"\xfe\xff")
+    encoding, errors = ("utf-16", "replace") if wide else ("utf-8-sig", "surrogateescape")
+    return source.open(encoding=encoding, errors=errors, newline="")
+
+
+def csv_records(source: Path) -> Records:
+    """By its header. A quote that does not end spoils its own row, not those behind it."""
+    taken, again = [], collections.deque()  # lines of the row that is being read; lines to read once more
+    with open_text(source) as file:
+
+        def lines() -> Iterator[str]:
+            while again:
+                taken.append(again.popleft())
+                yield taken[-1]
+            for line in file:
+                taken.append(line)
+                yield line
+
+        again.append(first := next(file, ""))
+        delimiter = "\t" if source.suffix.lower() == ".tsv" else max(",;\t", key=first.count)
+        header, number, place = None, 1, f"{source}:"
+        while True:  # once more after each row that is none
+            try:
+                for cells in csv.reader(lines(), delimiter=delimiter, strict=True):
+                    if header is None:
+                        header = [cell.strip() for cell in cells]
+                    elif len(cells) == len(header):
+                        yield place, number, dict(zip(header, cells))
+                    elif cells:
+                        yield place, number, f"{len(cells)} cells, {len(header)} columns"
+                    number += len(taken)
+                    taken.clear()
+                return
+            except csv.Error as error:
+                yield place, number, f"not {source.suffix[1:].upper()} (a quote that does not end? {error})"
+                again.extendleft(reversed(taken[1:]))
+                number += 1
+                taken.clear()
+
+
+def with_captions(records: Records, folder: Path) -> Records:
+    """A table of videos alone, as MSR-VTT's train.9k.csv: with the captions of the annotation beside it"""
+    captions: dict[str, list[Any]] | None = None
+    for place, number, row in records:
+        if isinstance(row, dict) and len(row) == 1 and columns_of(tuple(row)).keys() == {"video"}:
+            if captions is None:
+                captions = {}
+                annotations = itertools.chain.from_iterable(map(json_records, sorted(folder.glob("*.json"))))
+                for said in (said for *_, said in annotations if isinstance(said, dict)):
+                    name = str(said.get("video_id", said.get("image_id")))
+                    captions.setdefault(name, []).append(said.get("caption"))
+            row["captions"] = captions.get(*row.values())
+        yield place, number, row
+
+
+def json_records(source: Path) -> Records:
+    """JSON lines, an array, or an object that holds the rows."""
+    with open_text(source) as file:
+        is_array = file.read(64).lstrip().startswith("[")
+    if is_array or source.suffix.lower() == ".json":
+        try:
+            with open_text(source) as file:
+                rows = rows_in(json.loads(file.read()))
+            place = f"{source}, row "
+            yield from ((place, number, row) for number, row in enumerate(rows, 1))
+            return
+        except (ValueError, RecursionError) as error:
+            if is_array:
+                refuse(f"{source} is not JSON: {error}")
+    place = f"{source}:"
+    with open_text(source) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    yield place, number, json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    yield place, number, f"not JSON ({error}): {line[:60]!r}"
+
+
+def rows_in(value: Any) -> list:
+    """Of an array, of MSR-VTT's annotation in both of its forms, of {"data": [rows]} or ActivityNet's {video:
+    row}; any other object is a row itself."""
+    if not isinstance(value, dict):
+        return value if isinstance(value, list) else [value]
+    lists = [value.get(name) for name in ("data", "annotations", "sentences")]
+    rows = next((rows for rows in lists if isinstance(rows, list) and rows), None)
+    if rows is None or not all(isinstance(row, dict) for row in rows):
+        if not value or not all(isinstance(row, dict) for row in value.values()):
+            return [value]
+        return [{"video_id": name} | row for name, row in value.items()]
+    videos = filter(
+        lambda video: isinstance(video, dict), items_of(value.get("videos") or value.get("images"))
+    )
+    splits = {str(video.get("video_id", video.get("id"))): video.get("split") for video in videos}
+    return [{"split": splits.get(str(row.get("video_id", row.get("image_id"))))} | row for row in rows]
+
+
+def open_parquet(source: str) -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        refuse(f"{source}: pip install pyarrow, or convert it to JSON lines")
+    from huggingface_hub import HfFileSystem
+
+    try:
+        return pyarrow.parquet.ParquetFile(HfFileSystem().open(source) if is_url(source) else source)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        refuse(f"{source} is not parquet: {brief(error)}")
+
+
+def parquet_records(source: str) -> Records:
+    """A path or a URL of the Hub. Videos that lie in it are left there: video_in_table fetches one."""
+    file, number, place = open_parquet(source), 0, f"{source}, row "
+    kinds = zip(file.schema_arrow.names, map(str, file.schema_arrow.types))
+    inside = [name for name, kind in kinds if "binary" in kind]
+    others = [name for name in file.schema_arrow.names if name not in inside]
+    for batch in file.iter_batches(4096, columns=others):
+        for row in batch.to_pylist():
+            row |= {name: f"{source}{CELL}{number}:{name}" for name in inside}
+            yield place, (number := number + 1), row
+
+
+def saved_records(folder: Path) -> Records:
+    """What the library datasets has saved"""
+    from datasets import DatasetDict, Video, load_from_disk
+
+    loaded = load_from_disk(folder)
+    for name, part in loaded.items() if isinstance(loaded, DatasetDict) else [("", loaded)]:
+        inside = [column for column, kind in part.features.items() if isinstance(kind, Video)]
+        for number, row in enumerate(part.remove_columns(inside)):
+            row |= {column: f"{folder / name}{CELL}{number}:{column}" for column in inside}
+            yield f"{folder / name}, row ", number + 1, {"split": name} | row
+
+
+_tables_lock = threading.Lock()  # rows are asked for in order: one thread reads a group, for all
+
+
+@functools.lru_cache(maxsize=1)
+def parquet_group(source: str, group: int, column: str) -> list[Any]:
+    return open_parquet(source).read_row_group(group, [column])[column].to_pylist()
+
+
+def video_in_table(cell: str, folder: Path) -> Path:
+    """A file in `folder` of the video that lies in a cell"""
+    target = folder / f"{hashlib.sha256(cell.encode()).hexdigest()[:32]}.mp4"
+    if target.exists():
+        return target
+    source, _, place = cell.partition(CELL)
+    number, column = int(place.partition(":")[0]), place.partition(":")[2]
+    if source.lower().endswith(".parquet"):
+        with _tables_lock:
+            meta, group = open_parquet(source).metadata, 0
+            while number >= (rows := meta.row_group(group).num_rows):
+                group, number = group + 1, number - rows
+            video = parquet_group(source, group, column)[number]
+    else:
+        from datasets import Video, load_from_disk
+
+        video = load_from_disk(source).cast_column(column, Video(decode=False))[number][column]
+    if isinstance(video, dict):
+        video = video["bytes"] or Path(video["path"]).read_bytes()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(target, lambda aside: aside.write_bytes(video))
+    return target
+
+
+def hub_file(url: str, folder: Path | None = None) -> Path:
+    """The file behind a URL of the Hub, in `folder` or in the Hub's cache. Raises OSError."""
+    from huggingface_hub import HfFileSystem, hf_hub_download
+
+    at = HfFileSystem().resolve_path(url)
+    where = {"repo_type": "dataset", "revision": at.revision, "local_dir": folder}
+    return Path(hf_hub_download(at.repo_id, at.path_in_repo, **where))
+
+
+def dataset_records(cfg: Any) -> Records:
+    """--dataset ID[:config][:split] of the Hub, or a folder, also one that the library datasets has saved.
+    Its tables are read by our own readers, which keep their line numbers; videos stay where they are."""
+    folder, (repo, config, split) = Path(cfg.dataset), [*cfg.dataset.split(":"), "", ""][:3]
+    if folder.is_dir() and not any((folder / name).exists() for name in ("dataset_dict.json", "state.json")):
+        yield from records_of(folder, "--dataset")
+        return
+    try:
+        from datasets import load_dataset_builder
+    except ImportError:
+        refuse(f"--dataset {cfg.dataset}: pip install datasets")
+    if folder.is_dir():
+        yield from saved_records(folder)
+        return
+    try:
+        parts = load_dataset_builder(repo, config or None).config.data_files or {}
+    except (OSError, ValueError) as error:  # a missing repository is an OSError too
+        refuse(f"--dataset {cfg.dataset}: {brief(error)}")
+    tables = [(str(name), str(url)) for name, urls in parts.items() for url in urls if split in ("", name)]
+    tables = [(name, url) for name, url in tables if url.lower().endswith(TABLES)]
+    if not tables:
+        there = f"splits {', '.join(map(str, parts))}; tables are {', '.join(TABLES)}"
+        refuse(f"--dataset {cfg.dataset}: no table in it ({there}): download it, and give it as --manifest")
+    for name, url in tables:
+        is_parquet = url.lower().endswith(".parquet")
+        table = url if is_parquet else str(hub_file(url))
+        for place, number, row in parquet_records(url) if is_parquet else records_of(Path(table)):
+            if isinstance(row, dict):
+                if not cfg.videos:
+                    row = {column: on_hub(value, column, url) for column, value in row.items()}
+                row = ({"split": name} if len(parts) > 1 and not split else {}) | row
+            yield place.replace(table, url), number, row
+
+
+def on_hub(value: Any, column: str, table: str) -> Any:
+    """The URL of a video that a table of the Hub names by its path in the repository, or, as videofolder's
+    file_name, beside the table; any other cell as it is."""
+    path = value.get("path") if isinstance(value, dict) else value
+    if not isinstance(path, str) or is_url(path) or not path.lower().endswith(VIDEO_SUFFIXES):
+        return value
+    root = table.rpartition("/")[0] if column == "file_name" else "/".join(table.split("/")[:5])
+    return f"{root}/{path}"
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """In order, hidden ones left out, through links, but no folder twice"""
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and real not in seen)
+        if real not in seen:
+            yield from (Path(place, name) for name in sorted(names) if not name.startswith("."))
+        seen.add(real)
+
+
+def folder_records(folder: Path, flag: str) -> Records:
+    """videofolder's metadata.csv or .jsonl (also one for each split), prompts.txt with videos.txt, videos
+    beside x.json or x.txt, or tables named by their split; below it too."""
+    files = list(files_below(folder))
+    tables = [path for path in files if path.suffix.lower() in TABLES]
+    videos = [path for path in files if path.suffix.lower() in VIDEO_SUFFIXES]
+    texts = {path.with_suffix("") for path in files if path.suffix.lower() in (".json", ".txt")}
+    metadata = [path for path in tables if path.stem.lower() == "metadata"]
+    prompts, paths = folder / "prompts.txt", folder / "videos.txt"
+    if not metadata and prompts.is_file() and paths.is_file():
+        lines = (open_text(file).read().split("\n") for file in (paths, prompts))
+        for number, (video, text) in enumerate(itertools.zip_longest(*lines, fillvalue=""), 1):
+            if video.strip() or text.strip():
+                yield f"{paths}:", number, {"video": video.strip(), "text": text}
+    elif not metadata and any(video.with_suffix("") in texts for video in videos):
+        yield from (sidecar_record(video, folder) for video in videos)
+    elif tables := metadata or [path for path in tables if path.parent == folder]:
+        for table in tables:
+            beside = table.parent.relative_to(folder)
+            split = split_of(beside.name or table.stem) if len(tables) > 1 else ""
+            for place, number, row in records_of(table, flag):
+                if isinstance(row, dict):
+                    row = {"split": split} | row
+                    if beside.name and isinstance(name := row.get("file_name"), str):
+                        row["file_name"] = str(beside / name)
+                yield place, number, row
+    else:
+        kinds = ", ".join(sorted({path.suffix.lower() or path.name for path in files})[:8]) or "nothing"
+        refuse(
+            f"{flag} {folder}: no videos beside x.json or x.txt, no metadata.csv or .jsonl, no prompts.txt "
+            f"with videos.txt, no table; {len(files)} files in it and below ({kinds}), {len(videos)} of them "
+            "videos"
+        )
+
+
+def sidecar_record(video: Path, folder: Path) -> tuple[str, int, Any]:
+    name, row = video.relative_to(folder), {}
+    if (side := video.with_suffix(".txt")).is_file():
+        row["text"] = " ".join(open_text(side).read().split())
+    if (side := video.with_suffix(".json")).is_file():
+        try:
+            row |= json.loads(open_text(side).read())
+        except (ValueError, TypeError, RecursionError) as error:
+            return str(side), 0, f"not a JSON object ({error})"
+    if not row:
+        return str(video), 0, "no x.json or x.txt beside it"
+    split = split_of(name.parts[0]) if len(name.parts) > 1 else ""
+    return str(video), 0, {"split": split} | row | {"video": str(name)}
+
+
+def sample_records() -> Records:
+    """The public samples; $SAMPLES_URL is a mirror that has the four files."""
+    mirror = os.environ.get("SAMPLES_URL", "").rstrip("/")
+    for url, answer, split in SAMPLES:
+        url = f"{mirror}/{url.rsplit('/', 1)[1]}" if mirror else url
+        yield url, 0, {"video": url, "caption": answer, "split": split}
+
+
+# What the columns of a record mean
+
+
+@functools.lru_cache(maxsize=4096)
+def columns_of(names: tuple[Any, ...]) -> dict[str, list[str]]:
+    """{what: the columns that mean it, the most telling first}"""
+    called = {name: str(name).strip().lower() for name in names}
+    found: dict[str, list[str]] = {}
+    for name in sorted(called, key=lambda name: MEANING.get(called[name], ("", 0))[1]):
+        if called[name] in MEANING:
+            found.setdefault(MEANING[called[name]][0], []).append(name)
+    if "contenturl" in called.values() and "name" in called:  # WebVid's captions
+        found["caption"] = ["name"]
+    each = [name for name in names if OPTION.fullmatch(str(name))]
+    return found | ({"each option": each} if len(each) > 1 else {})
+
+
+def cell_of(row: dict, columns: dict[str, list[str]], what: str) -> Any:
+    """The first of the columns that mean `what` that has something in it, or None."""
+    for name in columns.get(what, ()):
+        if not is_empty(row[name]):
+            return row[name]
+    return None
+
+
+def is_empty(value: Any) -> bool:
+    return value is None or value == "" or value == [] or value != value
+
+
+def text_of(value: Any, what: str) -> str:
+    """true is "yes", false "no"; BadSample for what is no text, or half a character"""
+    if isinstance(value, str):
+        text = value.strip()
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise BadSample(f"{what} is not UTF-8, or has half of a character: {text[:40]!r}") from None
+        return text
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int | float) and math.isfinite(value):
+        return str(int(value) if value == int(value) else value)
+    raise BadSample(f"{what} is a {type(value).__name__}, text is wanted")
+
+
+def items_of(value: Any) -> list:
+    """A list, also one written into a cell; anything else is one item."""
+    if isinstance(value, list | tuple):
+        return list(value)
+    if isinstance(value, str) and value.startswith("[") and value.rstrip().endswith("]"):
+        try:
+            items = json.loads(value)
+        except (ValueError, RecursionError):
+            try:
+                items = ast.literal_eval(value)
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                return [value]  # a text in brackets
+            if re.search(r"""['"]\s+['"]""", value):
+                raise BadSample(f"a list without commas: {value[:40]!r}") from None
+        return items if isinstance(items, list) else [value]
+    return [value]
+
+
+def seconds_of(value: Any, what: str) -> float:
+    """12.5, or "0:00:12.5" """
+    try:
+        parts = [float(part) for part in str(value).split(":")]
+        seconds = sum(part * 60**i for i, part in enumerate(reversed(parts)))
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < math.inf:
+        raise BadSample(f"{what} {str(value)[:20]!r}: seconds are wanted, or h:mm:ss")
+    return seconds
+
+
+@functools.lru_cache(maxsize=1 << 16)  # of millions of rows most have the same few sizes
+def number_of(value: Any) -> float:
+    """Of a cell; 0 if it holds none, or none that is finite and above 0."""
+    try:
+        value = float(value)
+    except (TypeError, ValueError):
+        return 0.0
+    return value if 0 < value < 1e9 else 0.0
+
+
+def split_of(name: Any) -> str:
+    """The part that a split's name means: "held_out" (validation, test and the like), "train" (others), or ""
+    for no name"""
+    names = r"(held_out|val(id(ate|ation)?)?|test(ing)?|eval(uation)?|dev)(?![a-z])"
+    return "held_out" if re.match(names, name.lower()) else "train" if name else ""
+
+
+def without_marks(text: str) -> str:
+    return re.sub(r"\n{2,}", "\n", MARKS.sub("", text)).strip() if "<" in text else text
+
+
+def turns_of(messages: Any, row: dict, notes: collections.Counter) -> list[tuple[str, str]]:
+    """[(question, answer)] of LLaVA's conversations, or of messages as TRL and Qwen have them. A video among
+    the parts of a content, and its times, go to `row`, where they are looked for."""
+    turns: list[list[str]] = []
+    for message in messages:
+        if not isinstance(message, dict):
+            raise BadSample("a conversation of other things than messages")
+        role = str(message.get("role") or message.get("from"))
+        content = message["content"] if "content" in message else message.get("value")
+        texts = []
+        for part in content if isinstance(content, list) else [content]:
+            kind = part.get("type") if isinstance(part, dict) else "text"
+            if kind in ("video", "video_url"):
+                row |= {name: part[name] for name in ("video_start", "video_end") if name in part}
+                clip = part.get(kind) or part.get("path") or part.get("url")
+                clip = clip.get("url") if isinstance(clip, dict) else clip
+                videos = items_of(row.get("videos") or [])
+                row["videos"] = videos + ([clip] if clip and clip not in videos else [])
+            elif kind == "text":
+                text = part.get("text") if isinstance(part, dict) else part
+                texts.append(text_of(text, f"the turn of {role}"))
+            else:
+                raise BadSample(f"a part of type {kind!r} in a message: text and video are taken")
+        text = without_marks("\n".join(filter(None, texts)))
+        if role == "system":
+            notes["a system turn, which is left out"] += 1
+        elif ROLES.get(role) == "user" and not (turns and len(turns[-1]) == 1):
+            turns.append([text])
+        elif ROLES.get(role) == "assistant" and turns and len(turns[-1]) == 1:
+            turns[-1].append(text)
+        else:
+            raise BadSample(f"a turn of {role!r} where one of {'assistant' if turns else 'user'} is wanted")
+    if not turns or len(turns[-1]) == 1:
+        raise BadSample("a conversation without an answer at its end")
+    return [(question, answer) for question, answer in turns]
+
+
+def choice_of(question: str, answer: Any, options: list, by_number: bool) -> tuple[str, str]:
+    """Multiple choice: the options become part of the question, and the answer the text of its option. It may
+    be given as that, as a letter or as a number from 0 on; BadSample where it is not clear which."""
+    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(options)]
+    texts = [re.sub(rf"^\(?[{letters}][.):]\s+", "", text_of(option, "an option")) for option in options]
+    said = text_of(answer, "the answer")
+    bare = said.strip("().: ")
+    meant = {texts.index(text) for text in {said, re.sub(r"^\(?[A-Z][.):]\s+", "", said)} if text in texts}
+    if bare in letters and len(bare) == 1:
+        meant.add(letters.index(bare))
+    elif bare.isdecimal() and int(bare) < len(texts):
+        meant = {int(bare)} if by_number else meant | {int(bare)}
+    if len(meant) != 1:
+        how_many = "more than one" if meant else "none"
+        raise BadSample(f"answer {said!r} is {how_many} of {len(texts)} options")
+    listed = [f"{letter}. {text}" for letter, text in zip(letters, texts)]
+    return "\n".join([question, *listed]), texts[meant.pop()]
+
+
+def pairs_of(row: dict, default: str, notes: collections.Counter) -> list[QA]:
+    """The questions and answers of a row, in whichever form. BadSample for one without an answer."""
+    first = partial(cell_of, row, columns_of(tuple(row)))
+    question, answer, turns = first("question"), first("answer"), first("turns")
+    if isinstance(question, list) and isinstance(answer, list):  # TRL's prompt and completion as messages
+        turns = question + answer
+    if turns := items_of(turns or []):
+        return [QA(asked or default, said) for asked, said in turns_of(turns, row, notes)]
+    if pairs := items_of(first("pairs") or []):
+        if not all(isinstance(pair, dict) for pair in pairs):
+            raise BadSample("qa is no list of questions and answers")
+        return [qa for pair in pairs for qa in pairs_of(pair, default, notes)]
+    captions = items_of(first("caption")) if answer is None else []
+    if answer is None and is_empty(captions[0]):
+        what = "no answer" if question is None else "question without answer"
+        raise BadSample(f"{what} {looked_for(row, 'answer', 'caption')}")
+    asked = without_marks(text_of(question, "the question")) if question is not None else ""
+    kind = str(first("kind") or "")
+    each = [row[name] for name in columns_of(tuple(row)).get("each option", ()) if not is_empty(row[name])]
+    if options := each or items_of(first("options") or []):
+        asked, answer = choice_of(asked or default, answer, options, by_number=bool(each))
+    said = [text_of(text, "the answer") for text in (captions or [answer])]
+    return [QA(asked or default, text, kind) for text in said]
+
+
+def captions_of(row: dict) -> list[str]:
+    """The captions of a row; a prompt that nothing answers is one. BadSample when there are none."""
+    columns = columns_of(tuple(row))
+    value = cell_of(row, columns, "caption")
+    if value is None and "answer" not in columns:
+        value = cell_of(row, columns, "question")
+    captions = [text_of(caption, "the caption") for caption in items_of(value)] if value is not None else []
+    if not captions or not all(captions):
+        raise BadSample(f"no caption {looked_for(row, 'caption')}")
+    return captions
+
+
+def looked_for(row: dict, *what: str) -> str:
+    wanted = " ".join(NAMES[name] for name in what)
+    return f"(columns looked for: {wanted}; there: {', '.join(map(str, row)) or 'none'})"
+
+
+def segments_of(row: dict, columns: dict[str, list[str]], texts: int) -> list[tuple[float, float]]:
+    """[(start, end)] in seconds of a row's parts of its video: one, or one for each of its texts (Panda-70M,
+    ActivityNet Captions)"""
+    if not ("start" in columns or "end" in columns or "segments" in columns):
+        return [(0.0, math.inf)]
+    first = partial(cell_of, row, columns)
+    # MiraData's clips are cut already
+    pairs = items_of(first("segments") or []) if "clip_id" not in row else []
+    if len(pairs) == 2 and not isinstance(pairs[0], list):
+        pairs = [pairs]
+    if not pairs:
+        pairs = [(first("start") or 0, first("end"))]
+    elif not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise BadSample("timestamps are no pairs of a start and an end")
+    elif len(pairs) not in (1, texts):
+        raise BadSample(f"{len(pairs)} times for {texts} captions")
+    segments = []
+    for start, end in pairs:
+        segments.append((seconds_of(start, "start"), math.inf if is_empty(end) else seconds_of(end, "end")))
+        if segments[-1][0] >= segments[-1][1]:
+            raise BadSample(f"start {start} is not before end {end}")
+    return segments
+
+
+# All of them
+
+
+class Finder:
+    """Where the videos that a table names lie: below `folders`, under that path; where the table has names or
+    numbers alone, or `everywhere`, under that name. Folders are listed once: a file system over the network
+    takes a millisecond for each question."""
+
+    def __init__(self, folders: list[Path], everywhere: bool) -> None:
+        self.folders, self.everywhere = [str(folder.absolute()) for folder in folders], everywhere
+        self.entries, self.real = functools.cache(self.entries_of), functools.cache(os.path.realpath)
+
+    @staticmethod
+    def entries_of(folder: str) -> dict[str, bool]:
+        """{name: whether it is a link}"""
+        try:
+            with os.scandir(folder) as entries:
+                return {entry.name: entry.is_symlink() for entry in entries}
+        except OSError:
+            return {}
+
+    @functools.cached_property
+    def by_name(self) -> dict[str, list[str]]:
+        """{name, with and without its ending: paths} in the first folder that has videos; of one that was not
+        given as --videos a million files are looked at, for it may be the root of all disks"""
+        paths: dict[str, list[str]] = {}
+        for folder in self.folders:
+            files = itertools.islice(files_below(Path(folder)), None if self.everywhere else 10**6)
+            for path in files if not paths else ():
+                if path.suffix.lower() in VIDEO_SUFFIXES:
+                    for name in (path.name, path.stem):
+                        paths.setdefault(name, []).append(str(path))
+        return paths
+
+    def __call__(self, name: str, has_url: bool) -> tuple[str, str]:
+        """-> (path, the file that it is in the end). BadSample when there is none."""
+        has_ending = name.lower().endswith(VIDEO_SUFFIXES)
+        for base in self.folders:
+            path = name if name.startswith("/") else f"{base}/{name}"
+            path = os.path.normpath(path) if "/." in path or "//" in path else path
+            folder, _, file = path.rpartition("/")
+            for ending in ("",) if has_ending else ("", *VIDEO_SUFFIXES):
+                if (is_link := self.entries(folder).get(file + ending)) is not None:
+                    path += ending
+                    is_real = not is_link and self.real(folder) == folder
+                    return path, path if is_real else os.path.realpath(path)
+        if self.everywhere or not (has_ending or has_url):
+            found = self.by_name.get(os.path.basename(name), [])
+            if len(found) == 1:
+                return found[0], os.path.realpath(found[0])
+            if found:
+                raise BadSample(f"{name}: {len(found)} videos have this name, {found[0]} is one")
+        raise BadSample(f"{name}: no such file in {' or '.join(self.folders)}")
+
+
+def video_names(row: dict, columns: dict[str, list[str]]) -> list[str]:
+    """Paths, URLs and names that the columns say, the most telling first; numbers are names."""
+    names = []
+    for column in columns.get("video", ()):
+        if not is_empty(value := row[column]):
+            items = items_of(value)
+            if len(items) != 1:
+                raise BadSample(f"{len(items)} videos in one row, one is taken")
+            value = items[0].get("path") if isinstance(items[0], dict) else items[0]
+            names += [] if is_empty(value) else [text_of(value, "the video's name")]
+    return names
+
+
+def find_video(row: dict, columns: dict[str, list[str]], find: Finder | None) -> tuple[str, str]:
+    """-> (path or URL, the file that it is in the end). A file that is there comes before a URL. BadSample
+    when there is none. Without `find`, what it is called: no file is wanted."""
+    names, reason = video_names(row, columns), None
+    if not find:
+        return names[0] if names else "", ""
+    url = next((name for name in names if is_url(name) or CELL in name), "")
+    for name in names:
+        if not (is_url(name) or CELL in name):
+            try:
+                return find(name, bool(url))
+            except BadSample as error:
+                reason = reason or error
+    if url:
+        return url, url
+    raise reason or BadSample(f"no video {looked_for(row, 'video')}")
+
+
+def without_gc(call: Callable[..., T]) -> Callable[..., T]:
+    """Decorator for what makes millions of objects without cycles: to look for some takes a sixth of the
+    time."""
+
+    @functools.wraps(call)
+    def paused(*args: Any, **named: Any) -> T:
+        gc.disable()
+        try:
+            return call(*args, **named)
+        finally:
+            gc.enable()
+
+    return paused
+
+
+@without_gc
+def read_data(
+    cfg: Any,
+    wants: Literal["caption", "answer"],
+    keep: dict[str, str] = MappingProxyType({}),
+    videos: bool = True,
+    check: Callable[[list], Any] = len,
+    records: Records | None = None,
+) -> tuple[list[Row], list[dict]]:
+    """Rank 0: the rows of --manifest, of --dataset or, with neither, of the public samples. -> (rows, bad
+    samples). Exit 2 when too many are bad.
+
+    wants: what a row must have, captions or answers; a caption answers cfg.question, or what happens. keep:
+    {column that the script wants as it is: the flag by which the user named it, or ""}. videos: whether their
+    files are wanted: then rows of one file (and part of it) are one row, whichever way it is written. check:
+    raises BadSample for texts that the script cannot use. records: those of a demo.
+    """
+    source = cfg.manifest or Path(cfg.dataset.partition(":")[0])
+    if not records:
+        known = records_of(source) if cfg.manifest else dataset_records(cfg) if cfg.dataset else None
+        records = known or sample_records()
+    folder = (source if source.is_dir() else source.parent).absolute()
+    folders = [cfg.videos] if cfg.videos else [folder, folder.parent]
+    find, default = Finder(folders, bool(cfg.videos)) if videos else None, getattr(cfg, "question", "")
+    merged: dict[Any, Row] = {}
+    rows, bad, good, forms = [], [], 0, set()
+    notes: collections.Counter = collections.Counter()
+    for place, number, record in records:
+        row = Row(place, number)
+        try:
+            if not isinstance(record, dict):
+                raise BadSample(record if isinstance(record, str) else "a JSON object is wanted")
+            texts = (
+                captions_of(record)
+                if wants == "caption"
+                else pairs_of(record, default or DEFAULT_QUESTION, notes)
+            )
+            if wants == "answer" and not all(qa.answer for qa in texts):
+                raise BadSample("an answer without a word in it")
+            check(texts)
+            columns = columns_of(names := tuple(record))  # a conversation may have added its video
+            row.video, real = find_video(record, columns, find)
+            segments = segments_of(record, columns, len(texts))
+        except BadSample as error:
+            bad.append(row.left_out(error))
+            continue
+        good += 1
+        if "split" in columns:
+            row.split = split_of(str(cell_of(record, columns, "split") or ""))
+        for what in ("num_frames", "height", "width", "fps"):
+            if what in columns:
+                value = cell_of(record, columns, what)
+                setattr(row, what, number_of(value if isinstance(value, str | int | float) else 0))
+        if keep:
+            forms.add(names)
+            row.cells = tuple([None if is_empty(value := record.get(name)) else value for name in keep])
+        for i, (row.start, row.end) in enumerate(segments):
+            said = texts if len(segments) == 1 else texts[i : i + 1]
+            key = (real, row.start, row.end) if row.part else real
+            same = merged.get(key) if videos else None
+            if same:
+                same.texts += said
+                # held-out questions about pictures that were seen prove nothing
+                same.split = same.split if same.split == row.split else "train"
+            else:
+                new = row if len(segments) == 1 else dataclasses.replace(row)
+                new.texts = list(said)
+                rows.append(new)
+                merged[key] = new
+    for note, count in notes.items():
+        log.warning(f"note: {count} rows have {note}")
+    there = sorted({str(name) for form in forms for name in form})
+    for name, flag in keep.items():
+        if flag and name not in there:
+            refuse(f"{flag} {name}: in none of {len(rows)} rows (columns: {', '.join(there)})")
+    leave_out(data_name(cfg), good, bad, cfg.max_bad)
+    return rows, bad
+
+
+def data_name(cfg: Any) -> str:
+    return str(cfg.manifest or cfg.dataset or ("generated data" if cfg.demo else "four public samples"))
+
+
+# ---------------------------------------------------------------------------
+# Frames
+# ---------------------------------------------------------------------------
+
 MAX_PIXELS = 8192 * 4320  # a header can declare any picture and so claim all memory: refused before decoding
 # Only real containers are opened: ffmpeg's playlist formats (hls, concat, dash, sdp) would open other files
-# and URLs.
-CONTAINERS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,h264,hevc,m4v,gif,flv,asf,ogg,ivf"
+# and URLs, and image2 would read a % in a name as a pattern.
+PICTURES = "jpeg_pipe,png_pipe,webp_pipe,bmp_pipe"
+CONTAINERS = (
+    "mov,matroska,avi,mpegts,mpeg,mpegvideo,h264,hevc,m4v,gif,flv,asf,ogg,ivf,wav,mp3,flac,aac,aiff,"
+    + PICTURES
+)
+# Here packets say when each frame is shown and where decoding can begin. Elsewhere (MPEG-TS) a seek can land
+# in the middle of a group.
+SEEKABLE = ("mov", "matroska"), ("h264", "hevc", "vp8", "vp9", "av1", "libdav1d")
+HDR = (16, 18)  # transfer characteristics PQ and HLG, ITU-T H.273
+TO_SDR = ("scale", "in_chroma_loc=left:out_primaries=bt709:out_transfer=bt709"), ("format", "rgb24")
+# ffmpeg's kinds of frame data that PyAV 18 does not know: LCEVC, views, 3D displays, EXIF
+FORGET_UNKNOWN = tuple(("sidedata", f"mode=delete:type={kind}") for kind in range(28, 32))
 
 
 class BadSample(ValueError):
@@ -876,233 +1552,348 @@ def frame_indices(total: int, k: int) -> list[int]:
     return [(total - 1) // 2] if k == 1 else [(total - 1) * j // (k - 1) for j in range(k)]
 
 
-def fitted(frame: np.ndarray, size: tuple[int, int] | None, crop: bool = True) -> np.ndarray:
-    """frame (H, W, 3) -> (h, w, 3): the largest centred crop of that shape, or all of it, scaled; size None:
-    as it is."""
+def fitted(picture: np.ndarray, size: tuple[int, int] | None, crop: bool = True) -> np.ndarray:
+    """(H, W, 3) -> (h, w, 3): the largest centred crop of that shape, or all of it, scaled; size None: as it
+    is."""
     import cv2
 
     if size is None:
-        return frame
-    (height, width), (h, w) = frame.shape[:2], size
-    if not crop:
-        return cv2.resize(frame, (w, h), interpolation=cv2.INTER_AREA)
-    crop_h, crop_w = min(height, max(1, round(width * h / w))), min(width, max(1, round(height * w / h)))
-    top, left = (height - crop_h) // 2, (width - crop_w) // 2
-    return cv2.resize(frame[top : top + crop_h, left : left + crop_w], (w, h), interpolation=cv2.INTER_AREA)
+        return picture
+    (height, width), (h, w) = picture.shape[:2], size
+    if crop:
+        crop_h, crop_w = min(height, max(1, round(width * h / w))), min(width, max(1, round(height * w / h)))
+        top, left = (height - crop_h) // 2, (width - crop_w) // 2
+        picture = picture[top : top + crop_h, left : left + crop_w]
+    return cv2.resize(picture, (w, h), interpolation=cv2.INTER_AREA)
 
 
 @contextlib.contextmanager
-def open_video(path: str | Path, formats: str) -> Iterator[tuple[Any, Any]]:
-    """PyAV's (container, first video stream) of a file in one of ffmpeg's `formats`, closed afterwards; no
-    other file or URL is opened by way of it. Raises BadSample, also for what ffmpeg finds wrong inside."""
+def open_media(path: str | Path, kind: Literal["video", "audio"] = "video") -> Iterator[tuple[Any, Any]]:
+    """PyAV's (container, stream) of a file, closed afterwards; no other file or URL is opened by way of it.
+    Of several video streams the one that players take: no cover and no poster of one frame, if there is
+    another, then one marked as default, then the first. Raises BadSample, also for what ffmpeg finds wrong
+    inside."""
     import av
 
-    options = {"format_whitelist": formats, "protocol_whitelist": "file"}
+    path, options = os.path.abspath(path), {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
+    if not os.path.isfile(path):
+        raise BadSample("not a regular file" if os.path.exists(path) else "no such file")
+    marks = av.stream.Disposition
+    with open(path, "rb") as file:
+        head = file.read(1024)
+    known = "jpeg_pipe" if head.startswith(b"\xff\xd8\xff") else None  # ffmpeg would say image2 of .jpg
     try:
-        with av.open(os.path.abspath(path), options=options, metadata_errors="ignore") as container:
-            stream = next(iter(container.streams.video), None)
+        with av.open(path, format=known, options=options, metadata_errors="ignore") as container:
+            stream = min(
+                getattr(container.streams, kind),
+                key=lambda s: (
+                    marks.attached_pic in s.disposition,
+                    s.frames == 1 or getattr(s.codec_context, "name", "") in ("mjpeg", "png"),
+                    marks.default not in s.disposition,
+                ),
+                default=None,
+            )
             if stream is None or stream.codec_context is None:
-                raise BadSample("no decoder for the video stream" if stream else "no video stream")
-            if stream.width * stream.height > MAX_PIXELS:  # OpenCV may not have got as far as its own check
-                raise BadSample(f"picture of {stream.width}x{stream.height}, more than {MAX_PIXELS} pixels")
+                raise BadSample(f"no decoder for the {kind} stream" if stream else f"no {kind} stream")
+            if kind == "video":
+                stream.codec_context.thread_count = 1  # loaders have threads of their own
+                check_pixels(stream.width, stream.height)
             yield container, stream
     except av.error.FFmpegError as error:
-        what = "a video" if formats == CONTAINERS else "a video or image"
-        raise BadSample(f"not {what}: {error.strerror}") from error
+        if b"\0" not in head:  # nearly every container has zero bytes in its header
+            raise BadSample("text or HTML, not a video" if head else "empty file") from error
+        raise BadSample(f"not a video, picture or sound that can be read: {error.strerror}") from error
 
 
-def upright(frame: Any) -> np.ndarray:
-    """PyAV's frame -> uint8 (H, W, 3), turned as its container says"""
-    return np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+def packet_times(container: Any, stream: Any) -> tuple[list[tuple[int | None, bool]], list[float]]:
+    """By headers alone, nothing is decoded: ([(pts, whether decoding can begin there)] of all packets in the
+    order in which they are shown, their times in seconds after the first)"""
+    # an edit list marks what is not shown
+    shown = (packet for packet in container.demux(stream) if packet.size and not packet.is_discard)
+    packets = [(packet.pts, packet.is_keyframe) for packet in shown]
+    if any(pts is None for pts, _ in packets):
+        return packets, [i / float(stream.average_rate or 25) for i in range(len(packets))]
+    packets.sort()
+    return packets, [float((pts - packets[0][0]) * stream.time_base) for pts, _ in packets]
 
 
-def _grabs(cap) -> Iterator[float]:
-    """Grab to the end; yields times in ms. A damaged frame fails and the next may be whole: 64 failures are
-    the end."""
-    failed = 0
-    while failed < 64:
-        failed = 0 if cap.grab() else failed + 1
-        if not failed:
-            yield cap.get(0)  # CAP_PROP_POS_MSEC
+def check_pixels(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise BadSample(f"picture of {width}x{height}, more than {MAX_PIXELS} pixels")
 
 
-def _rgb(cap, fit: Callable) -> np.ndarray | None:
-    """The frame just grabbed, turned upright by OpenCV; None if it has no picture."""
-    import cv2
-
-    ok, frame = cap.retrieve()
-    return fit(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)) if ok else None
-
-
-def _cv_frames(path: str, fit: Callable) -> Iterator[Callable]:
-    """Decode from start to end with OpenCV; each item, when called at once, converts its frame."""
-    import cv2
-
-    cap = cv2.VideoCapture(path, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
-    for _ in _grabs(cap):
-        yield lambda: _rgb(cap, fit)
-
-
-def _av_frames(path: str, fit: Callable) -> Iterator[Callable]:
-    """The same with PyAV, which does not turn the picture by itself."""
+def decoded_frames(container: Any, stream: Any, size: tuple[int, int] | None = None) -> Iterator[Any]:
+    """PyAV's frames of a video, from where the container stands to the end, but for damaged packets. Raises
+    BadSample when the picture changes its size, which was `size` so far."""
     import av
 
-    with open_video(path, CONTAINERS) as (container, stream):
-        for packet in container.demux(stream):
-            try:
-                decoded = packet.decode()
-            except av.error.InvalidDataError:  # one damaged packet
-                continue
-            for frame in decoded:
-                yield lambda f=frame: fit(upright(f))
+    for packet in container.demux(stream):
+        try:
+            frames = packet.decode()
+        except av.error.InvalidDataError:  # the next packet may be whole
+            continue
+        for frame in frames:
+            now = frame.width, frame.height
+            if now != (size := size or now):
+                raise BadSample(
+                    f"the picture changes its size, from {size[0]}x{size[1]} to {now[0]}x{now[1]}"
+                )
+            check_pixels(*now)
+            yield frame
 
 
-def _all_frames(read: Callable, path: str, k: int, fit: Callable, total: int) -> list | None:
-    """The k frames by one full pass, by a second one if `total` was a wrong guess; None when nothing
-    decodes."""
-    for _ in range(2):
-        wanted, frames, count = set(frame_indices(total, k) if total >= k else ()), [], 0
-        for convert in read(path, fit):
-            if count in wanted:
-                frames.append(convert())
-            count += 1
-        if count == 0:
-            return None
-        frame_indices(count, k)  # too short: raises
-        if count == total:
-            return frames
-        total = count
-    raise BadSample(f"decodes to {count} frames, then to another number")
+@functools.lru_cache(maxsize=256)
+def picture_maker(thread: int) -> Callable[[Any], np.ndarray]:
+    """A function for the use of one thread: PyAV's frame -> uint8 (H, W, 3), turned and mirrored as its
+    container says, HDR (PQ, HLG) as it looks in SDR."""
+    import av
+    from av.sidedata.sidedata import Type
+
+    reformat = av.video.reformatter.VideoReformatter().reformat  # keeps its tables from frame to frame
+
+    @functools.lru_cache(maxsize=4)  # ffmpeg takes a second to make the map to SDR
+    def graph_of(filters: tuple, width: int, height: int, pixels: str, *colours: int) -> Any:
+        graph = av.filter.Graph()
+        source = graph.add_buffer(width=width, height=height, format=pixels, time_base=Fraction(1, 1000))
+        graph.link_nodes(source, *(graph.add(*f) for f in filters), graph.add("buffersink")).configure()
+        return graph
+
+    def filtered(frame: Any, filters: tuple) -> Any:
+        colours = frame.color_trc, frame.color_primaries, frame.colorspace, frame.color_range
+        graph = graph_of(filters, frame.width, frame.height, frame.format.name, *colours)
+        graph.push(frame)
+        return graph.pull()
+
+    def picture_of(frame: Any) -> np.ndarray:
+        try:
+            matrix = frame.side_data.get(Type.DISPLAYMATRIX)
+        except ValueError:
+            matrix = filtered(frame, FORGET_UNKNOWN).side_data.get(Type.DISPLAYMATRIX)
+        if frame.color_trc in HDR:
+            frame = filtered(frame, TO_SDR)
+        picture = reformat(frame, format="rgb24", threads=1).to_ndarray()
+        if matrix:
+            a, b, _, c, d = np.sign(np.frombuffer(matrix, np.int32)[:5])  # x' = a x + c y, y' = b x + d y
+            if a == d == 0:
+                picture, a, d = picture.transpose(1, 0, 2), c, b
+            picture = np.ascontiguousarray(picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
+        return picture
+
+    return picture_of
 
 
-def _seek_frames(
-    path: str, k: int, fit: Callable, times: list[float], keys: list[int], has_index: bool
-) -> list | None:
-    """The k frames by seeking; None as soon as the decoder's times are not the packets' times (edit list,
-    damage, ...).
+def chosen_frames(times: list[float], frames: int | range, start: float, end: float) -> list[int]:
+    """Of frames shown at `times` (seconds, in order), the numbers of those to take from `start` until before
+    `end`: so many, evenly spaced, or a range of them. Raises BadSample when there are too few."""
+    first, after = (bisect.bisect_left(times, second - 1e-6) for second in (start, end))
+    count, where = max(0, after - first), f" from {start:g} s" + (f" to {end:g} s" if end < math.inf else "")
+    try:
+        if isinstance(frames, range) and count <= frames[-1]:
+            raise BadSample(f"ends after {count} frames, {frames[-1] + 1} needed")
+        return [first + i for i in (frames if isinstance(frames, range) else frame_indices(count, frames))]
+    except BadSample as error:
+        raise BadSample(f"{error}{where if count < len(times) else ''}") from None
 
-    Every frame grabbed must be the next of `times`; the first and the last are among them and nothing may
-    follow.
-    """
-    import cv2
 
-    place = {time: i for i, time in enumerate(times)}
-    if len(place) < max(k, len(times)):
-        return None
-    cap = cv2.VideoCapture(path, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
-    fps, header_count = cap.get(cv2.CAP_PROP_FPS), cap.get(cv2.CAP_PROP_FRAME_COUNT)
-    frames, current, wanted = {}, -1, frame_indices(len(times), k)
-    for target in sorted({0, *wanted, len(times) - 1}):
-        # set(n) goes to a keyframe at or before n - 16 and decodes up to n - 1, a frame's number being its
-        # time * fps: ask for 16 past the keyframe that we want, and expect to be as many frames after it (or
-        # an earlier one).
-        key = max((i for i in keys if i + 16 <= target), default=0)
-        number = int(np.ceil(times[key] * fps / 1000 - 1e-3)) + 16
-        if has_index and key > current >= 0 and number <= header_count:
-            cap.set(cv2.CAP_PROP_POS_FRAMES, number)
-            current = place.get(cap.get(cv2.CAP_PROP_POS_MSEC), len(times))
-            landings = {i + number - 1 - int(times[i] * fps / 1000 + 0.5) for i in keys if i <= key}
-            if current > target or current not in landings:
-                return None
-        while current < target:
-            current += 1
-            if not cap.grab() or place.get(cap.get(cv2.CAP_PROP_POS_MSEC)) != current:
-                return None
-        if target in wanted:
-            frames[target] = _rgb(cap, fit)
-    return None if cap.grab() else [frames[i] for i in wanted]
+def sought_frames(
+    path: str | Path, pts: list[int], keys: list[int], needed: list[int], take: Callable[[int, Any], None]
+) -> bool:
+    """Hand the frames of these numbers to take(number, frame), each by way of the keyframe before it. False
+    as soon as the decoder's frames are not one for one those of the packets' times (edit list, damage)."""
+    import av
+
+    at, size, begins = -1, None, [0, *keys]
+    with open_media(path) as (container, stream):
+        frames = decoded_frames(container, stream)
+        try:
+            for number in needed:
+                group = bisect.bisect_right(keys, number)
+                key, after = begins[group], begins[group + 1] if group < len(keys) else len(pts)
+                if key > at + 1:
+                    # to the middle of the group: MP4's index holds times of decoding, some frames off
+                    container.seek(pts[(key + after) // 2], stream=stream)
+                    frames, at = decoded_frames(container, stream, size), key - 1
+                while at < number:
+                    frame = next(frames, None)
+                    at += 1
+                    if frame is None or frame.pts != pts[at] or frame.is_corrupt:
+                        return False
+                take(number, frame)
+                size = frame.width, frame.height
+        except av.error.FFmpegError:
+            return False  # the pass from start to end says what is wrong
+    return True
 
 
 def extract_frames(
-    path: str | Path, k: int, size: tuple[int, int] | None = None, crop: bool = True
+    path: str | Path,
+    frames: int | range,
+    size: tuple[int, int] | None = None,
+    crop: bool = True,
+    start: float = 0.0,
+    end: float = math.inf,
 ) -> np.ndarray:
-    """K evenly spaced frames of a video file -> (K, H, W, 3) RGB uint8, upright; exact on the frames that
-    decode.
+    """Frames of a video file -> (K, H, W, 3) RGB uint8, upright; exact on the frames that decode.
 
-    size (h, w) scales the short side and crops the centre, or squeezes without `crop`, with cv2 INTER_AREA,
-    as each frame is decoded. One thread: loaders have workers. Raises BadSample with the reason, ValueError
-    for k < 1; no frame is repeated or dropped.
+    frames: K, evenly spaced, or a range of numbers; of those shown from `start` until before `end`, in
+    seconds after the first. size (h, w) scales the short side and crops the centre, or squeezes without
+    `crop`, as each frame is decoded. One thread: loaders have theirs. Raises BadSample with the reason,
+    ValueError for K < 1; no frame is repeated or dropped.
     """
-    # Read when cv2 loads: no warning for each bad clip, none of ffmpeg's chatter about damaged frames.
-    os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
-    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-    import cv2
+    # wrong numbers are the caller's fault, not the clip's
+    if not isinstance(frames, range):
+        frame_indices(frames, frames)
+    elif not frames or min(frames) < 0 or frames.step < 0:
+        raise ValueError(f"{frames}: needs numbers from 0 up, in order")
+    choose = partial(chosen_frames, frames=frames, start=start, end=end)
+    picture_of, pictures = picture_maker(threading.get_ident()), {}
 
-    fit = partial(fitted, size=size, crop=crop)
-    frame_indices(k, k)  # a wrong k is the caller's fault, not the clip's
-    path = os.path.abspath(path)  # no "concat:" or "http:" survives
-    if not os.path.isfile(path):
-        raise BadSample("not a regular file" if os.path.exists(path) else "no such file")
-    with open(path, "rb") as file:
-        head = file.read(1024)
-    if b"\0" not in head:  # every container has zero bytes in its header
-        raise BadSample("text or HTML, not a video" if head else "empty file")
-    # MP4, MOV, Matroska and WebM list their keyframes; elsewhere (MPEG-TS) a seek can land in the middle of a
-    # group.
-    has_index = head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free") or head.startswith(
-        b"\x1a\x45\xdf\xa3"
-    )
-    # OpenCV takes ffmpeg's options from the environment alone, at each open.
-    os.environ["OPENCV_FFMPEG_CAPTURE_OPTIONS"] = f"format_whitelist;{CONTAINERS}|protocol_whitelist;file"
-    cap = cv2.VideoCapture(path, cv2.CAP_FFMPEG, [cv2.CAP_PROP_FORMAT, -1])  # raw packets: nothing is decoded
-    width, height = cap.get(cv2.CAP_PROP_FRAME_WIDTH), cap.get(cv2.CAP_PROP_FRAME_HEIGHT)
-    if width * height > MAX_PIXELS:
-        raise BadSample(f"picture of {width:.0f}x{height:.0f}, more than {MAX_PIXELS} pixels")
-    packets = sorted((time, cap.get(cv2.CAP_PROP_LRF_HAS_KEY_FRAME)) for time in _grabs(cap))
-    times, keys = [time for time, _ in packets], [i for i, (_, is_key) in enumerate(packets) if is_key]
-    frames = _seek_frames(path, k, fit, times, keys, has_index)
-    # PyAV has the codecs that OpenCV's wheel lacks (AV1) and, where that does not help either, the reason.
-    for read in (_cv_frames, _av_frames) if times else (_av_frames,):
-        frames = frames or _all_frames(read, path, k, fit, len(times))
-    if not frames or any(frame is None or frame.shape != frames[0].shape for frame in frames):
-        raise BadSample(
-            "pictures that cannot be decoded, or change their size" if frames else "no frame decodes"
-        )
-    return np.stack(frames)
+    def take(number: int, frame: Any) -> None:
+        if number in wanted:
+            pictures[number] = fitted(picture_of(frame), size, crop)
 
-
-def local_file(video: str, cache: Path) -> Path:
-    """The file of a path or URL, the latter downloaded once. Raises BadSample."""
+    with open_media(path) as (container, stream):
+        may_seek = container.format.name.startswith(SEEKABLE[0]) and stream.codec_context.name in SEEKABLE[1]
+        rate = float(stream.average_rate or 25)
+        packets, times = packet_times(container, stream)
+    pts, keys = [pts for pts, _ in packets], [i for i, (_, is_key) in enumerate(packets) if is_key]
     try:
-        path = download(video, cache / "downloads") if is_url(video) else Path(video)
+        wanted = choose(times)
+    except BadSample:  # perhaps the packets hide some
+        wanted = []
+    # MPEG-4 in the wild marks every packet as a keyframe
+    if wanted and may_seek and None not in pts and len(set(pts)) == len(pts) > len(keys) > 0:
+        last = wanted[-1] if isinstance(frames, range) else len(times) - 1
+        needed = sorted({0, *wanted, last})  # with both ends, or the count is not proven
+        if sought_frames(path, pts, keys, needed, take):
+            return np.stack([pictures[i] for i in wanted])
+    for _ in range(2):  # from start to end; once more where the packets had it wrong
+        pictures.clear()
+        times = []
+        with open_media(path) as (container, stream):
+            for number, frame in enumerate(decoded_frames(container, stream)):
+                take(number, frame)
+                times.append(number / rate if frame.pts is None else frame.time)
+                if isinstance(frames, range) and wanted and number == wanted[-1]:
+                    break  # nothing after it matters
+        if not times:
+            raise BadSample("no frame decodes")
+        guessed, wanted = wanted, choose(np.maximum.accumulate(np.array(times) - times[0]).tolist())
+        if wanted == guessed:
+            return np.stack([pictures[i] for i in wanted])
+    raise BadSample("decodes to another number of frames each time")
+
+
+@contextlib.contextmanager
+def local_file(video: str, cfg: Any) -> Iterator[Path]:
+    """The file of a path, of a URL, which is downloaded once, or of a cell of parquet. With cfg.streaming
+    what was fetched is gone afterwards. Raises BadSample."""
+    fetched, folder = True, cfg.cache_dir / "downloads"
+    try:
+        if CELL in video:
+            path = video_in_table(video, folder)
+        elif video.startswith("hf://"):
+            path = hub_file(video, folder if cfg.streaming else None)
+        elif is_url(video):
+            path = download(video, folder)
+        else:
+            path, fetched = Path(video), False
         path.stat()
     except (OSError, ValueError) as error:
-        raise BadSample(getattr(error, "strerror", None) or str(error)) from error
-    return path
+        raise BadSample(getattr(error, "strerror", None) or brief(error)) from error
+    try:
+        yield path
+    finally:
+        if fetched and cfg.streaming:
+            path.unlink(missing_ok=True)
 
 
-def cached_frames(video: str, frames: int, size: int, cache: Path, crop: bool = True) -> Path:
-    """Decode once: a .npy file of uint8 (F, size, size, 3) frames of a path or URL, cropped or squeezed.
-    Raises BadSample."""
-    path = local_file(video, cache)
-    stat = path.stat()
-    # 1: version of the reader
-    key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{frames}|{size}|{crop}|1"
-    target = cache / "frames" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
+def identity_of(video: str) -> str:
+    """What a video's files in the cache go by: a file that was changed is another one, a URL is what it is.
+    Raises BadSample for a file that is not there."""
+    if is_url(video):
+        return video
+    try:
+        stat = os.stat(video.partition(CELL)[0])
+    except OSError as error:
+        raise BadSample(error.strerror) from error
+    return f"{os.path.realpath(video)}|{stat.st_size}|{stat.st_mtime_ns}"
+
+
+def frames_file(row: Row, frames: int, size: int, cfg: Any, crop: bool = True) -> Path:
+    """Where the cache has these frames. Raises BadSample for a file that is not there."""
+    # 2: version of the reader
+    key = f"{identity_of(row.video)}|{row.start}|{row.end}|{frames}|{size}|{crop}|2"
+    digest = hashlib.sha256(key.encode()).hexdigest()[:32]
+    return cfg.cache_dir / "frames" / digest[:2] / f"{digest}.npy"
+
+
+def cached_frames(row: Row, frames: int, size: int, cfg: Any, crop: bool = True) -> Path:
+    """Decode once: a .npy file of uint8 (F, size, size, 3) frames, cropped or squeezed. Raises BadSample."""
+    target = frames_file(row, frames, size, cfg, crop)
     if not target.exists():
-        save_array(target, extract_frames(path, frames, (size, size), crop))
+        with local_file(row.video, cfg) as path:
+            save_array(target, extract_frames(path, frames, (size, size), crop, row.start, row.end))
     return target
 
 
-def decode_all(
-    rows: list, frames: int, size: int, cache: Path, workers: int, crop: bool = True
-) -> tuple[list[Path | None], list]:
-    """-> (the cached frames of each row's video or None, bad samples). A row has the fields `video` and
-    `where`."""
+def local_ranks() -> int:
+    """How many ranks this machine has, as torchrun and deepspeed tell it"""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
+def usable_cores() -> int:
+    """This rank's share of the cores that affinity and the container's quota leave"""
+    cores, groups = float(len(os.sched_getaffinity(0))), Path("/sys/fs/cgroup")
+    # cgroup 2 and 1: "quota period", in microseconds; no quota is "max" or -1
+    files = [groups / "cpu.max"], [groups / "cpu/cpu.cfs_quota_us", groups / "cpu/cpu.cfs_period_us"]
+    for limit in (" ".join(path.read_text() for path in paths if path.exists()).split() for paths in files):
+        if len(limit) == 2 and limit[0].isdigit():
+            cores = min(cores, int(limit[0]) / int(limit[1]))
+    return max(1, int(cores / local_ranks()))
+
+
+def decode_rows(
+    rows: list[Row], frames: int, size: int, cfg: Any, crop: bool = True
+) -> tuple[list[Path | None], list[dict]]:
+    """Every rank, each its share: -> (the cached frames of each row or None, bad samples), the same on all.
+    It may be stopped and started again. Exit 2 when the cache would not fit onto the disk."""
     from tqdm import tqdm
 
-    def decode(row: Any) -> Path | dict:
-        try:
-            return cached_frames(row.video, frames, size, cache, crop)
-        except BadSample as error:
-            return {"where": row.where, "video": row.video, "reason": str(error)}
+    done: dict[int, Path | dict] = {}
 
-    pool = ThreadPoolExecutor(workers)  # the decoders release the GIL
+    def by(call: Callable[..., Path], i: int) -> bool:
+        """Note the file, or what is wrong; whether it is still to be made"""
+        try:
+            done[i] = call(rows[i], frames, size, cfg, crop)
+        except BadSample as error:
+            done[i] = rows[i].left_out(error)
+        return isinstance(done[i], Path) and not done[i].exists()
+
+    # each machine fills a cache; one that they share is filled from several places at once
+    here, machine = local_ranks(), rank() // local_ranks()
+    mine = list(range(rank() % here, len(rows), here))
+    first = len(mine) * machine * here // world_size()
+    todo = [i for i in mine[first:] + mine[:first] if by(frames_file, i)]
+    count = sum(from_all_ranks(len(todo))[machine * here : (machine + 1) * here])
+    need, free = count * (frames * size * size * 3 + 4096) / GB, disk_free(cfg.cache_dir) / GB
+    if rank() == 0 and count:
+        into = f"{need:.2f} GB into {cfg.cache_dir}/frames, {free:.1f} GB free"
+        log.info(f"frames   {count} of {len(rows)} clips are to be decoded, {into}")
+    if need > free:
+        refuse(f"--cache_dir {cfg.cache_dir}: {free:.2f} GB free for {need:.2f} GB of frames")
+    pool = ThreadPoolExecutor(cfg.num_workers or usable_cores())  # the decoders release the GIL
     try:
-        results = list(tqdm(pool.map(decode, rows), "decode", len(rows), unit="clip", disable=None))
+        shown = tqdm(
+            total=len(todo), desc="decode", unit="clip", disable=None if rank() == 0 and todo else True
+        )
+        for _ in pool.map(partial(by, cached_frames), todo):
+            shown.update()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # a signal ends it at once
-    return [None if isinstance(r, dict) else r for r in results], [r for r in results if isinstance(r, dict)]
+    together = merged_over_ranks(done)
+    files = [entry if isinstance(entry := together[i], Path) else None for i in range(len(rows))]
+    return files, [entry for entry in together.values() if isinstance(entry, dict)]
 
 
 def save_array(target: Path, array: np.ndarray) -> None:
@@ -2093,12 +2884,12 @@ def download(url: str, folder: Path, max_bytes: int = 2 * 2**30, timeout: float 
     """The file behind an http(s) url, fetched once into `folder`; whole or absent, also after a crash.
 
     Not by the Hub's client, for the urls of a manifest are strangers: no token, no .netrc, no proxy's
-    password. Raises OSError if the file cannot be had within `timeout` seconds, ValueError if it is none that
-    we take.
+    password, no address of this machine or its link, where clouds keep secrets, but for $SAMPLES_URL's host.
+    Raises OSError if the file cannot be had within `timeout` seconds, ValueError if it is none that we take.
     """
     import requests
 
-    address, shown = urllib.parse.urlsplit(url), redact(url)
+    address, shown = urllib.parse.urlsplit(url), redact(without_query(url))
     if address.scheme not in ("http", "https"):
         raise ValueError(f"{shown}: only http and https are downloaded")
     suffix = re.search(r"(\.[A-Za-z0-9]{1,8})?$", address.path)[0]
@@ -2114,6 +2905,8 @@ def download(url: str, folder: Path, max_bytes: int = 2 * 2**30, timeout: float 
     session.proxies = {scheme: proxy for scheme, proxy in proxies.items() if "@" not in proxy}
     session.trust_env = False
     session.hooks["response"] = [drop_redirect]
+    send = session.send  # of each request, those of redirects too
+    session.send = lambda request, **named: send(elsewhere(request), **named)
     end = time.monotonic() + timeout
 
     def fetch() -> None:
@@ -2141,6 +2934,24 @@ def download(url: str, folder: Path, max_bytes: int = 2 * 2**30, timeout: float 
     finally:
         part.unlink(missing_ok=True)
     return target
+
+
+def elsewhere(request: Any) -> Any:
+    """The request, if it goes to another machine: ValueError for addresses of this one and of its link."""
+    host = urllib.parse.urlsplit(request.url).hostname or ""
+    if host == urllib.parse.urlsplit(os.environ.get("SAMPLES_URL", "")).hostname:
+        return request
+    try:
+        found = {
+            ipaddress.ip_address(entry[4][0].partition("%")[0]) for entry in socket.getaddrinfo(host, None)
+        }
+    except OSError:  # by a proxy it may be found; else the request says why not
+        return request
+    for address in found:
+        address = getattr(address, "ipv4_mapped", None) or address
+        if address.is_loopback or address.is_link_local or address.is_unspecified:
+            raise ValueError(f"{host} is {address}, this machine or its link: no video is fetched from there")
+    return request
 
 
 def drop_redirect(answer: Any, **_: Any) -> None:
@@ -2236,6 +3047,14 @@ def show_plan(
     name = "DeepSpeed's config" if cfg.deepspeed == "auto" else cfg.deepspeed
     config = ds_config(layout.config, name, getattr(cfg, "batch_size", 1), cfg.accum, cfg.clip, cfg.dtype)
     return dataclasses.replace(layout, config=config)
+
+
+def row_lines(rows: list[T], told: Callable[[T], str]) -> list[tuple[str, str]]:
+    """The plan's lines about three of the rows, as the model will see them"""
+    shown = (told(row).replace("\n", "\\n") for row in rows[:: max(1, len(rows) // 3)][:3])
+    return [
+        ("" if i else "rows", text if len(text) < 240 else f"{text[:240]}...") for i, text in enumerate(shown)
+    ]
 
 
 def steps_line(cfg: Any, device: Any, unit: str) -> tuple[str, str]:

@@ -14,11 +14,10 @@
     ./run.sh llava_vtt.py 4 --manifest clips.jsonl   # four GPUs, logged, data set and model pushed to the Hub
     python llava_vtt.py --predict clip.mp4 --question "What happens?"
 
-Data, one of: --manifest, a file of JSON lines, CSV or parquet with the columns video, question and answer (or
-caption), or video and a list qa of {"question", "answer"}; --video_dir, a folder of video_001.mp4 beside
-video_001.json with a "description"; --dataset, a Hub id or folder that the library datasets loads, with such
-columns. Videos are paths or URLs. Without any, four public samples. Training and held-out clips are split by
-video; all questions of a clip are turns of one conversation.
+Data: --manifest, a table or a folder, or --dataset, an id of the Hub, in any of the forms that README.md
+lists (conversations, messages, question and answer, multiple choice, captions). Without either, four public
+samples. Training and held-out clips are split by video; all questions of a clip are turns of one
+conversation.
 
 LoRA on the language model and the whole projector are trained; --lora_r 0 trains all of the language model,
 --train_vision the vision tower too, --load_in_4bit is QLoRA. The loss is on the answers and their <|im_end|>
@@ -37,6 +36,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
@@ -44,7 +44,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -55,30 +55,31 @@ from torch import Tensor, nn
 from common import (
     CHECKPOINTING,
     DEFAULT_QUESTION,
+    QA,
     BadSample,
     Free,
     Layout,
     Lower,
+    Row,
     Run,
-    all_rows,
     barrier,
     brief,
     check_loaded,
     check_settings,
     check_weights,
     copy_code,
-    decode_all,
+    data_name,
+    decode_rows,
     demo_module,
-    download,
     epoch_order,
     extract_frames,
     fetch_model,
     fingerprint,
     finish_run,
-    first_of,
     full_weights,
     is_url,
     leave_out,
+    local_file,
     log,
     memory_layouts,
     merged_over_ranks,
@@ -92,11 +93,13 @@ from common import (
     push_rows,
     pushes_data,
     rank,
+    read_data,
     read_flags,
     read_json_lines,
     refuse,
     resume_engine,
     rounds,
+    row_lines,
     run,
     save_run,
     saved_bytes,
@@ -107,7 +110,6 @@ from common import (
     tiny_model,
     training_steps,
     with_steps,
-    without_mark,
     words,
     world_size,
     write_grid,
@@ -150,12 +152,12 @@ class Config:
 
     # data
 
-    # JSON lines, CSV or parquet: video, question, answer or caption (or qa)
-    manifest: Free[Path | None] = None
-    video_dir: Free[Path | None] = None  # x.mp4 beside x.json with a description
-    dataset: Free[str] = ""  # Hub id or folder for the library datasets: video, question, caption
+    # JSON, JSON lines, CSV, TSV or parquet of videos, questions and answers, or a folder
+    manifest: Free[Annotated[Path | None, tyro.conf.arg(aliases=["--video_dir"])]] = None
+    dataset: Free[str] = ""  # of the Hub, ID[:config][:split], or a folder
+    videos: Free[Path | None] = None  # folder of the videos; default: the manifest's
     frames: int = 5  # per clip, spread evenly over the video
-    question: str = ""  # of --predict; and of videos that have a caption or description and no question
+    question: str = ""  # of --predict; and what a caption answers where the data ask nothing
     max_turns: int = 8  # questions of one clip in one sequence
     val_fraction: float = 0.1  # share of the videos held out, unless the data set has such a split
     augment: bool = False  # crop, brightness and contrast, the same for all frames of a clip
@@ -163,7 +165,8 @@ class Config:
     curriculum: bool = False  # three stages: answers below 10 words, below 20, all
     max_bad: Free[float] = 0.05  # share of unusable samples above which the run refuses
     cache_dir: Free[Path] = Path("cache")  # decoded frames, downloads
-    num_workers: Free[int] = os.cpu_count() or 1  # threads that decode
+    streaming: Free[bool] = False  # remove what was downloaded once it is decoded: for what no disk holds
+    num_workers: Free[int] = 0  # threads that decode; 0: one for each core that is this rank's
 
     # model
 
@@ -225,12 +228,12 @@ class Config:
         check_settings(
             self,
             at_least_1="frames max_turns batch_size accum max_new_tokens eval_questions log_every eval_every "
-            "save_every keep num_workers",
-            at_least_0="steps lora_r warmup_steps",
+            "save_every keep",
+            at_least_0="steps lora_r warmup_steps num_workers",
             above_0="lr clip epochs lora_alpha",
             shares="val_fraction lora_dropout max_bad",
         )
-        sources = ("demo", "manifest", "video_dir", "dataset")
+        sources = ("demo", "manifest", "dataset")
         if len(taken := [f"--{name}" for name in sources if getattr(self, name)]) > 1:
             raise ValueError(f"{' and '.join(taken)}: the data come from one of them")
         if self.predict and not self.question:
@@ -259,70 +262,23 @@ DEMO = dict(
 # ---------------------------------------------------------------------------
 
 
-class QA(NamedTuple):
-    question: str
-    answer: str
-    kind: str = ""  # what is asked for, where the data say so: the table at the end has a line for each
+def check_text(texts: list[QA]) -> None:
+    """BadSample for what the tokenizer would take for something else"""
+    if any(token in text for qa in texts for text in qa[:2] for token in ("<|im_", "<image>")):
+        raise BadSample("a special token (<image>, <|im_end|>, ...) inside the text")
 
 
-@dataclass(frozen=True)
-class AskedClip:
-    video: str  # path or http(s) URL
-    qa: tuple[QA, ...]
-    where: str  # file and line, for messages
-    split: str = ""  # as split_of gives it
-
-
-def read_questions(cfg: Config) -> tuple[list[AskedClip], list[dict]]:
-    """-> (a clip for each video, with all its questions, bad samples). Exit 2 when no row has a question."""
-    rows, folder = all_rows(cfg, videos=True)
-    default = cfg.question or (DEFAULT_QUESTION if cfg.video_dir else "")
-    if not default and not any(first_of(row, "question", "qa") for _, row, _ in rows):
-        columns = ", ".join(rows[0][1])
-        refuse(
-            f"{clips_source(cfg)}: no question in any of {len(rows)} rows (columns: {columns}); "
-            f'add a column, or ask the same of all with --question "{DEFAULT_QUESTION}"'
-        )
-    clips: dict[str, AskedClip] = {}
-    bad = []
-    for where, row, split in rows:
-        video = first_of(row, "video", "video_path", "path", "file")
-        pairs = first_of(row, "qa") or [row]
-        asked = []
-        for pair in pairs if isinstance(pairs, list) else []:
-            if isinstance(pair, dict):
-                answer = first_of(pair, "answer", "caption", "description")
-                asked.append((pair.get("question") or default, answer, pair.get("kind")))
-        if reason := why_unusable(video, asked):
-            named = {"video": video} if isinstance(video, str) else {}
-            bad.append({"where": where} | named | {"reason": reason})
-            continue
-        source = video if is_url(video) else str(folder / video)
-        qa = tuple(QA(without_mark(q), answer.strip(), str(kind or "")) for q, answer, kind in asked)
-        earlier = clips.get(source, AskedClip(source, (), where, split))
-        # held-out questions about pictures that were seen prove nothing
-        part = split if split == earlier.split else "train"
-        clips[source] = dataclasses.replace(earlier, qa=earlier.qa + qa, split=part)
-    return list(clips.values()), bad
-
-
-def why_unusable(video: Any, asked: list[tuple[Any, Any, Any]]) -> str:
-    """Of a row's video and its (question, answer, kind): the reason, "" for a row that can be used"""
-    if not isinstance(video, str):
-        return 'no video ("video", "video_path", "path" or "file")'
-    if not asked or not all(isinstance(question, str) and without_mark(question) for question, _, _ in asked):
-        return 'no question ("question", or "qa": [{"question", "answer"}])'
-    if not all(isinstance(answer, str) and answer.strip() for _, answer, _ in asked):
-        return 'question without answer ("answer", "caption", "description")'
-    texts = [f"{without_mark(question)} {answer}" for question, answer, _ in asked]
-    if any("<|im_" in text or "<image>" in text for text in texts):
-        return "a special token (<image>, <|im_end|>, ...) inside the text"
-    return ""
-
-
-def clips_source(cfg: Config) -> str:
-    generated = "generated clips of moving shapes" if cfg.demo else "four public samples"
-    return str(cfg.manifest or cfg.video_dir or cfg.dataset or generated)
+@on_rank0
+def read_clips(cfg: Config) -> tuple[list[Row], list[dict]]:
+    """-> (a clip for each video, with all its questions, bad samples)"""
+    rows, bad = read_data(cfg, "answer", check=check_text)
+    for row in rows if cfg.augment_flip else ():
+        if SIDES & set(words(" ".join(f"{qa.question} {qa.answer}" for qa in row.texts))):
+            refuse(
+                f"--augment_flip: a mirrored clip makes left and right wrong, and {row.where} asks for them; "
+                "leave it out"
+            )
+    return rows, bad
 
 
 @dataclass(frozen=True)
@@ -349,7 +305,7 @@ class Data:
     held_out: list[Sample]  # to evaluate on; the same as train when there is one video alone
     bad: list[dict]  # samples that were left out, and why
     # of both parts, for the data set that is pushed
-    clips: tuple[list[AskedClip], list[AskedClip]] = ((), ())
+    clips: tuple[list[Row], list[Row]] = ((), ())
 
 
 def generated_data(cfg: Config) -> Data:
@@ -365,40 +321,25 @@ def generated_data(cfg: Config) -> Data:
     return Data([sample(scene) for scene in train], [sample(scene) for scene in held_out], bad=[])
 
 
-@on_rank0
-def decode_clips(cfg: Config, base: Base) -> tuple[list[AskedClip], list[Path], list[dict]]:
-    """-> (clips that can be used, the file of each one's frames, bad samples)"""
-    clips, bad = read_questions(cfg)
-    if cfg.augment_flip:
-        for clip in clips:
-            if SIDES & set(words(" ".join(f"{qa.question} {qa.answer}" for qa in clip.qa))):
-                refuse(
-                    f"--augment_flip: a mirrored clip makes left and right wrong, and {clip.where} asks for "
-                    "them; leave it out"
-                )
-    files, undecoded = decode_all(clips, cfg.frames, base.size, cfg.cache_dir, cfg.num_workers, base.crop)
-    bad += undecoded
-    good = [(clip, file) for clip, file in zip(clips, files) if file]
-    leave_out(clips_source(cfg), len(good), bad, cfg.max_bad)
-    return [clip for clip, _ in good], [file for _, file in good], bad
-
-
 def load_data(cfg: Config, base: Base) -> Data:
     """Every rank. Exit 2 when there is nothing to train on."""
     if cfg.demo:
         return generated_data(cfg)
-    clips, files, bad = decode_clips(cfg, base)
-    videos, splits = [clip.video for clip in clips], [clip.split for clip in clips]
+    clips, bad = read_clips(cfg)
+    files, undecoded = decode_rows(clips, cfg.frames, base.size, cfg, base.crop)
+    clips, files = [c for c, file in zip(clips, files) if file], [file for file in files if file]
+    leave_out(data_name(cfg), len(clips), undecoded, cfg.max_bad)
     samples: tuple[list[Sample], list[Sample]] = ([], [])
+    videos, splits = [clip.video for clip in clips], [clip.split for clip in clips]
     parts = split_clips(videos, splits, cfg.val_fraction, cfg.seed)
     for part, indices in zip(samples, parts):
         for i in indices:
-            for turn in range(0, len(clips[i].qa), cfg.max_turns):
-                part.append(Sample(files[i], clips[i].qa[turn : turn + cfg.max_turns]))
+            for turn in range(0, len(clips[i].texts), cfg.max_turns):
+                part.append(Sample(files[i], tuple(clips[i].texts[turn : turn + cfg.max_turns])))
     train, held_out = samples
     if not train:
         refuse("every video is in the held-out split: there is none to train on")
-    return Data(train, held_out or train, bad, tuple([clips[i] for i in part] for part in parts))
+    return Data(train, held_out or train, bad + undecoded, tuple([clips[i] for i in part] for part in parts))
 
 
 def rearrange_frames(clip: np.ndarray, how: str, seed: int) -> np.ndarray:
@@ -469,6 +410,13 @@ def expand(ids: list[int], labels: list[int], base: Base) -> tuple[list[int], li
         wide[0].extend([token] * times)
         wide[1].extend([label] * times)
     return wide
+
+
+def as_seen(sample: Sample, collate: VideoCollator) -> str:
+    """For people: the text of its sequence, with the tokens of the frames counted"""
+    image = collate.base.processor.image_token
+    text = collate.base.processor.tokenizer.decode(collate.sequence(sample.qa)[0])
+    return re.sub(f"({re.escape(image)})+", lambda run: f"{image} x {len(run[0]) // len(image)}", text)
 
 
 def pixel_values(clips: list[np.ndarray], base: Base, dtype: str | None) -> Tensor:
@@ -898,9 +846,10 @@ def plan_of(cfg: Config, base: Base, data: Data, device: torch.device) -> Layout
     seen = f"on {all_supervised} of {all_tokens} tokens in {len(looked_at)} sequences"
     parameters = f"{sizes.parameters / 1e6:.2f} M parameters; {method}: {sizes.trained / 1e6:.2f} M trained"
     lines = [
-        ("data", f"{clips_source(cfg)}: {sequences}"),
+        ("data", f"{data_name(cfg)}: {sequences}"),
         ("frames", f"{cfg.frames} of {base.size}x{base.size}, {base.tokens_per_frame} tokens each"),
         ("loss", f"{seen}: answers and <|im_end|> alone; longest sequence {tokens}"),
+        *row_lines(data.train, partial(as_seen, collate=collate)),
         ("model", f"{base.source}, {parameters}"),
         steps_line(cfg, device, "clips"),
     ]
@@ -1138,9 +1087,13 @@ def push_clips(cfg: Config, data: Data) -> None:
         for number, clip in enumerate(clips):
             video = clip.video if is_url(clip.video) else Path(clip.video).name  # no path of this machine
             if cfg.push_videos and not is_url(clip.video):
-                video = f"videos/{split}_{number:06d}{Path(clip.video).suffix}"
-                shutil.copyfile(clip.video, folder / video)
-            rows += [{"video": video, "question": qa.question, "answer": qa.answer} for qa in clip.qa]
+                with local_file(clip.video, cfg) as file:
+                    video = f"videos/{split}_{number:06d}{file.suffix}"
+                    shutil.copyfile(file, folder / video)
+            part = {"start": clip.start} if clip.part else {}
+            part |= {"end": clip.end} if clip.end < math.inf else {}
+            asked = ({"question": qa.question, "answer": qa.answer} for qa in clip.texts)
+            rows += [{"video": video} | part | qa for qa in asked]
     files = "a file of this repository" if cfg.push_videos else "the name of a file that is not part of it"
     about = f"`video` is a URL, or {files}."
     push_rows(folder, cfg.hub_dataset_id, cfg.public, parts, about, Path(__file__).name)
@@ -1159,11 +1112,11 @@ def card_of(cfg: Config, base: Base, results: dict) -> dict:
     question = json.dumps(cfg.question or DEFAULT_QUESTION)
     return {
         "about": f"`{Path(base.source).name if local else base.source}`, fine-tuned to answer questions "
-        f"about videos ({cfg.frames} frames, evenly spread) on `{Path(clips_source(cfg)).name}` by "
+        f"about videos ({cfg.frames} frames, evenly spread) on `{Path(data_name(cfg)).name}` by "
         f"`llava_vtt.py`, which lies in this repository. Here are {weights}. The tables show how much of the "
         "score needs the pictures, and their order.",
         "usage": f'from llava_vtt import ask\n\nprint(ask("clip.mp4", {question}, folder))',
-        "data": Path(clips_source(cfg)).name,
+        "data": Path(data_name(cfg)).name,
         "more": "\n".join(lines),
         "library_name": "peft" if cfg.lora_r else "transformers",
         "pipeline_tag": "video-text-to-text",
@@ -1194,8 +1147,8 @@ def ask(video: str | Path, question: str, model: str | Path) -> str:
         from peft import PeftModel
 
         net = PeftModel.from_pretrained(net, folder)
-    path = download(str(video), cfg.cache_dir / "downloads") if is_url(str(video)) else video
-    clip = extract_frames(path, cfg.frames, (base.size, base.size), base.crop)
+    with local_file(str(video), cfg) as path:
+        clip = extract_frames(path, cfg.frames, (base.size, base.size), base.crop)
     return greedy_answers(net.to(device).eval(), base, [(clip, question)], cfg)[0]
 
 

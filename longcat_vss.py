@@ -34,6 +34,7 @@ LoRA, new words in a new voice, 1.00.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -67,6 +68,7 @@ from common import (
     Free,
     Layout,
     Lower,
+    Row,
     Run,
     barrier,
     brief,
@@ -92,6 +94,7 @@ from common import (
     normalized,
     on_rank0,
     open_engine,
+    open_media,
     open_run,
     out_of_memory,
     over_ranks,
@@ -101,6 +104,7 @@ from common import (
     read_json,
     refuse,
     rounds,
+    row_lines,
     run,
     save_array,
     save_run,
@@ -112,6 +116,7 @@ from common import (
     steps_line,
     tiny_model,
     training_steps,
+    usable_cores,
     with_steps,
     world_size,
     write_json,
@@ -166,7 +171,7 @@ class Config:
     val_fraction: float = 0.1  # share of the clips held out when there is no test/
     max_bad: Free[float] = 0.05  # share of unusable samples above which the run refuses
     cache_dir: Free[Path] = Path("cache")  # decoded frames and speech, speech codes
-    num_workers: Free[int] = os.cpu_count() or 1  # threads that decode
+    num_workers: Free[int] = 0  # threads that decode; 0: one for each core that is this rank's
 
     # model
 
@@ -234,8 +239,9 @@ class Config:
     def __post_init__(self) -> None:
         check_settings(
             self,
-            at_least_1="frames batch_size accum log_every eval_every save_every keep num_workers",
-            at_least_0="steps warmup_steps lora_r eval_samples text_weight audio_weight semantic_weight",
+            at_least_1="frames batch_size accum log_every eval_every save_every keep",
+            at_least_0="steps warmup_steps num_workers lora_r eval_samples text_weight audio_weight "
+            "semantic_weight",
             above_0="lr clip epochs lora_alpha max_seconds max_reply repetition_penalty",
             shares="val_fraction lora_dropout max_bad",
         )
@@ -275,8 +281,6 @@ SUFFIXES = {
     "video": (".mp4", ".mov", ".mkv", ".webm", ".avi"),
     "speech": (".wav", ".mp3", ".flac", ".m4a", ".ogg"),
 }
-# ffmpeg's playlist formats would open other files
-AUDIO_CONTAINERS = "wav,mp3,flac,ogg,aac,aiff,mov,matroska,avi"
 
 
 @dataclass(frozen=True)
@@ -300,15 +304,14 @@ def member(folder: Path, stem: str, kind: str) -> Path | None:
     return next((path for suffix in SUFFIXES[kind] for path in files if path.suffix.lower() == suffix), None)
 
 
-def open_media(path: Path) -> Any:
-    """A file as PyAV's container; BadSample when it is none."""
-    import av
-
-    options = {"format_whitelist": AUDIO_CONTAINERS, "protocol_whitelist": "file"}
+@contextlib.contextmanager
+def opened(path: Path, kind: Literal["video", "audio"]) -> Iterator[tuple[Any, Any]]:
+    """open_media, whose reasons say which of a sample's files they are about"""
     try:
-        return av.open(os.path.abspath(path), options=options, metadata_errors="ignore")
-    except (av.error.FFmpegError, OSError) as error:
-        raise BadSample(f"{path.name} is not video or sound: {error.strerror or error}") from error
+        with open_media(path, kind) as media:
+            yield media
+    except BadSample as error:
+        raise BadSample(f"{path.name}: {error}") from error
 
 
 def video_times(path: Path, most: int) -> tuple[int, tuple[float, ...], bool]:
@@ -318,10 +321,7 @@ def video_times(path: Path, most: int) -> tuple[int, tuple[float, ...], bool]:
     Of whole seconds the official loader takes the same frames to within one; of others it repeats the last
     frame, here they are spread evenly and the prompt says when each is seen.
     """
-    with open_media(path) as container:
-        stream = next(iter(container.streams.video), None)
-        if stream is None:
-            raise BadSample(f"{path.name} has no video")
+    with opened(path, "video") as (container, stream):
         length = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / 1e6
         last = float(length) - (1 / float(stream.average_rate) if stream.average_rate else 0)
         frames = stream.frames or round(float(length) * float(stream.average_rate or 0))
@@ -338,17 +338,14 @@ def read_speech(path: Path) -> tuple[np.ndarray, int]:
     Raises BadSample."""
     import av
 
-    with open_media(path) as container:
-        stream = next(iter(container.streams.audio), None)
-        if stream is None:
-            raise BadSample(f"{path.name} has no sound")
+    with opened(path, "audio") as (container, stream):
         resampler, parts = av.AudioResampler("fltp", None, SAMPLE_RATE), []
         try:
             for frame in container.decode(stream):
                 parts += resampler.resample(frame)
             parts += resampler.resample(None) if parts else []
         except av.error.FFmpegError as error:
-            raise BadSample(f"{path.name} cannot be decoded: {error.strerror}") from error
+            raise BadSample(f"cannot be decoded: {error.strerror}") from error
         sound = np.concatenate([np.zeros(0, np.float32), *(part.to_ndarray().mean(0) for part in parts)])
         return np.clip(sound, -1, 1), stream.rate
 
@@ -373,8 +370,8 @@ def cached_speech(path: Path, cfg: Config) -> tuple[Path, int]:
     check_speech(sound, path.name, cfg.max_seconds)
     if not target.exists():
         save_array(target, sound)
-    with open_media(path) as container:
-        return target, rate or container.streams.audio[0].rate
+    with opened(path, "audio") as (_, stream):
+        return target, rate or stream.rate
 
 
 def open_clip(folder: Path, cfg: Config, base: Base) -> Clip:
@@ -396,7 +393,7 @@ def open_clip(folder: Path, cfg: Config, base: Base) -> Clip:
 
 def make_sample(name: str, video: Path, speech: Path, reply: Path | None, text: str, cfg: Config) -> Clip:
     count, seconds, spread = video_times(video, cfg.frames)
-    frames = cached_frames(str(video), count, cfg.size, cfg.cache_dir, crop=False)
+    frames = cached_frames(Row(name, 0, str(video)), count, cfg.size, cfg, crop=False)
     heard, *rates = cached_speech(speech, cfg)
     said = None
     if reply:
@@ -442,7 +439,7 @@ def load_data(cfg: Config, source: Path, base: Base) -> Data:
         except BadSample as error:
             return {"where": str(folder), "reason": str(error)}
 
-    pool = ThreadPoolExecutor(cfg.num_workers)  # the decoders release the GIL
+    pool = ThreadPoolExecutor(cfg.num_workers or usable_cores())  # the decoders release the GIL
     decoded = list(tqdm(pool.map(decode, every), "decode", len(every), unit="clip", disable=None))
     pool.shutdown()
     bad = [clip for clip in decoded if isinstance(clip, dict)]
@@ -1865,6 +1862,11 @@ def describe(cfg: Config, data: Data, source: Path) -> list[tuple[str, str]]:
     narrow = [clip.name for clip in clips if min(clip.rates) < SAMPLE_RATE]
     same = " (the same: there is one clip)" if data.held_out is data.train else ""
     written, without = sum(bool(clip.text) for clip in clips), ""
+
+    def told(clip: tuple[Clip, float, float]) -> str:
+        (clip, into, out), pictures = clip, f"{2 * len(clip[0].seconds)} pictures"
+        return f"{clip.name}: {pictures}, speech {into:.1f} s  ->  {out:.1f} s {clip.text!r}"
+
     if written < len(clips):
         without = ": without it the model has no words to hold on to (a tiny one spoke .50 right, not .97)"
     lines = [
@@ -1876,6 +1878,7 @@ def describe(cfg: Config, data: Data, source: Path) -> list[tuple[str, str]]:
         ("frames", f"{2 * min(pairs)} to {2 * max(pairs)}, two a second, {cfg.size}x{cfg.size}"),
         ("speech", f"in {min(heard):.1f} to {max(heard):.1f} s, out {min(said):.1f} to {max(said):.1f} s"),
         ("text", f"{written} of {len(clips)} clips have an out.txt{without}"),
+        *row_lines(list(zip(data.train, heard, said)), told),
     ]
     if narrow:
         more = " ..." if len(narrow) > 5 else ""

@@ -15,10 +15,10 @@ video as text.
     ./run.sh nllb_vtt.py 4 --manifest clips.jsonl    # four GPUs, logged; data set and model go to the Hub
     python nllb_vtt.py --predict --question "What happens?" --metadata '{"title": "A cat", "tags": ["sofa"]}'
 
-Data as llava_vtt.py takes them: --manifest (JSON lines, CSV, parquet), --video_dir, --dataset, or four public
-samples; no video is opened. The source is the question and the columns that --source_fields names, never the
-answer: sources that hold their answer word by word are counted, and refused when there are more than a few.
-Columns src_lang and tgt_lang win over the flags.
+Data as llava_vtt.py takes them, in any of the forms that README.md lists: --manifest, --dataset, or four
+public samples; no video is opened. The source is the question and the columns that --source_fields names,
+never the answer: sources that hold their answer word by word are counted, and refused when there are more
+than a few. Columns src_lang and tgt_lang win over the flags.
 
 The generation config that is saved and pushed makes a plain generate() answer in --tgt_lang. Each evaluation
 generates, and shows beside it what the most frequent answer and the copied source would score.
@@ -60,21 +60,19 @@ from common import (
     Layout,
     Lower,
     Run,
-    all_rows,
     barrier,
     brief,
     check_loaded,
     check_settings,
     check_weights,
     copy_code,
+    data_name,
     demo_module,
     fetch_model,
     fingerprint,
     finish_run,
-    first_of,
     full_weights,
     is_url,
-    leave_out,
     log,
     memory_layouts,
     merged_over_ranks,
@@ -89,11 +87,13 @@ from common import (
     push_rows,
     pushes_data,
     rank,
+    read_data,
     read_flags,
     read_json,
     read_json_lines,
     refuse,
     rounds,
+    row_lines,
     run,
     save_run,
     saved_bytes,
@@ -104,7 +104,6 @@ from common import (
     tiny_model,
     training_steps,
     with_steps,
-    without_mark,
     words,
     world_size,
     write_json,
@@ -133,12 +132,12 @@ class Config:
 
     # data
 
-    # JSON lines, CSV or parquet: question, answer or caption (or qa), metadata, video
-    manifest: Free[Path | None] = None
-    video_dir: Free[Path | None] = None  # x.mp4 beside x.json with a description
-    dataset: Free[str] = ""  # Hub id or folder for the library datasets: video, question, caption
+    # JSON, JSON lines, CSV, TSV or parquet of questions, answers and metadata, or a folder
+    manifest: Free[Annotated[Path | None, tyro.conf.arg(aliases=["--video_dir"])]] = None
+    dataset: Free[str] = ""  # of the Hub, ID[:config][:split], or a folder
+    videos: Free[Path | None] = None  # as llava_vtt.py has it; no video is opened here
     source_fields: str = FIELDS  # columns that go into the source, in this order
-    question: str = ""  # of --predict; and of rows that have a caption or description and no question
+    question: str = ""  # of --predict; and what a caption answers where the data ask nothing
     src_lang: str = "eng_Latn"  # of the source, where a row has no column src_lang
     tgt_lang: str = "eng_Latn"  # of the answer, where a row has no column tgt_lang
     allow_leak: Free[bool] = False  # take data whose sources hold their answers word by word
@@ -211,9 +210,7 @@ class Config:
             above_0="lr clip epochs lora_alpha",
             shares="val_fraction lora_dropout label_smoothing max_bad max_cut",
         )
-        sources = [
-            f"--{name}" for name in ("demo", "manifest", "video_dir", "dataset") if getattr(self, name)
-        ]
+        sources = [f"--{name}" for name in ("demo", "manifest", "dataset") if getattr(self, name)]
         if len(sources) > 1:
             raise ValueError(f"{' and '.join(sources)}: the data come from one of them")
         if self.predict and not (self.question or self.metadata):
@@ -264,62 +261,29 @@ def source_of(question: str, row: dict, fields: list[str]) -> str:
 
 @on_rank0
 def read_examples(cfg: Config) -> tuple[list[Example], list[str], list[dict]]:
-    """-> (an example for each question, its part as split_of gives it, bad samples). Exit 2 when no row has a
-    question, or a field that was asked for is nowhere."""
+    """-> (an example for each question, its part as split_of gives it, bad samples). Exit 2 when a field that
+    was asked for is nowhere."""
+    records = None
     if cfg.demo:
         metadata = demo_module("metadata")
-        rows = metadata.generated_rows(cfg.steps * cfg.batch_size * cfg.accum, cfg.seed, held_out=False)
-        rows += metadata.generated_rows(cfg.eval_questions, cfg.seed, held_out=True)
-        folder = Path()
-    else:
-        rows, folder = all_rows(cfg, videos=False)
-    default = cfg.question or (DEFAULT_QUESTION if cfg.video_dir else "")
-    columns = sorted(set().union(*(row for _, row, _ in rows)))
-    if not default and not {"question", "qa"} & set(columns):
-        refuse(
-            f"{data_name(cfg)}: no question in any of {len(rows)} rows (columns: {', '.join(columns)}); "
-            f'add a column, or ask the same of all with --question "{DEFAULT_QUESTION}"'
-        )
+        records = metadata.generated_rows(cfg.steps * cfg.batch_size * cfg.accum, cfg.seed, held_out=False)
+        records += metadata.generated_rows(cfg.eval_questions, cfg.seed, held_out=True)
     fields = cfg.source_fields.split(",")
-    if cfg.source_fields != FIELDS and (wrong := [name for name in fields if name not in columns]):
-        refuse(f"--source_fields {wrong[0]}: in none of {len(rows)} rows (columns: {', '.join(columns)})")
-    examples, parts, bad = [], [], []
-    for where, row, part in rows:
-        pairs = row["qa"] if isinstance(row.get("qa"), list) else [row]
-        for pair in (p if isinstance(p, dict) else {} for p in pairs):
-            question, target = (
-                pair.get("question") or default,
-                first_of(pair, "answer", "caption", "description"),
-            )
-            video = first_of(row, "video", "video_path", "path", "file", "video_id")
-            if not isinstance(question, str) or not without_mark(question):
-                bad.append(
-                    {"where": where, "reason": 'no question ("question", or "qa": [{"question", "answer"}])'}
-                )
-            elif not isinstance(target, str) or not target.strip():
-                bad.append(
-                    {"where": where, "reason": 'question without answer ("answer", "caption", "description")'}
-                )
-            else:
-                name = video if isinstance(video, str) else where
-                langs = [str(row.get(column) or getattr(cfg, column)) for column in ("src_lang", "tgt_lang")]
-                kept = {field: row[field] for field in fields if row.get(field) not in (None, "", [])}
-                # no path of this machine
-                shown = name if is_url(name) or not isinstance(video, str) else Path(name).name
-                pushed = {"video": shown, "question": without_mark(question), "answer": target.strip()} | kept
-                source = source_of(without_mark(question), row, fields)
-                examples.append(Example(source, target.strip(), *langs, name, where, pushed))
-                parts.append(part)
+    named = dict.fromkeys(fields, "--source_fields" if cfg.source_fields != FIELDS else "")
+    keep = named | {"src_lang": "", "tgt_lang": ""}
+    rows, bad = read_data(cfg, "answer", keep, videos=False, records=records)
+    examples, parts = [], []
+    for row in rows:
+        cells = {name: cell for name, cell in zip(keep, row.cells) if cell is not None}
+        langs = [str(cells.pop(column, getattr(cfg, column))) for column in ("src_lang", "tgt_lang")]
+        # no path of this machine
+        shown = row.video if is_url(row.video) else Path(row.video).name or row.where
+        for question, target, _ in row.texts:
+            source = source_of(question, cells, fields)
+            pushed = {"video": shown, "question": question, "answer": target} | cells
+            examples.append(Example(source, target, *langs, row.video or row.where, row.where, pushed))
+            parts.append(row.split)
     return examples, parts, bad
-
-
-def data_name(cfg: Config) -> str:
-    return str(
-        cfg.manifest
-        or cfg.video_dir
-        or cfg.dataset
-        or ("generated metadata" if cfg.demo else "four public samples")
-    )
 
 
 def leaks(example: Example) -> bool:
@@ -350,7 +314,6 @@ def load_data(cfg: Config, base: Base) -> Data:
     """Every rank. Exit 2 when there is nothing to train on, when sources hold their answers, or too many are
     too long."""
     examples, parts, bad = read_examples(cfg)
-    leave_out(data_name(cfg), len(examples), bad, cfg.max_bad)
     for code in sorted({e.src_lang for e in examples} | {e.tgt_lang for e in examples}):
         check_language(code, base)
     leaking = [e for e in examples if leaks(e)]
@@ -697,7 +660,6 @@ def plan_of(cfg: Config, base: Base, data: Data, device: torch.device) -> Layout
     pairs = collections.Counter((row.example.src_lang, row.example.tgt_lang) for row in data.train)
     same = " (the same: there is one video)" if data.held_out is data.train else ""
     tokens = np.array([(len(row.source), len(row.labels)) for row in data.train])
-    shown = [row.example for row in data.train[:: max(1, len(data.train) // 3)][:3]]
     stages = len(curriculum(data.train, cfg.curriculum))
     method = f"LoRA r {cfg.lora_r}" if cfg.lora_r else "all trained"
     lines = [
@@ -713,7 +675,9 @@ def plan_of(cfg: Config, base: Base, data: Data, device: torch.device) -> Layout
             f"source {tokens[:, 0].mean():.0f} on average, {source} at most; "
             f"answer {tokens[:, 1].mean():.0f}, {target}",
         ),
-        *(("", f"{example.source[:110]}  ->  {example.target[:60]}") for example in shown),
+        *row_lines(
+            data.train, lambda row: "  ->  ".join(map(base.tokenizer.decode, (row.source, row.labels)))
+        ),
         ("model", f"{base.source}, {parameters / 1e6:.2f} M parameters; {method}: {trained / 1e6:.2f} M"),
         steps_line(cfg, device, "questions"),
     ]

@@ -1,9 +1,10 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#   "av==18.1.0", "deepspeed==0.19.8", "einops==0.8.2", "huggingface_hub==2.4.0", "matplotlib==3.11.2",
-#   "numpy==2.4.6", "opencv-python-headless==5.0.0.93", "pillow==13.0.0", "requests==2.34.2",
-#   "safetensors==0.8.0", "torch>=2.6", "tqdm==4.70.1", "transformers==5.23.0", "tyro==1.0.17",
+#   "av==18.1.0", "datasets==5.2.0", "deepspeed==0.19.8", "einops==0.8.2", "huggingface_hub==2.4.0",
+#   "matplotlib==3.11.2", "numpy==2.4.6", "opencv-python-headless==5.0.0.93", "pillow==13.0.0",
+#   "requests==2.34.2", "safetensors==0.8.0", "torch>=2.6", "tqdm==4.70.1", "transformers==5.23.0",
+#   "tyro==1.0.17",
 # ]
 # ///
 """Text to video by diffusion on pixels: a 3-D U-Net with FiLM on CLIP text, cosine DDPM, DDIM sampling.
@@ -13,10 +14,10 @@
     MANIFEST=clips.jsonl ./run.sh t2v_ddpm.py 4 # four GPUs, logged, pushed to the Hub at the end
     python t2v_ddpm.py --prompt "a dog runs"    # sample the finished model: mp4, gif and png
 
-MANIFEST is a file of JSON lines, {"video": "dog.mp4", "caption": "a dog runs"} (or "captions": [...]),
-MSR-VTT's annotation JSON, or a folder of x.mp4 beside x.json with a "description". Without one the model
-trains, at its real size, on generated clips. The variables MANIFEST, OUTDIR, STEPS, BS, FRAMES, SIZE and LR
-stand for the flags --manifest, --output_dir, --steps, --batch_size, --frames, --size and --lr; a flag wins.
+MANIFEST is a table of videos and captions or a folder, in any of the forms that README.md lists; --dataset
+takes an id of the Hub. Without either the model trains, at its real size, on generated clips. The variables
+MANIFEST, OUTDIR, STEPS, BS, FRAMES, SIZE and LR stand for the flags --manifest, --output_dir, --steps,
+--batch_size, --frames, --size and --lr; a flag wins.
 
 Writes the run folder described in README.md, with ckpt_000200.pt = {step, model, ema} and
 samples/preview_step000200.png at every --save_every. The same command again goes on from the newest whole
@@ -61,15 +62,14 @@ from common import (
     asked_to_stop,
     check_settings,
     copy_code,
-    decode_all,
+    data_name,
+    decode_rows,
     demo_module,
     epoch_order,
     fingerprint,
     finish_run,
-    first_of,
     full_weights,
     gathered,
-    is_url,
     leave_out,
     log,
     memory_layouts,
@@ -81,16 +81,17 @@ from common import (
     out_of_memory,
     pick_dtype,
     rank,
+    read_data,
     read_flags,
-    read_json,
-    read_rows,
     refuse,
+    row_lines,
     run,
     save_array,
     save_run,
     saved_bytes,
     seed_of,
     show_plan,
+    split_clips,
     start_run,
     steps_line,
     stop_if_asked,
@@ -104,6 +105,7 @@ from common import (
 )
 
 TIMESTEPS = 1000  # of the diffusion, as DDPM has
+GENERATED = "generated clips of moving shapes"  # what is trained on without --manifest and --dataset
 STAND_IN = "stand-in"  # for CLIP: see stand_in_text
 WARMUP = 100  # steps, when --warmup_steps is not given
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -122,12 +124,16 @@ class Config:
 
     # data
 
-    manifest: Free[Path | None] = None  # JSON lines, MSR-VTT's JSON or a folder; without one: generated clips
+    # JSON, JSON lines, CSV, TSV or parquet of videos and captions, or a folder; default: generated clips
+    manifest: Free[Path | None] = None
+    dataset: Free[str] = ""  # of the Hub, ID[:config][:split], or a folder
+    videos: Free[Path | None] = None  # folder of the videos; default: the manifest's
     frames: int = 8  # per clip, spread evenly over the video
     size: int = 64  # height and width, pixels
     max_bad: Free[float] = 0.05  # share of unusable samples above which the run refuses
     cache_dir: Free[Path] = Path("cache")  # decoded frames, encoded captions, downloads
-    num_workers: Free[int] = os.cpu_count() or 1  # threads that decode
+    streaming: Free[bool] = False  # remove what was downloaded once it is decoded: for what no disk holds
+    num_workers: Free[int] = 0  # threads that decode; 0: one for each core that is this rank's
 
     # model
 
@@ -191,8 +197,8 @@ class Config:
         check_settings(
             self,
             at_least_1="frames base levels blocks patch steps batch_size accum sample_steps log_every "
-            "eval_every save_every keep num_workers",
-            at_least_0="warmup_steps",
+            "eval_every save_every keep",
+            at_least_0="warmup_steps num_workers",
             above_0="lr shift clip guidance",
             shares="caption_dropout ema max_bad",
         )
@@ -206,10 +212,11 @@ class Config:
             raise ValueError(f"--base {self.base} must be a multiple of 8, the groups of the normalisation")
         if self.sample_steps > TIMESTEPS:
             raise ValueError(f"--sample_steps {self.sample_steps}: at most {TIMESTEPS}")
-        if self.demo and self.manifest:
-            raise ValueError(
-                f"--demo makes its own clips: leave out --manifest {self.manifest} (or unset MANIFEST)"
-            )
+        if self.demo and (self.manifest or self.dataset):
+            source = f"--manifest {self.manifest} (or unset MANIFEST)" if self.manifest else "--dataset"
+            raise ValueError(f"--demo makes its own clips: leave out {source}")
+        if self.manifest and self.dataset:
+            raise ValueError("--manifest and --dataset: the data come from one of them")
 
     @property
     def multiple(self) -> int:
@@ -234,74 +241,16 @@ VARIABLES = {
 # ---------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Row:
-    video: str  # path or http(s) URL
-    captions: tuple[str, ...]
-    where: str  # manifest and line, for messages
-
-
-def is_msr_vtt(manifest: Path) -> bool:
-    """MSR-VTT has one JSON object with the keys `videos` and `sentences`; JSON lines have an object a
-    line."""
-    with manifest.open("rb") as file:
-        start = file.read(1 << 16).lstrip(b"\xef\xbb\xbf \t\r\n")
-    if not start.startswith(b"{") or not re.search(rb'"(videos|sentences|info)"\s*:\s*[\[{]', start):
-        return False
-    return {"videos", "sentences"} <= read_json(manifest).keys()
-
-
-def msr_vtt_rows(manifest: Path) -> list[tuple[str, dict]]:
-    """The training split, with all sentences of a video; video0.mp4 lies anywhere below the annotation's
-    folder."""
-    annotation = read_json(manifest)
-    sentences: dict[str, list[str]] = {}
-    for row in annotation["sentences"]:
-        sentences.setdefault(row["video_id"], []).append(row["caption"])
-    files = {
-        path.stem: str(path.relative_to(manifest.parent)) for path in sorted(manifest.parent.rglob("*.mp4"))
-    }
-    names = [video["video_id"] for video in annotation["videos"] if video.get("split", "train") == "train"]
-    return [
-        (f"{manifest}, {name}", {"video": files.get(name, f"{name}.mp4"), "captions": sentences.get(name)})
-        for name in names
-    ]
-
-
-def read_manifest(manifest: Path) -> tuple[list[Row], list[dict]]:
-    """-> (a row for each video, bad samples) of JSON lines, MSR-VTT's JSON or a folder. Exit 2 if missing,
-    empty or not JSON."""
-    listed = msr_vtt_rows(manifest) if manifest.is_file() and is_msr_vtt(manifest) else read_rows(manifest)
-    folder = manifest if manifest.is_dir() else manifest.parent
-    rows: dict[str, Row] = {}
-    bad = []
-    for where, row in listed:
-        video = first_of(row, "video", "video_path", "path", "file")
-        captions = first_of(row, "caption", "captions", "text", "description")
-        captions = [captions] if isinstance(captions, str) else captions
-        if not isinstance(video, str):
-            bad.append({"where": where, "reason": 'no video path ("video", "video_path", "path" or "file")'})
-        elif not (isinstance(captions, list) and all(isinstance(c, str) and c.strip() for c in captions)):
-            bad.append(
-                {"where": where, "video": video, "reason": 'no caption ("caption", "captions" or "text")'}
-            )
-        else:
-            source = video if is_url(video) else str(folder / video)
-            earlier = rows.get(source, Row(source, (), where))  # several lines of one video are one row
-            rows[source] = dataclasses.replace(
-                earlier, captions=earlier.captions + tuple(c.strip() for c in captions)
-            )
-    return list(rows.values()), bad
-
-
-@on_rank0
-def load_videos(cfg: Config) -> tuple[list[Path], list[tuple[str, ...]], list[dict]]:
-    """(cached clips, their captions, bad samples). Exit 2 when too many samples are bad, or all."""
-    rows, bad = read_manifest(cfg.manifest)
-    clips, undecoded = decode_all(rows, cfg.frames, cfg.size, cfg.cache_dir, cfg.num_workers)
-    good = [(clip, row.captions) for clip, row in zip(clips, rows) if clip]
-    leave_out(cfg.manifest, len(good), bad := bad + undecoded, cfg.max_bad)
-    return [clip for clip, _ in good], [captions for _, captions in good], bad
+def load_videos(cfg: Config) -> tuple[list[Path], list[tuple[str, ...]], set[int], list[dict]]:
+    """Every rank: (cached clips, their captions, which are held out, bad samples). Exit 2 when too many
+    samples are bad, or all."""
+    rows, bad = on_rank0(read_data)(cfg, "caption")
+    files, undecoded = decode_rows(rows, cfg.frames, cfg.size, cfg)
+    rows, files = [row for row, file in zip(rows, files) if file], [file for file in files if file]
+    leave_out(data_name(cfg), len(rows), undecoded, cfg.max_bad)
+    share = 0.05 if len(rows) >= 20 else 0  # none of a handful
+    parts = split_clips([row.video for row in rows], [row.split for row in rows], share, cfg.seed)
+    return files, [tuple(row.texts) for row in rows], set(parts[1]), bad + undecoded
 
 
 # ---------------------------------------------------------------------------
@@ -375,7 +324,7 @@ def encode_text(captions: list[str], cfg: Config, device: torch.device) -> tuple
             table = clip_text(captions, cfg.text_encoder, device).numpy()
         except OSError as error:
             reason = str(error).splitlines()[0]
-            if cfg.manifest:
+            if cfg.manifest or cfg.dataset:
                 refuse(
                     f"--text_encoder {cfg.text_encoder}: {reason}\ndownload it where there is network, and "
                     "give its folder"
@@ -434,10 +383,8 @@ class Data:
 
 def load_data(cfg: Config, device: torch.device) -> Data:
     """Every rank. Exit 2 when there is nothing to train on."""
-    if cfg.manifest:
-        frames, captions, bad = load_videos(cfg)
-        # every 20th video, none of a handful
-        held_out = set(range(0, len(frames), 20)) if len(frames) >= 20 else set()
+    if cfg.manifest or cfg.dataset:
+        frames, captions, held_out, bad = load_videos(cfg)
     else:
         shapes, bad = demo_module("shapes"), []
         frames, captions, held_out = shapes.generated_clips(cfg.seed, cfg.frames, cfg.size)
@@ -772,7 +719,7 @@ def evaluate(model: UNet3DCond, data: Data, cfg: Config) -> dict:
     held_out, losses = data.held_out, held_out_loss(model, data.held_out, cfg)
     loss_table = {"loss": {"with captions": losses["loss"], "captions swapped": losses["captions_swapped"]}}
     results = {"held_out_loss": losses["loss"], "controls": {}, "tables": {"held out": loss_table}}
-    if cfg.manifest:
+    if cfg.manifest or cfg.dataset:
         which = (
             "the training videos (there are fewer than 20)" if held_out is data.train else "held-out videos"
         )
@@ -833,15 +780,16 @@ def plan_of(cfg: Config, model: UNet3DCond, data: Data, device: torch.device) ->
     """Print what this run is going to do, and check that it fits. -> the layout of memory that is taken"""
     parameters = sum(p.numel() for p in model.parameters())
     layouts = memory_layouts(parameters, 0, {False: activation_bytes(model, cfg)}, cfg.dtype, world_size())
-    source = cfg.manifest or "generated clips of moving shapes, no --manifest given"
     stand_in = " for CLIP: it knows words, not meaning" if data.encoder == STAND_IN else ""
     lines = [
         (
             "data",
-            f"{source}: {len(data.train.frames)} clips to train on, {len(data.held_out.frames)} to evaluate, "
-            f"{len(data.bad)} left out as bad; {cfg.frames} frames of {cfg.size}x{cfg.size}",
+            f"{cfg.manifest or cfg.dataset or GENERATED}: {len(data.train.frames)} clips to train on, "
+            f"{len(data.held_out.frames)} to evaluate, {len(data.bad)} left out as bad; "
+            f"{cfg.frames} frames of {cfg.size}x{cfg.size}",
         ),
         ("text", f"{data.encoder}{stand_in}, {data.train.text.shape[1]} numbers a caption"),
+        *row_lines(data.train.captions, " | ".join),
         (
             "model",
             f"UNet3DCond, base {cfg.base}, {parameters / 1e6:.2f} M parameters, all trained; predicts "
@@ -996,7 +944,7 @@ def final_results(cfg: Config, model: UNet3DCond, data: Data) -> dict:
 
 def card_of(cfg: Config, data: Data, results: dict) -> dict:
     """Rank 0: what write_card wants"""
-    clips = cfg.manifest.name if cfg.manifest else "generated clips of moving shapes"
+    clips = Path(cfg.manifest or cfg.dataset or GENERATED).name
     caption = json.dumps(data.held_out.captions[0][0])
     return {
         "about": f"A text-to-video diffusion model on pixels, {cfg.frames} frames of {cfg.size}x{cfg.size}: "

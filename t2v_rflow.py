@@ -1,10 +1,10 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#   "av==18.1.0", "deepspeed==0.19.8", "diffusers==0.42.1", "einops==0.8.2", "huggingface_hub==2.4.0",
-#   "matplotlib==3.11.2", "numpy==2.4.6", "opencv-python-headless==5.0.0.93", "peft==0.21.2",
-#   "pillow==13.0.0", "requests==2.34.2", "safetensors==0.8.0", "sentencepiece==0.2.3", "torch>=2.6",
-#   "tqdm==4.70.1", "transformers==5.23.0", "tyro==1.0.17",
+#   "av==18.1.0", "datasets==5.2.0", "deepspeed==0.19.8", "diffusers==0.42.1", "einops==0.8.2",
+#   "huggingface_hub==2.4.0", "matplotlib==3.11.2", "numpy==2.4.6", "opencv-python-headless==5.0.0.93",
+#   "peft==0.21.2", "pillow==13.0.0", "requests==2.34.2", "safetensors==0.8.0", "sentencepiece==0.2.3",
+#   "torch>=2.6", "tqdm==4.70.1", "transformers==5.23.0", "tyro==1.0.17",
 # ]
 # ///
 """Text to video in latent space: Open-Sora 1.2 (ST-DiT, rectified flow, 3-D VAE, buckets) in one file.
@@ -16,10 +16,11 @@
     python t2v_rflow.py --prompt "a dog runs" --image first.png # from a first frame; --extend clip.mp4: go on
     python t2v_rflow.py --watch runs/t2v_rflow # on another GPU: samples of each new checkpoint
 
-MANIFEST is CSV, parquet or JSON lines with the columns path and text and, if there, num_frames, height,
-width, fps, aesthetic score, motion score and camera motion; what is missing is read from the files. OpenVid's
-and MiraData's own columns are known. Clips go into buckets by resolution, length and aspect ratio; in one
-step each GPU may have another bucket, of equal cost. --recipe speed is that of the 18,000-hour run.
+MANIFEST is a table of videos and captions or a folder, in any of the forms that README.md lists (OpenVid,
+MiraData and Panda-70M among them); --dataset takes an id of the Hub. Sizes, frame rates and lengths that it
+does not say are read from the files; scores become part of the caption. Clips go into buckets by resolution,
+length and aspect ratio; in one step each GPU may have another bucket, of equal cost. --recipe speed is that
+of the 18,000-hour run.
 
 --model takes hpcai-tech/OpenSora-STDiT-v3, a folder that a run wrote, or scratch; the model is exported under
 the same names. --lora_r 16 trains LoRA. --vae is the published 3-D VAE, diffusers' AutoencoderKLWan for
@@ -63,48 +64,53 @@ from tqdm import tqdm
 
 from common import (
     CHECKPOINTING,
-    CONTAINERS,
     GB,
+    PICTURES,
     BadSample,
     Free,
     Layout,
     Lower,
+    Row,
     Run,
     append_json,
     brief,
     check_settings,
     check_weights,
     copy_code,
+    data_name,
+    decoded_frames,
     demo_module,
     disk_free,
     epoch_order,
+    extract_frames,
     fetch_model,
     fingerprint,
     finish_run,
-    first_of,
-    fitted,
     from_all_ranks,
     gathered,
-    is_url,
+    identity_of,
     leave_out,
     local_file,
     log,
     memory_layouts,
     merged_over_ranks,
+    number_of,
     numbered,
     on_rank0,
     open_engine,
+    open_media,
     open_run,
-    open_video,
     out_of_memory,
     over_ranks,
+    packet_times,
     pick_dtype,
     rank,
+    read_data,
     read_flags,
     read_json,
-    read_rows,
     refuse,
     rounds,
+    row_lines,
     run,
     save_array,
     save_run,
@@ -116,7 +122,7 @@ from common import (
     stop_if_asked,
     tracker,
     training_steps,
-    upright,
+    usable_cores,
     with_steps,
     world_size,
     write_json,
@@ -149,9 +155,10 @@ class Config:
 
     # data
 
-    # CSV, parquet or JSON lines: path, text, and if there num_frames, height, width, fps
+    # JSON, JSON lines, CSV, TSV or parquet of videos, captions and, if there, sizes and scores, or a folder
     manifest: Free[Path | None] = None
-    videos: Free[Path | None] = None  # folder that relative paths start from; default: the manifest's
+    dataset: Free[str] = ""  # of the Hub, ID[:config][:split], or a folder
+    videos: Free[Path | None] = None  # folder of the videos; default: the manifest's
     # settings of a published run, at --stage; other flags win
     recipe: Literal["none", "speed", "full"] = "none"
     stage: Literal["1", "2", "3", "demo"] = "2"  # of Open-Sora's table of buckets
@@ -162,8 +169,9 @@ class Config:
     cache: Free[Path | None] = None
     val_fraction: float = 0.02  # share of the videos held out
     max_bad: Free[float] = 0.05  # share of unusable samples above which the run refuses
-    num_workers: Free[int] = os.cpu_count() or 1  # threads that decode
     cache_dir: Free[Path] = Path("cache")  # downloads
+    streaming: Free[bool] = False  # remove what was downloaded once it is encoded: for what no disk holds
+    num_workers: Free[int] = 0  # threads that decode; 0: one for each core that is this rank's
 
     # model
 
@@ -241,9 +249,9 @@ class Config:
     def __post_init__(self) -> None:
         check_settings(
             self,
-            at_least_1="tokens_per_gpu num_workers depth width heads base_size accum frames fps sample_steps "
+            at_least_1="tokens_per_gpu depth width heads base_size accum frames fps sample_steps "
             "log_every eval_every save_every keep lora_alpha",
-            at_least_0="steps lora_r average warmup_steps",
+            at_least_0="steps lora_r average warmup_steps num_workers",
             above_0="lr shift clip guidance eps epochs",
             shares="caption_dropout mask_share ema max_bad val_fraction",
         )
@@ -252,8 +260,11 @@ class Config:
                 f"--width {self.width} must be a multiple of 4 x --heads {self.heads}: sines and cosines of "
                 "two axes"
             )
-        if self.demo and self.manifest:
-            raise ValueError(f"--demo makes its own clips: leave out --manifest {self.manifest}")
+        sources = [f"--{name}" for name in ("demo", "manifest", "dataset") if getattr(self, name)]
+        if len(sources) > 1:
+            raise ValueError(f"{' and '.join(sources)}: the data come from one of them")
+        if self.streaming and not self.cache:
+            raise ValueError("--streaming: each step would download its clips anew; give --cache too")
         if self.image and self.extend:
             raise ValueError("--image and --extend: give one of them")
         if (self.image or self.extend) and not self.prompt:
@@ -443,34 +454,15 @@ def read_buckets(path: Path) -> Buckets:
 # Data: manifest
 # ---------------------------------------------------------------------------
 
-# Columns of Open-Sora (path, text, num_frames, aes, flow, cmotion), OpenVid-1M (video, caption, frame,
-# "aesthetic score") and MiraData (file_path, dense_caption, frame_number); the first that has something in it
-# counts.
-COLUMNS = {
-    "path": "path video video_path file_path clip_id".split(),
-    "text": "text caption dense_caption short_caption".split(),
-    "num_frames": "num_frames frame frame_number".split(),
-    "aesthetic score": ["aes", "aesthetic score", "aesthetic_score"],
-    "motion score": ["flow", "motion score", "motion_score"],
-    "camera motion": ["cmotion", "camera motion", "camera_motion"],
+# What may be said of a clip, and the columns that say it: Open-Sora's, OpenVid-1M's. It becomes part of the
+# caption.
+SCORES = {
+    "aesthetic score": ("aes", "aesthetic score", "aesthetic_score"),
+    "motion score": ("flow", "motion score", "motion_score"),
+    "camera motion": ("cmotion", "camera motion", "camera_motion"),
 }
-IMAGES = "jpeg_pipe,png_pipe,webp_pipe,bmp_pipe"  # not image2: it would read a % in a name as a pattern
-FORMATS = f"{CONTAINERS},{IMAGES}"
-SCORES = ("aesthetic score", "motion score", "camera motion")
+SCORE_COLUMNS = dict.fromkeys(itertools.chain.from_iterable(SCORES.values()), "")
 KEEP, SHUFFLE, CAPTION, FRAMES, MASKS = range(1, 6)  # what random numbers are for
-
-
-@dataclass(frozen=True, slots=True)  # slots: there may be millions
-class Row:
-    name: str  # as the manifest has it: what its random numbers go by, wherever the files lie
-    path: str  # or http(s) URL
-    text: str
-    scores: tuple[str, str, str]  # as SCORES, "" where unknown
-    num_frames: int  # this and the next three: 0 where unknown
-    height: int
-    width: int
-    fps: float
-    where: str  # manifest and line, for messages
 
 
 @dataclass(frozen=True)
@@ -492,87 +484,62 @@ def rng_of(use: int, *parts: int) -> np.random.Generator:
     return np.random.default_rng([use, *parts])
 
 
-def number(value: Any) -> float:
-    """Of a cell; 0 if it holds none, or none that is finite and above 0."""
-    try:
-        value = float(value)
-    except (TypeError, ValueError):
-        return 0.0
-    return value if 0 < value < 1e9 else 0.0
+def scores_of(row: Row) -> tuple[str, str, str]:
+    """As SCORES, "" where unknown"""
+    cells = dict(zip(SCORE_COLUMNS, row.cells))
+    aes, flow, camera = (next(filter(None, map(cells.get, names)), None) for names in SCORES.values())
+    camera = str(camera or "").replace("_", " ").strip().lower()
+    told = (f"{value:.1f}" if (value := number_of(score)) else "" for score in (aes, flow))
+    return (*told, "" if camera == "undetermined" else camera)
 
 
-def manifest_rows(manifest: Path, videos: Path | None = None) -> tuple[list[Row], list[dict]]:
-    """-> (a row for each clip, bad samples) of CSV, parquet, JSON lines or a folder. Relative paths are below
-    `videos`, by default beside the manifest. Exit 2 if it is missing, empty, none of these, or without a
-    column of paths or of captions."""
-    listed = read_rows(manifest)
-    present = dict.fromkeys(itertools.chain.from_iterable(row for _, row in listed))
-    columns = {what: [name for name in names if name in present] for what, names in COLUMNS.items()}
-    for what in ("path", "text"):
-        if not columns[what]:
-            wanted, has = " or ".join(COLUMNS[what]), ", ".join(map(str, present))
-            refuse(f"{manifest} has no column {wanted}; it has {has}")
-    # a string: Path / str takes 3 us, of each of millions
-    folder = str(videos or (manifest if manifest.is_dir() else manifest.parent))
-    rows, bad = [], []
-    for where, row in listed:
-        name, text = first_of(row, *columns["path"]), first_of(row, *columns["text"])
-        if not isinstance(name, str):
-            bad.append({"where": where, "reason": "no path"})
-            continue
-        name = f"{name}.mp4" if name == row.get("clip_id") else name
-        path = name if is_url(name) or name.startswith("/") else f"{folder}/{name}"
-        if not (isinstance(text, str) and text.strip()):
-            bad.append({"where": where, "video": path, "reason": "no caption"})
-            continue
-        aes, flow = (number(first_of(row, *columns[score])) for score in SCORES[:2])
-        camera = str(first_of(row, *columns[SCORES[2]]) or "").replace("_", " ").strip().lower()
-        camera = "" if camera == "undetermined" else camera
-        scores = (f"{aes:.1f}" if aes else "", f"{flow:.1f}" if flow else "", camera)
-        cells = first_of(row, *columns["num_frames"]), row.get("height"), row.get("width")
-        sizes = [int(number(cell)) for cell in cells]
-        fps = IMAGE_FPS if sizes[0] == 1 else number(row.get("fps"))
-        rows.append(Row(name, path, text.strip(), scores, *sizes, fps, where))
-    return rows, bad
-
-
-def probe(path: Path) -> tuple[int, int, int, float]:
-    """-> (num_frames, height, width, fps) of a video or image. Decodes one frame: the header alone does not
-    say whether the picture lies on its side, nor whether it can be decoded at all. Raises BadSample."""
-    with open_video(path, FORMATS) as (container, stream):
-        image, fps = container.format.name in IMAGES.split(","), float(stream.average_rate or 0)
-        count = 1 if image else stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
-        if not stream.frames and not image:
-            container.seek(0)  # the packets were counted to the end
-        frame = next(container.decode(stream), None)
+def probe(path: Path, start: float = 0.0, end: float = math.inf) -> tuple[int, int, int, float]:
+    """-> (num_frames, height, width, fps) of a video, of a part of it in seconds, or of an image. Decodes one
+    frame: the header alone does not say whether the picture lies on its side, nor whether it can be decoded
+    at all. Raises BadSample."""
+    with open_media(path) as (container, stream):
+        image, fps = container.format.name in PICTURES, float(stream.average_rate or 0)
+        count, frame = stream.frames, next(decoded_frames(container, stream), None)
     if frame is None:
         raise BadSample("no frame decodes")
+    if image:
+        count = 1
+    elif not count or (start, end) != (0, math.inf):
+        with open_media(path) as (container, stream):
+            count = sum(start <= time + 1e-6 < end for time in packet_times(container, stream)[1])
+    if not count:
+        raise BadSample(f"no frame from {start:g} to {end:g} s")
     if count > 1 and not fps:
         raise BadSample("does not say how many frames a second it has")
     height, width = (frame.width, frame.height) if frame.rotation % 180 else (frame.height, frame.width)
     return count, height, width, IMAGE_FPS if count == 1 else fps
 
 
-def clip_table(rows: list[Row], cache: Path, workers: int) -> tuple[list[Row], Table, list[dict]]:
-    """-> (good rows, their Table, bad samples): what the manifest does not say is read from the files, in
-    threads, and noted in cache/looked_at, for a million of them take minutes."""
+def clip_table(rows: list[Row], cfg: Config) -> tuple[list[Row], Table, list[dict]]:
+    """-> (good rows, their Table, bad samples): what the data do not say is read from the files, in threads,
+    and noted in cache_dir/looked_at, for a million of them take minutes."""
 
     def look(row: Row) -> tuple[int, int, int, float] | dict:
         try:
-            seen = probe(local_file(row.path, cache))
+            with local_file(row.video, cfg) as path:
+                seen = probe(path, row.start, row.end)
         except BadSample as error:
-            return {"where": row.where, "video": row.path, "reason": str(error)}
-        said = (row.num_frames, row.height, row.width, row.fps)
-        return tuple(of_manifest or of_file for of_manifest, of_file in zip(said, seen, strict=True))
+            return row.left_out(error)
+        said = (0 if row.part else row.num_frames, row.height, row.width, row.fps)
+        return tuple(of_data or of_file for of_data, of_file in zip(said, seen, strict=True))
 
-    known: list = [(row.num_frames, row.height, row.width, row.fps) for row in rows]
-    lacking = [i for i, numbers in enumerate(known) if not all(numbers)]
-    noted = cache / "looked_at" / f"{fingerprint(rows)}.npy" if lacking else None
+    known: list = [(int(row.num_frames), int(row.height), int(row.width), row.fps) for row in rows]
+    for i, row in enumerate(rows):
+        if row.num_frames == 1:
+            known[i] = (*known[i][:3], IMAGE_FPS)
+    lacking = [i for i, numbers in enumerate(known) if rows[i].part or not all(numbers)]
+    contents = ((row.video, row.start, row.end, *numbers) for row, numbers in zip(rows, known))
+    noted = cfg.cache_dir / "looked_at" / f"{fingerprint(contents)}.npy" if lacking else None
     if noted and noted.exists():
-        for i, *numbers in np.load(noted).tolist():
-            known[int(i)] = tuple(numbers)
-        lacking = [i for i in lacking if not all(known[i])]
-    pool = ThreadPoolExecutor(workers)  # the decoders release the GIL
+        seen = {int(i): tuple(numbers) for i, *numbers in np.load(noted).tolist()}
+        known = [seen.get(i, numbers) for i, numbers in enumerate(known)]
+        lacking = [i for i in lacking if i not in seen]
+    pool = ThreadPoolExecutor(cfg.num_workers or usable_cores())  # the decoders release the GIL
     try:
         looked = pool.map(look, (rows[i] for i in lacking))
         shown = tqdm(looked, "look at", len(lacking), unit="clip", disable=None if lacking else True)
@@ -594,7 +561,7 @@ def scored_caption(text: str, scores: tuple[str, str, str], rng: np.random.Gener
     left." Each is left out one time in five (tools/datasets/datautil.py), so that the model is at home
     without. `rng`: Source.rng; None leaves none out."""
     draws = rng.random(3) if rng else np.ones(3)
-    if SCORES[0] in text:  # written there by who made the manifest
+    if "aesthetic score" in text:  # written there by who made the manifest
         return text
     named = zip(SCORES, scores, draws, strict=True)
     parts = [f"{name}: {value}." for name, value, draw in named if value and draw >= 0.2]
@@ -1477,31 +1444,13 @@ def open_codec(cfg: Config, device: torch.device) -> OpenSoraVAE | WanVAE | Pixe
 # ---------------------------------------------------------------------------
 
 
-def read_run(path: Path, frames: range, size: tuple[int, int]) -> np.ndarray:
-    """These frames of a video, or an image -> uint8 (F, h, w, 3). One container, closed, nothing decoded
-    after the last frame: two of them a clip, and decoding to the end, is where others freeze. BadSample."""
-    import av
-
-    taken: list[np.ndarray] = []
-    with open_video(path, FORMATS) as (container, stream):
-        try:
-            for number, frame in enumerate(container.decode(stream)):
-                if number >= frames.start:
-                    taken.append(fitted(upright(frame), size))
-                if len(taken) == len(frames):
-                    return np.stack(taken)
-        except av.error.FFmpegError as error:
-            raise BadSample(f"cannot be decoded: {error}") from error
-    raise BadSample(f"ends after {frames.start + len(taken)} frames, {frames.stop} needed")
-
-
 @dataclass(frozen=True)
 class Data:
     rows: list[Row]
     table: Table
     held_rows: list[Row]  # to evaluate on; the same as rows when there are fewer than 20
     held_table: Table
-    manifest: Path
+    source: str  # where they come from
     digest: str  # of all good rows; "" for the demo, which makes as many clips as its steps take
     bad: list[dict]  # samples that were left out, and why
 
@@ -1509,25 +1458,31 @@ class Data:
 @on_rank0
 def load_data(cfg: Config) -> Data:
     """Exit 2 when there is nothing to train on."""
-    if not (cfg.manifest or cfg.demo):
-        refuse("--manifest: a CSV, parquet or JSON lines file with the columns path and text; or --demo")
-    manifest = cfg.manifest or demo_module("shapes").make_data(cfg)
-    rows, bad = manifest_rows(manifest, cfg.videos)
-    rows, table, unread = clip_table(rows, cfg.cache_dir, cfg.num_workers)
-    leave_out(manifest, len(rows), bad := bad + unread, cfg.max_bad)
+    if not (cfg.manifest or cfg.dataset or cfg.demo):
+        refuse("--manifest: a table of videos and captions, or a folder of them; or --dataset, or --demo")
+    made = {"demo": False, "manifest": demo_module("shapes").make_data(cfg)} if cfg.demo else {}
+    rows, bad = read_data(source := dataclasses.replace(cfg, **made), "caption", SCORE_COLUMNS)
+    rows, table, unread = clip_table(rows, cfg)
+    leave_out(name := data_name(source), len(rows), unread, cfg.max_bad)
     if cfg.demo:  # combinations that are never trained on
         shapes = demo_module("shapes")
-        held = [shapes.is_held_out(shapes.attributes_in(row.text), shapes.RFLOW_SHAPES) for row in rows]
+        held = [shapes.is_held_out(shapes.attributes_in(row.texts[0]), shapes.RFLOW_SHAPES) for row in rows]
         train, held_out = np.flatnonzero(~np.array(held)), np.flatnonzero(held)
     else:
         fraction = cfg.val_fraction if len(rows) >= 20 else 0
-        train, held_out = split_clips([row.path for row in rows], [""] * len(rows), fraction, cfg.seed)
+        videos, splits = [row.video for row in rows], [row.split for row in rows]
+        train, held_out = split_clips(videos, splits, fraction, cfg.seed)
     numbers = zip(table.num_frames.tolist(), table.height.tolist(), table.width.tolist(), table.fps.tolist())
-    contents = ((row.name, row.text, row.scores, *of_file) for row, of_file in zip(rows, numbers))
+    contents = ((clip_name(row), row.texts, scores_of(row), *seen) for row, seen in zip(rows, numbers))
     digest = "" if cfg.demo else fingerprint(contents)
     to_train = [rows[i] for i in train], table.part(train)
     to_evaluate = ([rows[i] for i in held_out], table.part(held_out)) if len(held_out) else to_train
-    return Data(*to_train, *to_evaluate, manifest, digest, bad)
+    return Data(*to_train, *to_evaluate, name, digest, bad + unread)
+
+
+def clip_name(row: Row) -> str:
+    """What the random numbers of a clip go by, wherever the files lie and in whichever order"""
+    return os.path.basename(row.video) + row.part
 
 
 class Source:
@@ -1536,16 +1491,16 @@ class Source:
     def __init__(self, cfg: Config, rows: list[Row], table: Table, codec: Any, text: Any) -> None:
         self.cfg, self.rows, self.table, self.codec, self.text = cfg, rows, table, codec, text
         self.bad: dict[int, dict] = {}  # rows whose clip could not be read, and why
-        self.pool = ThreadPoolExecutor(cfg.num_workers)  # the decoders release the GIL
+        self.workers = cfg.num_workers or usable_cores()
+        self.pool = ThreadPoolExecutor(self.workers)  # the decoders release the GIL
 
     def files(self, row: int, bucket: Bucket) -> tuple[Path, Path]:
         """Where the cache has latents and caption of a row; another clip, crop, choice of frames or encoder
         has another name. Raises BadSample."""
-        path = local_file(self.rows[row].path, self.cfg.cache_dir)
-        stat, frames = path.stat(), self.frames(row, bucket, 0)
-        file = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
-        # 2, 1: versions of what reads and encodes
-        latents = f"{file}|{bucket.size}|{frames}|{self.codec.name}|{self.codec.key}|2"
+        file = f"{identity_of(self.rows[row].video)}{self.rows[row].part}"
+        # 3, 1: versions of what reads and encodes
+        frames = self.frames(row, bucket, 0)
+        latents = f"{file}|{bucket.size}|{frames}|{self.codec.name}|{self.codec.key}|3"
         return self.file("latents", latents), self.file("text", f"{self.caption(row, 0)}|{self.text.name}|1")
 
     def file(self, kind: str, content: str) -> Path:
@@ -1553,19 +1508,23 @@ class Source:
         return self.cfg.cache / kind / digest[:2] / f"{digest}.npy"
 
     def rng(self, use: int, row: int, epoch: int) -> np.random.Generator:
-        """By the file's name, not by the row's number: rows that are added leave what the cache has"""
-        return rng_of(use, self.cfg.seed, epoch, zlib.crc32(self.rows[row].name.encode()))
+        """By the clip's name, not by the row's number: rows that are added leave what the cache has"""
+        return rng_of(use, self.cfg.seed, epoch, zlib.crc32(clip_name(self.rows[row]).encode()))
 
     def caption(self, row: int, epoch: int) -> str:
-        return scored_caption(self.rows[row].text, self.rows[row].scores, self.rng(CAPTION, row, epoch))
+        texts, rng = self.rows[row].texts, self.rng(CAPTION, row, epoch)
+        text = texts[rng.integers(len(texts))] if len(texts) > 1 else texts[0]
+        return scored_caption(text, scores_of(self.rows[row]), rng)
 
     def frames(self, row: int, bucket: Bucket, epoch: int) -> range:
         return frames_of(int(self.table.num_frames[row]), bucket.frames, self.rng(FRAMES, row, epoch))
 
     def pixels(self, row: int, bucket: Bucket, epoch: int) -> np.ndarray:
         """uint8 (F, h, w, 3). Raises BadSample."""
-        path = local_file(self.rows[row].path, self.cfg.cache_dir)
-        return read_run(path, self.frames(row, bucket, epoch), bucket.size)
+        clip = self.rows[row]
+        with local_file(clip.video, self.cfg) as path:
+            frames = self.frames(row, bucket, epoch)
+            return extract_frames(path, frames, bucket.size, True, clip.start, clip.end)
 
     def decode(self, clips: list[tuple[Bucket, int]], epoch: int) -> list[np.ndarray | None]:
         """uint8 (F, h, w, 3) each, in threads; None for a clip that cannot be read, which is noted"""
@@ -1581,7 +1540,7 @@ class Source:
         return list(self.pool.map(one, clips))
 
     def note(self, row: int, error: BadSample) -> None:
-        self.bad[row] = {"where": self.rows[row].where, "video": self.rows[row].path, "reason": str(error)}
+        self.bad[row] = self.rows[row].left_out(error)
 
     def encode(self, clips: list[np.ndarray], seed: int) -> Tensor:
         """uint8 (F, h, w, 3) clips of one shape -> float32 (B, C, T, h, w), on the codec's device; drawn from
@@ -1607,7 +1566,7 @@ class Source:
             append_json(self.cfg.output_dir / "bad_samples.jsonl", self.bad[row])
             log.warning(f"warning: {' | '.join(self.bad[row].values())}: another clip takes its place")
         if len(clips) < len(rows):
-            first = self.rows[rows[0]].path
+            first = self.rows[rows[0]].video
             raise SystemExit(f"error: too few clips of the bucket {bucket} can be read; {first} is one")
         used = np.array(list(clips))
         return list(clips.values()), self.text.encode([self.caption(row, epoch) for row in used]), used
@@ -1617,7 +1576,7 @@ def fill_cache(source: Source, clips: list[tuple[Bucket, int]]) -> dict[int, dic
     """Every rank: encode its share of these (bucket, row), those that the cache lacks. It may be stopped and
     started again. -> {row: what is wrong} of clips that cannot be read, the same on every rank. Exit 2 for a
     file of the cache that is broken."""
-    size, seed, broken = source.cfg.num_workers, source.cfg.seed, []
+    size, seed, broken = source.workers, source.cfg.seed, []
     mine = clips[rank() :: world_size()]
     with tqdm(total=len(mine), desc="encode", unit="clip", disable=None if rank() == 0 else True) as bar:
         for start in range(0, len(mine), size):
@@ -2076,8 +2035,12 @@ def plan_of(
     ]
     encoded, where = 0.0, "encoded in each step"
     if cfg.cache:
-        encoded = sum(encoded_bytes(b, data.rows[row].text, codec, text) for b, row in first.clips()) / GB
+        encoded = sum(encoded_bytes(b, data.rows[row].texts[0], codec, text) for b, row in first.clips()) / GB
         where = f"encoded once, with the clips, into {cfg.cache} ({encoded:.2f} GB)"
+
+    def told(clip: tuple[Bucket, int]) -> str:
+        return f"{clip[0].name}: {clean(batches.source.caption(clip[1], 0))}"
+
     clips = f"{len(data.rows)} clips to train on, {len(data.held_rows)} to evaluate"
     used = f"{int(np.diff(first.starts)[first.order.ravel()].sum())} clips of the first epoch"
     ours, theirs = (f"{100 * (value - 1):.1f} %" for value in (first.imbalance, first.imbalance_shuffled))
@@ -2086,9 +2049,10 @@ def plan_of(
     ranks = f"{world} {'GPU' if device.type == 'cuda' else 'CPU process'} x {cfg.accum} accum"
     epochs = f"{cfg.steps * cfg.accum / len(first.order):.2f} epochs"
     lines = [
-        ("data", f"{data.manifest}: {clips}, {len(data.bad)} left out as bad"),
+        ("data", f"{data.source}: {clips}, {len(data.bad)} left out as bad"),
         ("buckets", f"{used} in {first.order.size} batches; {waits}\n{first.table()}"),
         ("text", f"{text.name}; {where}"),
+        *row_lines(first.clips(first.first_of_each(1)), told),
         ("model", f"STDiT3 {cfg.model}, {counts}"),
         ("latents", f"{codec.name}; at most {tokens(largest)} tokens a micro-batch"),
         ("steps", f"{cfg.steps} of {ranks}, {epochs}; warm-up {cfg.warmup_steps}"),
@@ -2189,7 +2153,7 @@ def train(cfg: Config) -> None:
     if cfg.cache:
         encode_all(batches, held, cfg, data)
         move_encoders(held.source, torch.device("cpu"))
-    captions = list(dict.fromkeys(row.text for row in data.held_rows))[:4]
+    captions = list(dict.fromkeys(row.texts[0] for row in data.held_rows))[:4]
     # what --watch samples
     on_rank0(write_json)(run.folder / "samples" / "captions.json", {"captions": captions})
 
@@ -2236,7 +2200,7 @@ def encode_all(batches: Batches, held: Batches, cfg: Config, data: Data) -> None
             bad |= {reason["where"]: reason for reason in unread.values()}
         if len(bad) == count:
             break
-        on_rank0(leave_out)(data.manifest, len(data.rows) - len(bad), [*data.bad, *bad.values()], cfg.max_bad)
+        on_rank0(leave_out)(data.source, len(data.rows) - len(bad), [*data.bad, *bad.values()], cfg.max_bad)
         batches.forget()
         held.forget()
     if rank() == 0:
@@ -2444,7 +2408,7 @@ def final_results(
     @on_rank0
     def show_samples() -> None:
         bucket = max(held.epoch(0).buckets, key=lambda b: (b.frames, math.prod(b.size)))
-        captions = list(dict.fromkeys(row.text for row in held.source.rows))[:6]
+        captions = list(dict.fromkeys(row.texts[0] for row in held.source.rows))[:6]
         clips = sample_clips(model, captions, bucket, held.source, cfg, 0)
         write_samples(clips, captions, target / "samples", cfg.fps, max(1, bucket.frames // 8))
 
@@ -2456,15 +2420,14 @@ def card_of(cfg: Config, data: Data, results: dict) -> dict:
     """Rank 0: what write_card wants"""
     scratch = cfg.model == "scratch"
     started = "trained from scratch" if scratch else f"fine-tuned from `{cfg.model}`"
-    caption = json.dumps(data.held_rows[0].text)
+    caption = json.dumps(data.held_rows[0].texts[0])
     return {
-        "about": f"Open-Sora 1.2's STDiT3, {started} on `{data.manifest.name}` by `t2v_rflow.py`, which lies "
-        "in "
-        "this repository; the weights have the published names.",
+        "about": f"Open-Sora 1.2's STDiT3, {started} on `{Path(data.source).name}` by `t2v_rflow.py`, which "
+        "lies in this repository; the weights have the published names.",
         "usage": "from common import write_video\nfrom t2v_rflow import generate\n\n"
         f'frames = generate({caption}, folder)  # uint8 (F, H, W, 3)\nwrite_video(frames, "sample")',
         "more": "![samples](samples.png)",
-        "data": data.manifest.name,
+        "data": Path(data.source).name,
         "library_name": "pytorch",
         "pipeline_tag": "text-to-video",
         "base_model": "" if scratch or Path(cfg.model).exists() else cfg.model,
@@ -2533,9 +2496,9 @@ def condition(file: Path, extend: bool, bucket: Bucket, codec: Any, seed: int) -
                 "longer clip"
             )
     try:
-        clip = read_run(file, range(count - head, count), bucket.size)
+        clip = extract_frames(file, range(count - head, count), bucket.size)
     except BadSample:  # headers often count one too many
-        clip = read_run(file, range(max(0, count - 1 - head), count - 1), bucket.size)
+        clip = extract_frames(file, range(max(0, count - 1 - head), count - 1), bucket.size)
     start = codec.encode(torch.from_numpy(clip[None]), torch.Generator().manual_seed(seed))
     known = torch.zeros(1, codec.channels, codec.latent_frames(bucket.frames), *start.shape[3:])
     known[:, :, : start.shape[2]] = start.cpu()

@@ -28,7 +28,7 @@ Times are CPU times on a CPU, the wall's on a GPU; medians of interleaved rounds
 
 Predicted before the first measurement (CPU): upstream's blocks 1.25 times as slow, without fused attention
 1.6; a step with encoders 1.75 times one from the cache; forecast of activations 1.00 of what is kept and 0.85
-of the most, with checkpointing 1.05 of the most; read_manifest 12 s, plan 3 s, a step waiting at 192 ranks 2
+of the most, with checkpointing 1.05 of the most; read_data 12 s, plan 3 s, a step waiting at 192 ranks 2
 %, in a plain shuffle 15 %. Measured (CPU): upstream's blocks 1.03 and 1.06 (two sizes), without fused
 attention 1.05 and 1.06: matrix products take most of the time there; 1.43 for clips, 1.57 for images; 1.00
 and 0.98 to 1.00, with checkpointing 1.00 (1.45 to 1.65 before the formula counted one block of the pair at
@@ -38,6 +38,7 @@ work); 20 s, 0.29 s, 2 % against 22 %. On a GPU: not yet measured.
 import argparse
 import copy
 import csv
+import dataclasses
 import gc
 import math
 import os
@@ -70,6 +71,7 @@ from common import (
     memory_layouts,
     peak_memory_gb,
     quiet_libraries,
+    read_data,
     read_json,
 )
 from demos.shapes import write_lossless
@@ -519,11 +521,10 @@ def compare_with_cache(args: argparse.Namespace, frames: int, small: rflow.Bucke
     generator, chosen = torch.Generator(DEVICE).manual_seed(0), np.arange(bucket.batch_size)
     with tempfile.TemporaryDirectory() as folder:
         manifest = write_clips(Path(folder), 2 * bucket.batch_size, bucket, words, many)
-        rows, table, _ = rflow.clip_table(rflow.manifest_rows(manifest)[0], Path(folder), 1)
+        cfg = rflow.Config(manifest=manifest, cache_dir=Path(folder), report_to="none")
+        rows, table, _ = rflow.clip_table(read_data(cfg, "caption", rflow.SCORE_COLUMNS)[0], cfg)
         sources = {
-            name: rflow.Source(
-                rflow.Config(cache=cache, cache_dir=Path(folder), report_to="none"), rows, table, codec, text
-            )
+            name: rflow.Source(dataclasses.replace(cfg, cache=cache), rows, table, codec, text)
             for name, cache in (("encoders in the step", None), ("from the cache", Path(folder) / "cache"))
         }
         rflow.fill_cache(sources["from the cache"], [(bucket, row) for row in chosen])
@@ -639,6 +640,7 @@ def manifest_like_openvid(path: Path, count: int) -> None:
         )
         for i in range(count):
             said = caption[: 500 + i % 200]
+            os.mknod(path.parent / f"v{i}.mp4")  # empty, for each file is looked for
             out.writerow(
                 [f"v{i}.mp4", said, *scores[i].round(3), "static", frames[i], fps[i], *sizes[size[i]]]
             )
@@ -656,9 +658,12 @@ def part_plan(args: argparse.Namespace) -> None:
 
         found: dict = {}
         times = {"csv.DictReader, rows thrown away": seconds(plain)}
-        times["read_manifest"] = seconds(lambda: found.update(rows=rflow.manifest_rows(path)[0]))
-        times["measure"] = seconds(
-            lambda: found.update(zip(("rows", "table"), rflow.clip_table(found["rows"], path.parent, 1)))
+        cfg = rflow.Config(manifest=path, cache_dir=path.parent / "cache", report_to="none")
+        times["read_data"] = seconds(
+            lambda: found.update(rows=read_data(cfg, "caption", rflow.SCORE_COLUMNS)[0])
+        )
+        times["clip_table"] = seconds(
+            lambda: found.update(zip(("rows", "table"), rflow.clip_table(found["rows"], cfg)))
         )
         times["pickled for the other ranks"] = seconds(
             lambda: found.update(pickled=len(pickle.dumps(found["rows"])))

@@ -21,8 +21,9 @@ QUESTIONS = {
 }
 
 
-def generated_rows(count: int, seed: int, held_out: bool) -> list[tuple[str, dict, str]]:
-    """Rows as common.py's all_rows gives them: tags in any order, duration, frames; a sentence as the answer.
+def generated_rows(count: int, seed: int, held_out: bool) -> list[tuple[str, int, dict]]:
+    """Records as common.py's records_of gives them: tags in any order, duration, frames; a sentence as the
+    answer.
 
     An eleventh of the combinations of colour, thing and action are never trained on: those are the held-out
     part.
@@ -48,7 +49,7 @@ def generated_rows(count: int, seed: int, held_out: bool) -> list[tuple[str, dic
             "duration": seconds,
             "frames": 30 * seconds,
         }
-        rows.append((f"generated {part} {len(rows)}", row, part))
+        rows.append((f"generated {part} ", len(rows) + 1, row | {"split": part}))
     return rows
 
 
@@ -61,7 +62,7 @@ def build_tiny(folder: Path, seed: int, source_of: Callable[[str, dict, list[str
     from transformers import M2M100Config, M2M100ForConditionalGeneration, NllbTokenizer
 
     texts = []
-    for _, row, _ in generated_rows(2000, 0, False):
+    for _, _, row in generated_rows(2000, 0, False):
         texts += [source_of(row["question"], row, ["tags", "duration", "frames"]), row["answer"]]
     bpe = Tokenizer(models.BPE(unk_token="<unk>"))
     bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)

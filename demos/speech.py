@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from common import made_once, write_mp4
+from common import made_once, usable_cores, write_mp4
 from demos.shapes import COLOURS
 
 # as longcat_vss.py has it
@@ -105,7 +105,7 @@ def make_data(cfg: Any, adapted: bool, write_wav: Callable[..., None]) -> Path:
             folder = aside / part / f"{number + 1:03d}"
             make_clip(folder, number, part == "test", adapted, cfg.seed, write_wav)
 
-        with ThreadPoolExecutor(cfg.num_workers) as pool:
+        with ThreadPoolExecutor(cfg.num_workers or usable_cores()) as pool:
             list(pool.map(make_one, wanted))
 
     kind = "adapted" if adapted else "base"

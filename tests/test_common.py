@@ -160,7 +160,6 @@ def saved(folder: Path, step: int, keep: int = 9, **facts) -> Path:
 @pytest.fixture(autouse=True)
 def one_rank(monkeypatch):
     monkeypatch.setattr(common, "barrier", lambda: None)
-    monkeypatch.setattr(common, "from_all_ranks", lambda value: [value])
 
 
 DAMAGE = {
@@ -253,13 +252,13 @@ import time
 from types import SimpleNamespace
 import common
 
-def decode(video, *_):
-    print(video, flush=True)
+def decode(row, *_):
+    print(row.video, flush=True)
     time.sleep(0.2)
 
 common.cached_frames = decode
-rows = [SimpleNamespace(video=str(n), where="") for n in range(10_000)]
-common.run(lambda: common.decode_all(rows, 1, 8, common.Path(), 4))
+rows = [common.Row("", 0, f"http://host/{n}") for n in range(10_000)]
+common.run(lambda: common.decode_rows(rows, 1, 8, SimpleNamespace(cache_dir=common.Path(), num_workers=4)))
 """
 
 
@@ -268,6 +267,7 @@ def test_a_signal_ends_decoding_at_once(tmp_path):
         [sys.executable, "-c", SLOW_DECODING], cwd=tmp_path, env=environment(PYTHONPATH=ROOT),
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
+    assert "10000 of 10000 clips are to be decoded" in process.stdout.readline()
     process.stdout.readline()
     process.send_signal(signal.SIGTERM)
     rest, _ = process.communicate()

@@ -14,7 +14,7 @@ from conftest import ROOT, environment, finish, start
 SCRIPTS = sorted(path for path in ROOT.glob("*_*.py") if path.read_text().startswith("# /// script"))
 # The parts of a script: every one has its own. Any other name that two scripts define is the same code in both.
 ROLES = set(
-    "Config Data Base Row Sizes load_data open_base open_model open_codec get_batch sizes_of plan_of advice "
+    "Config Data Base Sizes load_data open_base open_model open_codec get_batch sizes_of plan_of advice "
     "evaluate evaluate_at held_out_loss final_results train train_steps save export card_of sample generate predict "
     "sample_prompt main".split()
 )

@@ -189,50 +189,17 @@ def test_pixels_round_trip():
     assert np.array_equal(t2v.to_pixels(x), frames.numpy())
 
 
-@pytest.mark.parametrize("form", ["lines", "folder", "msr-vtt"])
-def test_manifest_forms(tmp_path, form):
-    manifest = tmp_path / "m.json"
-    if form == "lines":
-        rows = [
-            {"video": "a.mp4", "caption": " one "},
-            {"file": "b.mp4", "captions": ["two"]},
-            {"path": "http://h/c.mp4", "text": "x"},
-        ]
-        rows += [
-            {"video": "b.mp4", "caption": "three"},
-            {"video_path": "/abs/d.mp4", "caption": ""},
-            {"caption": "no video"},
-        ]
-        manifest.write_bytes(b"\xef\xbb\xbf" + "\n\n".join(json.dumps(row) for row in rows).encode())
-    elif form == "folder":
-        manifest = tmp_path
-        for name, description in (("a", "one"), ("b", "two"), ("c", None)):
-            (tmp_path / f"{name}.mp4").touch()
-            if description:
-                (tmp_path / f"{name}.json").write_text(
-                    json.dumps({"video_id": name, "description": description})
-                )
-    else:
-        (tmp_path / "videos").mkdir()
-        (tmp_path / "videos" / "video0.mp4").touch()
-        videos = [{"video_id": f"video{i}", "split": "train" if i < 2 else "test"} for i in range(3)]
-        sentences = [
-            {"video_id": "video0", "caption": "one"},
-            {"video_id": "video1", "caption": "two"},
-            {"video_id": "video0", "caption": "three"},
-        ]
-        manifest.write_text(json.dumps({"info": {"year": "2016"}, "videos": videos, "sentences": sentences}))
-    rows, bad = t2v.read_manifest(manifest)
-    got = [(row.video.replace(f"{tmp_path}/", ""), row.captions) for row in rows]
-    assert (
-        got
-        == {
-            "lines": [("a.mp4", ("one",)), ("b.mp4", ("two", "three")), ("http://h/c.mp4", ("x",))],
-            "folder": [("a.mp4", ("one",)), ("b.mp4", ("two",))],
-            "msr-vtt": [("videos/video0.mp4", ("one", "three")), ("video1.mp4", ("two",))],
-        }[form]
-    )
-    assert len(bad) == {"lines": 2, "folder": 1, "msr-vtt": 0}[form]
+@pytest.mark.parametrize(
+    ("count", "split", "wanted"), [(19, "", 0), (40, "", 2), (5, "validation", 1), (40, "validation", 1)]
+)
+def test_held_out_are_those_of_the_data_or_a_twentieth(tmp_path, monkeypatch, count, split, wanted):
+    monkeypatch.setattr(t2v, "decode_rows", lambda rows, *_: ([Path(row.video).name for row in rows], []))
+    rows = [{"video": f"http://host/{i}.mp4", "captions": [f"{i}", "a clip"]} for i in range(count)]
+    rows[3] |= {"split": split}
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    files, captions, held_out, _ = t2v.load_videos(t2v.Config(manifest=tmp_path / "rows.jsonl"))
+    assert files == [f"{i}.mp4" for i in range(count)] and captions[3] == ("3", "a clip")
+    assert len(held_out) == wanted and (not split or held_out == {3})
 
 
 def test_config_names_the_value_and_the_next_move():

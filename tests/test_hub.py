@@ -831,7 +831,8 @@ def test_rows_are_pushed_without_secrets(hub, run, tmp_path):
 
 @pytest.fixture
 def web(hub, monkeypatch):
-    """The Hub's /files/, without real waits and without a proxy."""
+    """The Hub's /files/, as the samples' mirror, without real waits and without a proxy."""
+    monkeypatch.setenv("SAMPLES_URL", hub.url)
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setenv("HF_TOKEN", WRITE)
     monkeypatch.setitem(retry.__kwdefaults__, "sleep", lambda seconds: None)
@@ -888,7 +889,7 @@ def test_download_sends_no_secret(web, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("http_proxy", web.url)
     assert download(gone, tmp_path).read_bytes() == b"x"
     monkeypatch.setenv("http_proxy", web.url.replace("//", "//me:Canary@"))
-    with pytest.raises(ConnectionError, match="sig=...: gave up") as caught:
+    with pytest.raises(ConnectionError, match=r"files/x\?\.\.\.: gave up") as caught:
         download(gone + "2", tmp_path)
     assert "Canary" not in str(caught.value) + caplog.text
     assert len(web.log) == 2
@@ -915,6 +916,25 @@ def test_download_refuses(web, tmp_path):
         with pytest.raises(error, match=words):
             download(url, tmp_path / "cache", max_bytes=2000)
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["127.0.0.1", "localhost", "[::1]", "[::ffff:127.0.0.1]", "0.0.0.0", "2130706433", "169.254.169.254"],
+)
+def test_download_asks_neither_this_machine_nor_its_link(web, tmp_path, monkeypatch, host):
+    """Where clouds keep secrets and others their services; nor by way of a redirect."""
+    web.static["to"] = Static(status=302, headers={"Location": f"http://{host}/x"})
+    port = web.url.rsplit(":", 1)[1]
+    monkeypatch.setenv("SAMPLES_URL", "http://127.0.0.2")
+    with pytest.raises(ValueError, match="this machine or its link"):
+        download(f"http://{host}:{port}/files/to", tmp_path)
+    assert not web.log
+    monkeypatch.setenv("SAMPLES_URL", web.url)
+    if host != "127.0.0.1":
+        with pytest.raises(ValueError, match="this machine or its link"):
+            download(f"{web.url}/files/to", tmp_path)
+        assert len(web.log) == 1
 
 
 def test_download_ends_an_answer_that_does_not_end(web, tmp_path):

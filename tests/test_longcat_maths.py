@@ -1282,13 +1282,13 @@ BAD = {
     "no in.mp4; there is in.wav": lambda f: (f / "in.mp4").unlink(),
     "no out.wav; there is in.mp4, in.wav, out.txt": lambda f: (f / "out.wav").unlink(),
     "in.wav is empty": lambda f: vss.write_wav(f / "in.wav", np.zeros(0)),
-    "in.wav is not video or sound": lambda f: (f / "in.wav").write_bytes(b""),
+    "in.wav: empty file": lambda f: (f / "in.wav").write_bytes(b""),
     "in.wav has 0.05 s": lambda f: vss.write_wav(f / "in.wav", tone(0.05)),
     "out.wav is silent": lambda f: vss.write_wav(f / "out.wav", np.zeros(16_000)),
     "in.wav has 3.0 s, --max_seconds is 2.5": lambda f: vss.write_wav(f / "in.wav", tone(3)),
-    "in.mp4 has no video": no_video_stream,
-    "in.mp4 is not video or sound": lambda f: (f / "in.mp4").write_text("not a video\n" * 99),
-    "in.mp4 has no sound": lambda f: (f / "in.wav").unlink(),
+    "in.mp4: no video stream": no_video_stream,
+    "in.mp4: text or HTML, not a video": lambda f: (f / "in.mp4").write_text("not a video\n" * 99),
+    "in.mp4: no audio stream": lambda f: (f / "in.wav").unlink(),
     "out.txt has [0-9]+ tokens, out.wav has room for 1[0-9]": lambda f: (f / "out.txt").write_text(
         "words that nobody says " * 9
     ),
@@ -1341,7 +1341,8 @@ def test_data_are_split_as_their_folders_are_and_dull_speech_is_named(tmp_path, 
         "2 clips to train on, 1 held out, 1 left out as bad" in lines
         and "3 of 3 clips have an out.txt" in lines
     )
-    assert "warning: below 16 kHz, so dull: train/02" in lines and "train/01" not in lines
+    assert lines.endswith("\nwarning: below 16 kHz, so dull: train/02"), "it alone"
+    assert "\ntrain/01: 4 pictures, speech 2.0 s  ->  " in lines, "rows are shown"
     lengths = sorted(len(np.load(clip.reply)) / 16_000 for clip in (*data.train, *data.held_out))
     assert f"in 2.0 to 2.0 s, out {lengths[0]:.1f} to {lengths[-1]:.1f} s" in lines
     shutil.rmtree(tmp_path / "test")

@@ -1,4 +1,4 @@
-"""t2v_rflow.py where maths can be wrong quietly: STDiT3 as upstream writes it, flow, buckets, plan, manifest, clips, batches.
+"""t2v_rflow.py where maths can be wrong quietly: STDiT3 as upstream writes it, flow, buckets, plan, rows, clips, batches.
 
 Facts: Open-Sora's branch opensora/v1.2 (opensora/models/stdit/stdit3.py, schedulers/rf/, datasets/{aspect,bucket,sampler}.py).
 """
@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import t2v_rflow as rflow
-from common import BadSample, write_mp4
+from common import BadSample, Row, fitted, read_data, write_mp4
 from demos import shapes
 
 # --- STDiT3: layout
@@ -888,7 +888,7 @@ def test_balance(stage, world):
         )
 
 
-# --- Manifest
+# --- Rows
 
 
 def write_csv(path, rows):
@@ -900,69 +900,32 @@ def write_csv(path, rows):
 
 
 OPEN_SORA = {
-    "path": "/v/a.mp4", "text": "a cat", "num_frames": 60, "height": 240, "width": 426, "fps": 24.0, "aes": 5.52, "flow": 10.0,
+    "path": "a.mp4", "text": "a cat", "num_frames": 60, "height": 240, "width": 426, "fps": 24.0, "aes": 5.52, "flow": 10.0,
     "cmotion": "pan left",
 }  # fmt: skip
 OPENVID = {
-    "video": "a_0.mp4", "caption": "A cat.", "aesthetic score": 5.52, "motion score": 10.04, "temporal consistency score": 0.9,
+    "video": "a.mp4", "caption": "A cat.", "aesthetic score": 5.52, "motion score": 10.04, "temporal consistency score": 0.9,
     "camera motion": "pan_left", "frame": 60, "fps": 23.976, "seconds": 2.5,
 }  # fmt: skip
-MIRA = {
-    "clip_id": "000000000.1", "source": "x", "width": 426, "height": 240, "fps": 24.0, "seconds": 2.5, "frame_number": 60,
-    "file_path": "d/1.mp4", "short_caption": "s", "dense_caption": "a cat",
-}  # fmt: skip
 
 
-@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
-def test_forms(tmp_path, form):
-    file = tmp_path / f"a.{form}"
-    if form == "csv":
-        write_csv(file, [OPEN_SORA])
-    elif form == "jsonl":
-        file.write_text(json.dumps(OPEN_SORA) + "\n")
-    else:
-        table = pytest.importorskip("pyarrow").Table.from_pylist([OPEN_SORA])
-        pytest.importorskip("pyarrow.parquet").write_table(table, file)
-    (row,), bad = rflow.manifest_rows(file)
-    assert (row.path, row.text, row.num_frames, row.height, row.width, row.fps) == (
-        "/v/a.mp4",
-        "a cat",
-        60,
-        240,
-        426,
-        24,
-    )
-    assert row.scores == ("5.5", "10.0", "pan left") and bad == []
-
-
-def test_columns_of_openvid_and_miradata(tmp_path):
-    (row,), _ = rflow.manifest_rows(write_csv(tmp_path / "o.csv", [OPENVID]), Path("/videos"))
-    assert row.path == "/videos/a_0.mp4" and row.scores == ("5.5", "10.0", "pan left")
-    assert (row.num_frames, row.height, row.width, row.fps) == (60, 0, 0, 23.976)  # it has no sizes
-    (row,), _ = rflow.manifest_rows(write_csv(tmp_path / "m.csv", [MIRA]))
-    assert (row.path, row.text, row.num_frames, row.height) == (f"{tmp_path}/d/1.mp4", "a cat", 60, 240)
-    assert row.scores == ("", "", "")
-    (row,), _ = rflow.manifest_rows(write_csv(tmp_path / "c.csv", [{"clip_id": "7.1", "dense_caption": "x"}]))
-    assert row.path == f"{tmp_path}/7.1.mp4"
-
-
-def test_bad_rows(tmp_path, capsys):
-    rows = [
-        OPEN_SORA | {"path": ""}, OPEN_SORA | {"text": " "}, OPEN_SORA | {"height": "nan", "fps": "x", "num_frames": -3},
-        OPEN_SORA | {"path": "https://host/b.mp4"},
-    ]  # fmt: skip
-    good, bad = rflow.manifest_rows(write_csv(tmp_path / "a.csv", rows))
-    assert [b["reason"] for b in bad] == ["no path", "no caption"] and bad[1]["where"].endswith("a.csv:3")
-    assert (good[0].num_frames, good[0].height, good[0].fps) == (0, 0, 0) and good[
-        1
-    ].path == "https://host/b.mp4"
-    for lacking in ("path", "text"):
-        with pytest.raises(SystemExit) as stop:
-            rflow.manifest_rows(
-                write_csv(tmp_path / "b.csv", [{k: v for k, v in OPEN_SORA.items() if k != lacking}])
-            )
-        error = capsys.readouterr().err
-        assert stop.value.code == 2 and f"no column {lacking} or" in error and "num_frames, height" in error
+@pytest.mark.parametrize(
+    ("said", "scores"),
+    [
+        (OPEN_SORA, ("5.5", "10.0", "pan left")),
+        (OPENVID, ("5.5", "10.0", "pan left")),
+        (
+            OPENVID | {"aesthetic score": "nan", "motion score": "", "camera motion": "Undetermined"},
+            ("", "", ""),
+        ),
+        ({"path": "a.mp4", "text": "a cat", "motion_score": -1}, ("", "", "")),
+    ],
+)
+def test_scores_are_those_of_known_columns(tmp_path, said, scores):
+    (tmp_path / "a.mp4").touch()
+    cfg = rflow.Config(manifest=write_csv(tmp_path / "a.csv", [said]))
+    (row,), _ = read_data(cfg, "caption", rflow.SCORE_COLUMNS)
+    assert rflow.scores_of(row) == scores
 
 
 def test_sizes_are_read_from_the_files(tmp_path):
@@ -982,21 +945,24 @@ def test_sizes_are_read_from_the_files(tmp_path):
     assert rflow.probe(tmp_path / "b.png") == (1, 20, 30, rflow.IMAGE_FPS)
     if hasattr(stream, "set_display_rotation"):
         assert rflow.probe(tmp_path / "side.mp4")[1:3] == (48, 32)
-    lines = [{"path": name, "text": "x"} for name in ("a.mp4", "bad.mp4", "none.mp4", "b.png")] + [OPEN_SORA]
+    assert rflow.probe(tmp_path / "c.mkv", 0.25, 0.625)[0] == 3, "at 0.25, 0.375 and 0.5 s"
+    with pytest.raises(BadSample, match="no frame from 0.9 to 2 s"):
+        rflow.probe(tmp_path / "a.mp4", 0.9, 2)
+    (tmp_path / "said.mp4").touch()  # not looked at: the row says all
+    lines = [{"path": name, "text": "x"} for name in ("a.mp4", "bad.mp4", "b.png")]
+    lines += [OPEN_SORA | {"path": "said.mp4"}, {"path": "a.mp4", "text": "x", "start": 0.25, "end": 0.625}]
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    rows, bad = rflow.manifest_rows(tmp_path / "m.jsonl")
-    good, table, unread = rflow.clip_table(rows, tmp_path / "cache", 2)
-    assert not bad and [Path(row.path).name for row in good] == ["a.mp4", "b.png", "a.mp4"]
-    assert table.num_frames.tolist() == [7, 1, 60]
-    assert table.height.tolist() == [32, 20, 240] and table.width.tolist() == [48, 30, 426]
-    assert [b["reason"] for b in unread][1] == "No such file or directory" and "not a video" in unread[0][
-        "reason"
-    ]
-    assert rflow.clip_table([], tmp_path, 1)[1].num_frames.shape == (0,)
-    (tmp_path / "a.mp4").rename(
-        tmp_path / "elsewhere.mp4"
-    )  # what was seen is noted: a good file is opened once
-    assert rflow.clip_table(rows, tmp_path / "cache", 2)[0] == good
+    cfg = rflow.Config(manifest=tmp_path / "m.jsonl", cache_dir=tmp_path / "cache", num_workers=2)
+    rows, _ = read_data(cfg, "caption")
+    good, table, (unread,) = rflow.clip_table(rows, cfg)
+    assert [Path(row.video).name for row in good] == ["a.mp4", "b.png", "said.mp4", "a.mp4"]
+    assert table.num_frames.tolist() == [7, 1, 60, 3]
+    assert table.height.tolist() == [32, 20, 240, 32] and table.width.tolist() == [48, 30, 426, 48]
+    assert unread["where"].endswith("m.jsonl:2") and "not a video" in unread["reason"]
+    assert rflow.clip_table([], cfg)[1].num_frames.shape == (0,)
+    # what was seen is noted: a good file is opened once
+    (tmp_path / "a.mp4").rename(tmp_path / "elsewhere.mp4")
+    assert rflow.clip_table(rows, cfg)[0] == good
 
 
 def test_captions():
@@ -1034,11 +1000,12 @@ def test_frames():
 
 
 def test_data_are_the_same_wherever_they_lie(tmp_path):
-    """Fingerprint and random numbers go by what the manifest says, not by the folder that it lies in."""
+    """Fingerprint and random numbers go by what the rows say, not by the folder that they lie in."""
     draws, digests = [], []
     for folder, text in (("here", "a cat"), ("there", "a cat"), ("there", "a dog")):
         (tmp_path / folder).mkdir(exist_ok=True)
-        row = OPEN_SORA | {"path": "a.mp4", "text": text}
+        (tmp_path / folder / "a.mp4").touch()
+        row = OPEN_SORA | {"text": text}
         cfg = rflow.Config(manifest=write_csv(tmp_path / folder / "m.csv", [row]))
         data = rflow.load_data(cfg)
         source = rflow.Source(cfg, data.rows, data.table, PIXELS, WORDS)
@@ -1063,19 +1030,20 @@ def test_its_shapes_and_captions():
 
 
 def test_what_the_demo_trains_on_shows_its_captions(tmp_path):
-    """From the files, by the way that training takes: manifest, bucket, frames."""
+    """From the files, by the way that training takes: rows, bucket, frames."""
     cfg = rflow.Config(demo=True, steps=1, cache_dir=tmp_path, vae="pixels", text="words", max_bad=0.0)
     data = rflow.load_data(cfg)
     rows, table = data.rows + data.held_rows, [*data.table.num_frames, *data.held_table.num_frames]
     assert len(rows) == 192 and not data.bad and 10 < len(data.held_rows) < 50
-    assert not {row.text for row in data.rows} & {row.text for row in data.held_rows}
+    assert not {row.texts[0] for row in data.rows} & {row.texts[0] for row in data.held_rows}
+    assert data.digest == "", "more steps take more clips, and are the same run"
     for row, frames in zip(rows, table):
-        bucket = rflow.Bucket(f"{row.height}p", int(frames) - 1, "1:1", 1)
+        bucket = rflow.Bucket(f"{row.height:.0f}p", int(frames) - 1, "1:1", 1)
         source = rflow.Source(cfg, [row], table_of([(frames, row.height, row.width)]), PIXELS, WORDS)
         clip = source.pixels(0, bucket, epoch=3)
         assert clip.shape == (frames - 1, row.height, row.width, 3) and (clip[0] != clip[-1]).any()
-        assert shapes.attributes_in(row.text) == shapes.read_clip(clip, shapes.RFLOW_SHAPES)
-    assert shapes.make_data(cfg).stat().st_mtime_ns == data.manifest.stat().st_mtime_ns, "made once"
+        assert shapes.attributes_in(row.texts[0]) == shapes.read_clip(clip, shapes.RFLOW_SHAPES)
+    assert shapes.make_data(cfg).stat().st_mtime_ns == Path(data.source).stat().st_mtime_ns, "made once"
 
 
 # --- Frames
@@ -1088,33 +1056,14 @@ def numbered_clip(folder, frames, size=(12, 16), name="a.mkv", fps=8):
     return folder / name
 
 
-def test_exactly_the_asked_frames_are_read(tmp_path):
-    path = numbered_clip(tmp_path, 6)
-    assert rflow.probe(path)[:3] == (7, 12, 16)
-    for frames in (range(0, 1), range(2, 5), range(3, 7)):
-        clip = rflow.read_run(path, frames, (12, 16))
-        assert clip.dtype == np.uint8 and clip.shape == (len(frames), 12, 16, 3)
-        assert clip[:, 0, 0, 0].tolist() == [10 * min(i, 5) for i in frames]
-    with pytest.raises(BadSample, match="ends after 7 frames, 8 needed"):
-        rflow.read_run(path, range(4, 8), (12, 16))
-    with pytest.raises(BadSample, match="ends after"):
-        rflow.read_run(path, range(9, 11), (12, 16))
-    for broken in (b"", b"x" * 400, path.read_bytes()[:300]):
-        (tmp_path / "b.mkv").write_bytes(broken)
-        with pytest.raises(BadSample):
-            rflow.read_run(tmp_path / "b.mkv", range(2), (12, 16))
-    cv2.imwrite(str(tmp_path / "a.png"), np.full((12, 16, 3), (1, 2, 3), np.uint8))
-    assert rflow.read_run(tmp_path / "a.png", range(1), (6, 8))[0, 0, 0].tolist() == [3, 2, 1], "RGB"
-
-
 def test_frames_are_fitted_to_cover_from_the_centre():
     """A picture whose colours are its coordinates"""
     rows, columns = np.meshgrid(np.arange(60), np.arange(100), indexing="ij")
     picture = np.stack([rows, columns, 0 * rows], -1).astype(np.uint8)
-    assert np.array_equal(rflow.fitted(picture, (60, 60)), picture[:, 20:80]), "nothing to scale"
-    assert np.array_equal(rflow.fitted(picture, (20, 100)), picture[20:40])
+    assert np.array_equal(fitted(picture, (60, 60)), picture[:, 20:80]), "nothing to scale"
+    assert np.array_equal(fitted(picture, (20, 100)), picture[20:40])
     for size in ((30, 30), (30, 12), (11, 40), (120, 130), (45, 90), (59, 99)):
-        made = rflow.fitted(picture, size)
+        made = fitted(picture, size)
         scale = max(size[0] / 60, size[1] / 100)
         assert made.shape == (*size, 3)
         for axis, (length, whole) in enumerate(((size[0], 60), (size[1], 100))):
@@ -1146,7 +1095,7 @@ def test_an_extension_begins_with_the_frames_that_its_latents_show(tmp_path, mon
     vae, read = rflow.OpenSoraVAE(32, 1, (32, 32, 32, 32), 1), []
     monkeypatch.setattr(
         rflow,
-        "read_run",
+        "extract_frames",
         lambda path, run, size: read.append(run) or np.zeros((len(run), *size, 3), np.uint8),
     )
     _, made = rflow.condition(
@@ -1251,7 +1200,7 @@ def test_another_clip_takes_the_place_of_one_that_cannot_be_read(tmp_path, caplo
         if i == 2:
             path.write_bytes(path.read_bytes()[:300])
     rows = [
-        rflow.Row(f"{i}", f"{tmp_path}/{i}.mkv", f"w{i}", ("", "", ""), 5, 12, 12, 8.0 + i, f"m:{i}")
+        Row("m:", i, f"{tmp_path}/{i}.mkv", [f"w{i}"], num_frames=5, height=12, width=12, fps=8.0 + i)
         for i in range(6)
     ]
     table = table_of([(5, 12, 12)] * 6)
