@@ -1059,7 +1059,9 @@ def folder_records(folder: Path, flag: str) -> Records:
     files = list(files_below(folder))
     tables = [path for path in files if path.suffix.lower() in TABLES]
     videos = [path for path in files if path.suffix.lower() in VIDEO_SUFFIXES]
-    texts = {path.with_suffix("") for path in files if path.suffix.lower() in (".json", ".txt")}
+    beside: dict[Path, dict[str, Path]] = {}
+    for path in files:
+        beside.setdefault(path.with_suffix(""), {})[path.suffix.lower()] = path
     metadata = [path for path in tables if path.stem.lower() == "metadata"]
     prompts, paths = folder / "prompts.txt", folder / "videos.txt"
     if not metadata and prompts.is_file() and paths.is_file():
@@ -1067,17 +1069,17 @@ def folder_records(folder: Path, flag: str) -> Records:
         for number, (video, text) in enumerate(itertools.zip_longest(*lines, fillvalue=""), 1):
             if video.strip() or text.strip():
                 yield f"{paths}:", number, {"video": video.strip(), "text": text}
-    elif not metadata and any(video.with_suffix("") in texts for video in videos):
-        yield from (sidecar_record(video, folder) for video in videos)
+    elif not metadata and any({".json", ".txt"} & beside[video.with_suffix("")].keys() for video in videos):
+        yield from (sidecar_record(video, folder, beside[video.with_suffix("")]) for video in videos)
     elif tables := metadata or [path for path in tables if path.parent == folder]:
         for table in tables:
-            beside = table.parent.relative_to(folder)
-            split = split_of(beside.name or table.stem) if len(tables) > 1 else ""
+            inside = table.parent.relative_to(folder)
+            split = split_of(inside.name or table.stem) if len(tables) > 1 else ""
             for place, number, row in records_of(table, flag):
                 if isinstance(row, dict):
                     row = {"split": split} | row
-                    if beside.name and isinstance(name := row.get("file_name"), str):
-                        row["file_name"] = str(beside / name)
+                    if inside.name and isinstance(name := row.get("file_name"), str):
+                        row["file_name"] = str(inside / name)
                 yield place, number, row
     else:
         kinds = ", ".join(sorted({path.suffix.lower() or path.name for path in files})[:8]) or "nothing"
@@ -1088,11 +1090,12 @@ def folder_records(folder: Path, flag: str) -> Records:
         )
 
 
-def sidecar_record(video: Path, folder: Path) -> tuple[str, int, Any]:
+def sidecar_record(video: Path, folder: Path, beside: dict[str, Path]) -> tuple[str, int, Any]:
+    """beside: {ending: file} of that name"""
     name, row = video.relative_to(folder), {}
-    if (side := video.with_suffix(".txt")).is_file():
+    if side := beside.get(".txt"):
         row["text"] = " ".join(open_text(side).read().split())
-    if (side := video.with_suffix(".json")).is_file():
+    if side := beside.get(".json"):
         try:
             row |= json.loads(open_text(side).read())
         except (ValueError, TypeError, RecursionError) as error:
@@ -1283,7 +1286,8 @@ def pairs_of(row: dict, default: str, notes: collections.Counter) -> list[QA]:
     asked = without_marks(text_of(question, "the question")) if question is not None else ""
     kind = str(first("kind") or "")
     each = [row[name] for name in columns_of(tuple(row)).get("each option", ()) if not is_empty(row[name])]
-    if options := each or items_of(first("options") or []):
+    options = first("options") or []
+    if options := each or (list(options.values()) if isinstance(options, dict) else items_of(options)):
         asked, answer = choice_of(asked or default, answer, options, by_number=bool(each))
     said = [text_of(text, "the answer") for text in (captions or [answer])]
     return [QA(asked or default, text, kind) for text in said]
@@ -1784,28 +1788,34 @@ def extract_frames(
     raise BadSample("decodes to another number of frames each time")
 
 
-@contextlib.contextmanager
-def local_file(video: str, cfg: Any) -> Iterator[Path]:
-    """The file of a path, of a URL, which is downloaded once, or of a cell of parquet. With cfg.streaming
-    what was fetched is gone afterwards. Raises BadSample."""
-    fetched, folder = True, cfg.cache_dir / "downloads"
+def fetched(video: str, folder: Path, keep: bool) -> Path:
+    """The file of a path, of a URL or of a cell of a table, brought into `folder` if it is no file yet; of
+    the Hub into its own cache if it is to be kept. Raises BadSample."""
     try:
         if CELL in video:
             path = video_in_table(video, folder)
         elif video.startswith("hf://"):
-            path = hub_file(video, folder if cfg.streaming else None)
-        elif is_url(video):
-            path = download(video, folder)
+            path = hub_file(video, None if keep else folder)
         else:
-            path, fetched = Path(video), False
+            path = download(video, folder) if is_url(video) else Path(video)
         path.stat()
     except (OSError, ValueError) as error:
         raise BadSample(getattr(error, "strerror", None) or brief(error)) from error
+    return path
+
+
+@contextlib.contextmanager
+def local_file(video: str, cfg: Any) -> Iterator[Path]:
+    """The file of a video; with --streaming what was fetched is gone afterwards. Raises BadSample."""
+    folder = cfg.cache_dir / "downloads"
+    if not getattr(cfg, "streaming", False):
+        yield fetched(video, folder, keep=True)
+        return
+    folder /= secrets.token_hex(8)  # its own, for another part of the video may be read just now
     try:
-        yield path
+        yield fetched(video, folder, keep=False)
     finally:
-        if fetched and cfg.streaming:
-            path.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def identity_of(video: str) -> str:
@@ -1853,13 +1863,23 @@ def usable_cores() -> int:
     return max(1, int(cores / local_ranks()))
 
 
+def in_threads(call: Callable[[Any], T], items: list, cfg: Any, what: str) -> list[T]:
+    """[call(item), ...] with a bar on rank 0; decoders release the GIL. A signal ends it at once."""
+    from tqdm import tqdm
+
+    pool = ThreadPoolExecutor(cfg.num_workers or usable_cores())
+    try:
+        results, hidden = pool.map(call, items), None if items and rank() == 0 else True
+        return list(tqdm(results, what, len(items), unit="clip", disable=hidden))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
 def decode_rows(
     rows: list[Row], frames: int, size: int, cfg: Any, crop: bool = True
 ) -> tuple[list[Path | None], list[dict]]:
     """Every rank, each its share: -> (the cached frames of each row or None, bad samples), the same on all.
     It may be stopped and started again. Exit 2 when the cache would not fit onto the disk."""
-    from tqdm import tqdm
-
     done: dict[int, Path | dict] = {}
 
     def by(call: Callable[..., Path], i: int) -> bool:
@@ -1882,15 +1902,7 @@ def decode_rows(
         log.info(f"frames   {count} of {len(rows)} clips are to be decoded, {into}")
     if need > free:
         refuse(f"--cache_dir {cfg.cache_dir}: {free:.2f} GB free for {need:.2f} GB of frames")
-    pool = ThreadPoolExecutor(cfg.num_workers or usable_cores())  # the decoders release the GIL
-    try:
-        shown = tqdm(
-            total=len(todo), desc="decode", unit="clip", disable=None if rank() == 0 and todo else True
-        )
-        for _ in pool.map(partial(by, cached_frames), todo):
-            shown.update()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # a signal ends it at once
+    in_threads(partial(by, cached_frames), todo, cfg, "decode")
     together = merged_over_ranks(done)
     files = [entry if isinstance(entry := together[i], Path) else None for i in range(len(rows))]
     return files, [entry for entry in together.values() if isinstance(entry, dict)]

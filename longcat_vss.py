@@ -86,6 +86,7 @@ from common import (
     finish_run,
     full_weights,
     gathered,
+    in_threads,
     init_distributed,
     leave_out,
     log,
@@ -116,7 +117,6 @@ from common import (
     steps_line,
     tiny_model,
     training_steps,
-    usable_cores,
     with_steps,
     world_size,
     write_json,
@@ -439,9 +439,7 @@ def load_data(cfg: Config, source: Path, base: Base) -> Data:
         except BadSample as error:
             return {"where": str(folder), "reason": str(error)}
 
-    pool = ThreadPoolExecutor(cfg.num_workers or usable_cores())  # the decoders release the GIL
-    decoded = list(tqdm(pool.map(decode, every), "decode", len(every), unit="clip", disable=None))
-    pool.shutdown()
+    decoded = in_threads(decode, every, cfg, "decode")
     bad = [clip for clip in decoded if isinstance(clip, dict)]
     clips = [clip for clip in decoded if isinstance(clip, Clip)]
     leave_out(source, len(clips), bad, cfg.max_bad)

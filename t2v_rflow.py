@@ -89,6 +89,7 @@ from common import (
     from_all_ranks,
     gathered,
     identity_of,
+    in_threads,
     leave_out,
     local_file,
     log,
@@ -539,14 +540,8 @@ def clip_table(rows: list[Row], cfg: Config) -> tuple[list[Row], Table, list[dic
         seen = {int(i): tuple(numbers) for i, *numbers in np.load(noted).tolist()}
         known = [seen.get(i, numbers) for i, numbers in enumerate(known)]
         lacking = [i for i in lacking if i not in seen]
-    pool = ThreadPoolExecutor(cfg.num_workers or usable_cores())  # the decoders release the GIL
-    try:
-        looked = pool.map(look, (rows[i] for i in lacking))
-        shown = tqdm(looked, "look at", len(lacking), unit="clip", disable=None if lacking else True)
-        for i, numbers in zip(lacking, shown, strict=True):
-            known[i] = numbers
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # a signal ends it at once
+    for i, numbers in zip(lacking, in_threads(look, [rows[i] for i in lacking], cfg, "look at")):
+        known[i] = numbers
     good = [i for i, numbers in enumerate(known) if not isinstance(numbers, dict)]
     if lacking:
         save_array(noted, np.array([(i, *known[i]) for i in good], np.float64).reshape(-1, 5))

@@ -142,7 +142,11 @@ def test_killed_while_training_it_goes_on_to_the_same_weights(script, ranks, unb
     assert losses(tmp_path / "run") == losses(whole)
 
 
-@each_script
+@pytest.mark.parametrize(
+    "script",
+    ["nllb_vtt.py", "t2v_ddpm.py", "t2v_rflow.py"]
+    + [pytest.param(name, marks=pytest.mark.demo) for name in ("llava_vtt.py", "longcat_vss.py")],
+)
 def test_a_signal_ends_an_evaluation_that_is_made_up_for_later(script, cache, tmp_path):
     """It breaks off between two batches, a checkpoint is written, and the same command evaluates that step
     first."""

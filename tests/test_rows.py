@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from clips import write
+from hub import Static
 
 import common
 import llava_vtt as llava
@@ -173,7 +174,7 @@ def test_captions_may_be_marked_as_train_9k_does(folder):
 
 def test_a_folder_of_videos_beside_their_texts(folder):
     (folder / "a.json").write_text('\ufeff{"caption": "a cat sits", "video": "elsewhere.mp4"}')
-    (folder / "sub" / "b.txt").write_text("a dog\n  runs\n")
+    (folder / "sub" / "b.TXT").write_text("a dog\n  runs\n")
     (folder / "._a.mp4").write_text("of a Mac")
     shutil.copy(folder / "a.mp4", folder / "silent.mp4")
     found, bad = read(folder, "caption")
@@ -246,6 +247,7 @@ def test_cells(folder):
         ({"a0": "red", "a1": "blue", "a2": "1", "answer": 1}, "blue"),
         ({"option 0": "red", "option 1": "blue", "answer": "0"}, "red"),
         ({"A": "red", "B": "blue", "answer": "B"}, "blue"),
+        ({"options": {"A": "red", "B": "blue"}, "answer": "A"}, "red"),
         ({"options": ["3", "2", "1"], "answer": "1"}, BadSample),  # the second, or the one that is called so?
         ({"options": ["red", "blue"], "answer": "green"}, BadSample),
         ({"options": ["red", "blue"], "answer": 2}, BadSample),
@@ -453,6 +455,18 @@ def test_many_rows_of_one_video_take_no_longer_each(folder):
         return os.times().user - start
 
     assert seconds(40_000) < 25 * seconds(4_000) + 1  # 100 times as long when it was quadratic
+
+
+def test_parts_of_a_url_are_streamed_side_by_side(folder, hub, monkeypatch):
+    hub.static["a.mp4"] = Static((folder / "a.mp4").read_bytes())
+    monkeypatch.setenv("SAMPLES_URL", hub.url)
+    monkeypatch.setenv("no_proxy", "*")
+    rows = [{"url": f"{hub.url}/files/a.mp4", "caption": f"{i}", "start": i / 10} for i in range(8)]
+    (folder / "rows.jsonl").write_text(lines(*rows))
+    cfg = settings(folder / "rows.jsonl", cache_dir=folder / "cache", num_workers=8, streaming=True)
+    rows, _ = read_data(cfg, "caption")
+    files, bad = common.decode_rows(rows, 3, 16, cfg)
+    assert len(set(files)) == 8 and not bad and not list((folder / "cache" / "downloads").iterdir())
 
 
 # --- parquet and what lies in it
