@@ -116,8 +116,8 @@ def read_flags(
 def check_settings(
     cfg: Any, at_least_1: str = "", above_0: str = "", shares: str = "", at_least_0: str = ""
 ) -> None:
-    """ValueError for a field of these names that is out of range (`shares`: from 0 to below 1), for a
-    DeepSpeed JSON that is not there, and for a tracker that is not installed."""
+    """ValueError for a field of these names that is out of range (`shares`: from 0 to below 1), for two
+    sources of data, a DeepSpeed JSON that is not there, and a tracker that is not installed."""
     ranges = (
         (at_least_1, lambda value: value >= 1, "at least 1"),
         (at_least_0, lambda value: value >= 0, "at least 0"),
@@ -129,6 +129,9 @@ def check_settings(
             value = getattr(cfg, name)
             if value is not None and not holds(value):
                 raise ValueError(f"--{name} {value}: {wanted}")
+    sources = [f"--{name}" for name in ("demo", "manifest", "dataset") if getattr(cfg, name, None)]
+    if len(sources) > 1:
+        raise ValueError(f"{' and '.join(sources)}: the data come from one of them")
     if cfg.deepspeed != "auto" and not Path(cfg.deepspeed).is_file():
         raise ValueError(f"--deepspeed {cfg.deepspeed}: no such file; auto takes what fits")
     if cfg.report_to != "none" and not importlib.util.find_spec(cfg.report_to):
@@ -225,6 +228,11 @@ def control_group():
     import torch.distributed as dist
 
     return dist.new_group(backend="gloo", timeout=timedelta(days=1))
+
+
+def local_ranks(unknown: int = 1) -> int:
+    """How many ranks this machine has, as torchrun and deepspeed tell it"""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or unknown)
 
 
 def is_distributed() -> bool:
@@ -396,6 +404,11 @@ def fingerprint(rows: Iterable[Any]) -> str:
     for row in rows:
         digest.update(repr(row).encode(errors="replace") + b"\n")
     return digest.hexdigest()[:32]
+
+
+def digest_of(text: str) -> str:
+    """What a file of a cache is called that is made of what `text` says"""
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 _lock: dict[Path, int] = {}  # open for as long as the process lives
@@ -920,6 +933,7 @@ def rows_in(value: Any) -> list:
     return [{"split": splits.get(str(row.get("video_id", row.get("image_id"))))} | row for row in rows]
 
 
+@functools.lru_cache(maxsize=2)  # of a table on the Hub each opening asks for its footer again
 def open_parquet(source: str) -> Any:
     try:
         import pyarrow.parquet
@@ -967,7 +981,7 @@ def parquet_group(source: str, group: int, column: str) -> list[Any]:
 
 def video_in_table(cell: str, folder: Path) -> Path:
     """A file in `folder` of the video that lies in a cell"""
-    target = folder / f"{hashlib.sha256(cell.encode()).hexdigest()[:32]}.mp4"
+    target = folder / f"{digest_of(cell)}.mp4"
     if target.exists():
         return target
     source, _, place = cell.partition(CELL)
@@ -1293,6 +1307,18 @@ def pairs_of(row: dict, default: str, notes: collections.Counter) -> list[QA]:
     return [QA(asked or default, text, kind) for text in said]
 
 
+def texts_of(record: Any, wants: str, default: str, notes: collections.Counter) -> list:
+    """The captions of a record, or its QA. BadSample when it has none, and for a record that is no row."""
+    if not isinstance(record, dict):
+        raise BadSample(record if isinstance(record, str) else "a JSON object is wanted")
+    if wants == "caption":
+        return captions_of(record)
+    pairs = pairs_of(record, default, notes)
+    if not all(qa.answer for qa in pairs):
+        raise BadSample("an answer without a word in it")
+    return pairs
+
+
 def captions_of(row: dict) -> list[str]:
     """The captions of a row; a prompt that nothing answers is one. BadSample when there are none."""
     columns = columns_of(tuple(row))
@@ -1458,22 +1484,15 @@ def read_data(
         records = known or sample_records()
     folder = (source if source.is_dir() else source.parent).absolute()
     folders = [cfg.videos] if cfg.videos else [folder, folder.parent]
-    find, default = Finder(folders, bool(cfg.videos)) if videos else None, getattr(cfg, "question", "")
+    find = Finder(folders, everywhere=bool(cfg.videos)) if videos else None
+    default = getattr(cfg, "question", "") or DEFAULT_QUESTION
     merged: dict[Any, Row] = {}
-    rows, bad, good, forms = [], [], 0, set()
     notes: collections.Counter = collections.Counter()
+    bad, good, forms = [], 0, set()
     for place, number, record in records:
         row = Row(place, number)
         try:
-            if not isinstance(record, dict):
-                raise BadSample(record if isinstance(record, str) else "a JSON object is wanted")
-            texts = (
-                captions_of(record)
-                if wants == "caption"
-                else pairs_of(record, default or DEFAULT_QUESTION, notes)
-            )
-            if wants == "answer" and not all(qa.answer for qa in texts):
-                raise BadSample("an answer without a word in it")
+            texts = texts_of(record, wants, default, notes)
             check(texts)
             columns = columns_of(names := tuple(record))  # a conversation may have added its video
             row.video, real = find_video(record, columns, find)
@@ -1493,17 +1512,15 @@ def read_data(
             row.cells = tuple([None if is_empty(value := record.get(name)) else value for name in keep])
         for i, (row.start, row.end) in enumerate(segments):
             said = texts if len(segments) == 1 else texts[i : i + 1]
-            key = (real, row.start, row.end) if row.part else real
-            same = merged.get(key) if videos else None
-            if same:
+            key = len(merged) if not videos else (real, row.start, row.end) if row.part else real
+            if same := merged.get(key):
                 same.texts += said
                 # held-out questions about pictures that were seen prove nothing
                 same.split = same.split if same.split == row.split else "train"
             else:
-                new = row if len(segments) == 1 else dataclasses.replace(row)
-                new.texts = list(said)
-                rows.append(new)
-                merged[key] = new
+                merged[key] = row if len(segments) == 1 else dataclasses.replace(row)
+                merged[key].texts = list(said)
+    rows = list(merged.values())
     for note, count in notes.items():
         log.warning(f"note: {count} rows have {note}")
     there = sorted({str(name) for form in forms for name in form})
@@ -1686,17 +1703,23 @@ def picture_maker(thread: int) -> Callable[[Any], np.ndarray]:
     return picture_of
 
 
-def chosen_frames(times: list[float], frames: int | range, start: float, end: float) -> list[int]:
-    """Of frames shown at `times` (seconds, in order), the numbers of those to take from `start` until before
-    `end`: so many, evenly spaced, or a range of them. Raises BadSample when there are too few."""
+def part_of(times: list[float], start: float, end: float) -> range:
+    """Of frames shown at `times` (seconds, in order), the numbers of those from `start` until before `end`"""
     first, after = (bisect.bisect_left(times, second - 1e-6) for second in (start, end))
-    count, where = max(0, after - first), f" from {start:g} s" + (f" to {end:g} s" if end < math.inf else "")
+    return range(first, max(first, after))
+
+
+def chosen_frames(times: list[float], frames: int | range, start: float, end: float) -> list[int]:
+    """The numbers of those frames of a part to take: so many, evenly spaced, or a range of them. Raises
+    BadSample when there are too few."""
+    part = part_of(times, start, end)
+    where = f" from {start:g} s" + (f" to {end:g} s" if end < math.inf else "")
     try:
-        if isinstance(frames, range) and count <= frames[-1]:
-            raise BadSample(f"ends after {count} frames, {frames[-1] + 1} needed")
-        return [first + i for i in (frames if isinstance(frames, range) else frame_indices(count, frames))]
+        if isinstance(frames, range) and len(part) <= frames[-1]:
+            raise BadSample(f"ends after {len(part)} frames, {frames[-1] + 1} needed")
+        return [part[i] for i in (frames if isinstance(frames, range) else frame_indices(len(part), frames))]
     except BadSample as error:
-        raise BadSample(f"{error}{where if count < len(times) else ''}") from None
+        raise BadSample(f"{error}{where if len(part) < len(times) else ''}") from None
 
 
 def sought_frames(
@@ -1833,8 +1856,7 @@ def identity_of(video: str) -> str:
 def frames_file(row: Row, frames: int, size: int, cfg: Any, crop: bool = True) -> Path:
     """Where the cache has these frames. Raises BadSample for a file that is not there."""
     # 2: version of the reader
-    key = f"{identity_of(row.video)}|{row.start}|{row.end}|{frames}|{size}|{crop}|2"
-    digest = hashlib.sha256(key.encode()).hexdigest()[:32]
+    digest = digest_of(f"{identity_of(row.video)}|{row.start}|{row.end}|{frames}|{size}|{crop}|2")
     return cfg.cache_dir / "frames" / digest[:2] / f"{digest}.npy"
 
 
@@ -1845,11 +1867,6 @@ def cached_frames(row: Row, frames: int, size: int, cfg: Any, crop: bool = True)
         with local_file(row.video, cfg) as path:
             save_array(target, extract_frames(path, frames, (size, size), crop, row.start, row.end))
     return target
-
-
-def local_ranks() -> int:
-    """How many ranks this machine has, as torchrun and deepspeed tell it"""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
 
 
 def usable_cores() -> int:
@@ -1877,9 +1894,10 @@ def in_threads(call: Callable[[Any], T], items: list, cfg: Any, what: str) -> li
 
 def decode_rows(
     rows: list[Row], frames: int, size: int, cfg: Any, crop: bool = True
-) -> tuple[list[Path | None], list[dict]]:
-    """Every rank, each its share: -> (the cached frames of each row or None, bad samples), the same on all.
-    It may be stopped and started again. Exit 2 when the cache would not fit onto the disk."""
+) -> tuple[list[Row], list[Path], list[dict]]:
+    """Every rank, each its share: -> (rows whose clips can be decoded, their cached frames, bad samples), the
+    same on all. It may be stopped and started again. Exit 2 when the cache would not fit onto the disk, and
+    when too many clips are bad."""
     done: dict[int, Path | dict] = {}
 
     def by(call: Callable[..., Path], i: int) -> bool:
@@ -1903,9 +1921,11 @@ def decode_rows(
     if need > free:
         refuse(f"--cache_dir {cfg.cache_dir}: {free:.2f} GB free for {need:.2f} GB of frames")
     in_threads(partial(by, cached_frames), todo, cfg, "decode")
-    together = merged_over_ranks(done)
-    files = [entry if isinstance(entry := together[i], Path) else None for i in range(len(rows))]
-    return files, [entry for entry in together.values() if isinstance(entry, dict)]
+    together = list(merged_over_ranks(done).values())
+    good = [i for i, entry in enumerate(together) if isinstance(entry, Path)]
+    bad = [entry for entry in together if isinstance(entry, dict)]
+    leave_out(data_name(cfg), len(good), bad, cfg.max_bad)
+    return [rows[i] for i in good], [together[i] for i in good], bad
 
 
 def save_array(target: Path, array: np.ndarray) -> None:
@@ -2040,9 +2060,7 @@ def memory_layouts(
     """
     low = 4 if dtype == "fp32" else 2
     zero2, zero3 = (json.loads((HERE / f"ds_{name}.json").read_text()) for name in ("zero2", "zero3_offload"))
-    local = local or min(
-        devices, int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or devices)
-    )
+    local = local or min(devices, local_ranks(unknown=devices))
 
     def with_offload(config: dict, *what: str) -> dict:
         zero = {k: v for k, v in config["zero_optimization"].items() if not k.startswith("offload_")}
@@ -2905,7 +2923,7 @@ def download(url: str, folder: Path, max_bytes: int = 2 * 2**30, timeout: float 
     if address.scheme not in ("http", "https"):
         raise ValueError(f"{shown}: only http and https are downloaded")
     suffix = re.search(r"(\.[A-Za-z0-9]{1,8})?$", address.path)[0]
-    target = folder / (hashlib.sha256(url.encode()).hexdigest()[:32] + suffix)
+    target = folder / (digest_of(url) + suffix)
     if target.exists():
         return target
     folder.mkdir(parents=True, exist_ok=True)

@@ -78,7 +78,6 @@ from common import (
     finish_run,
     full_weights,
     is_url,
-    leave_out,
     local_file,
     log,
     memory_layouts,
@@ -233,9 +232,6 @@ class Config:
             above_0="lr clip epochs lora_alpha",
             shares="val_fraction lora_dropout max_bad",
         )
-        sources = ("demo", "manifest", "dataset")
-        if len(taken := [f"--{name}" for name in sources if getattr(self, name)]) > 1:
-            raise ValueError(f"{' and '.join(taken)}: the data come from one of them")
         if self.predict and not self.question:
             raise ValueError(f"--predict {self.predict}: what is to be asked? Give --question")
         if self.augment_flip and not self.augment:
@@ -326,9 +322,7 @@ def load_data(cfg: Config, base: Base) -> Data:
     if cfg.demo:
         return generated_data(cfg)
     clips, bad = read_clips(cfg)
-    files, undecoded = decode_rows(clips, cfg.frames, base.size, cfg, base.crop)
-    clips, files = [c for c, file in zip(clips, files) if file], [file for file in files if file]
-    leave_out(data_name(cfg), len(clips), undecoded, cfg.max_bad)
+    clips, files, undecoded = decode_rows(clips, cfg.frames, base.size, cfg, base.crop)
     samples: tuple[list[Sample], list[Sample]] = ([], [])
     videos, splits = [clip.video for clip in clips], [clip.split for clip in clips]
     parts = split_clips(videos, splits, cfg.val_fraction, cfg.seed)

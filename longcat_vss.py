@@ -78,6 +78,7 @@ from common import (
     choose_layout,
     copy_code,
     demo_module,
+    digest_of,
     disk_free,
     ds_config,
     epoch_order,
@@ -86,6 +87,7 @@ from common import (
     finish_run,
     full_weights,
     gathered,
+    identity_of,
     in_threads,
     init_distributed,
     leave_out,
@@ -363,9 +365,8 @@ def check_speech(sound: np.ndarray, name: str, longest: float) -> None:
 
 def cached_speech(path: Path, cfg: Config) -> tuple[Path, int]:
     """Decoded and checked once: (.npy of read_speech, the file's own sampling rate)."""
-    stat = path.stat()
-    key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|2"  # 2: version of the reader
-    target = cfg.cache_dir / "speech" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
+    # 2: version of the reader
+    target = cfg.cache_dir / "speech" / f"{digest_of(f'{identity_of(str(path))}|2')}.npy"
     sound, rate = (np.load(target), 0) if target.exists() else read_speech(path)
     check_speech(sound, path.name, cfg.max_seconds)
     if not target.exists():
@@ -635,7 +636,7 @@ def open_codec(cfg: Config, base: Base, replies: list[Path]) -> MelCodec | LongC
     if inside.exists():
         return MelCodec.load(inside)
     size = base.audio_vocabulary - CODEC_OFFSET
-    key = hashlib.sha256(f"{[path.name for path in replies]}|{size}|{cfg.seed}|1".encode()).hexdigest()[:32]
+    key = digest_of(f"{[path.name for path in replies]}|{size}|{cfg.seed}|1")
     cached = cfg.cache_dir / "codecs" / f"{key}.safetensors"
     if not cached.exists():
         cached.parent.mkdir(parents=True, exist_ok=True)

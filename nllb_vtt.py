@@ -210,9 +210,6 @@ class Config:
             above_0="lr clip epochs lora_alpha",
             shares="val_fraction lora_dropout label_smoothing max_bad max_cut",
         )
-        sources = [f"--{name}" for name in ("demo", "manifest", "dataset") if getattr(self, name)]
-        if len(sources) > 1:
-            raise ValueError(f"{' and '.join(sources)}: the data come from one of them")
         if self.predict and not (self.question or self.metadata):
             raise ValueError(
                 "--predict: what is to be asked? Give --question, or a file of questions as --metadata"

@@ -62,15 +62,14 @@ from common import (
     asked_to_stop,
     check_settings,
     copy_code,
-    data_name,
     decode_rows,
     demo_module,
+    digest_of,
     epoch_order,
     fingerprint,
     finish_run,
     full_weights,
     gathered,
-    leave_out,
     log,
     memory_layouts,
     numbered,
@@ -194,6 +193,10 @@ class Config:
     public: Free[bool] = False  # visibility of a new repository
 
     def __post_init__(self) -> None:
+        if self.demo and self.manifest:
+            raise ValueError(
+                f"--demo makes its own clips: leave out --manifest {self.manifest} (or unset MANIFEST)"
+            )
         check_settings(
             self,
             at_least_1="frames base levels blocks patch steps batch_size accum sample_steps log_every "
@@ -212,11 +215,6 @@ class Config:
             raise ValueError(f"--base {self.base} must be a multiple of 8, the groups of the normalisation")
         if self.sample_steps > TIMESTEPS:
             raise ValueError(f"--sample_steps {self.sample_steps}: at most {TIMESTEPS}")
-        if self.demo and (self.manifest or self.dataset):
-            source = f"--manifest {self.manifest} (or unset MANIFEST)" if self.manifest else "--dataset"
-            raise ValueError(f"--demo makes its own clips: leave out {source}")
-        if self.manifest and self.dataset:
-            raise ValueError("--manifest and --dataset: the data come from one of them")
 
     @property
     def multiple(self) -> int:
@@ -245,9 +243,7 @@ def load_videos(cfg: Config) -> tuple[list[Path], list[tuple[str, ...]], set[int
     """Every rank: (cached clips, their captions, which are held out, bad samples). Exit 2 when too many
     samples are bad, or all."""
     rows, bad = on_rank0(read_data)(cfg, "caption")
-    files, undecoded = decode_rows(rows, cfg.frames, cfg.size, cfg)
-    rows, files = [row for row, file in zip(rows, files) if file], [file for file in files if file]
-    leave_out(data_name(cfg), len(rows), undecoded, cfg.max_bad)
+    rows, files, undecoded = decode_rows(rows, cfg.frames, cfg.size, cfg)
     share = 0.05 if len(rows) >= 20 else 0  # none of a handful
     parts = split_clips([row.video for row in rows], [row.split for row in rows], share, cfg.seed)
     return files, [tuple(row.texts) for row in rows], set(parts[1]), bad + undecoded
@@ -318,7 +314,7 @@ def encode_text(captions: list[str], cfg: Config, device: torch.device) -> tuple
         return stand_in_text(captions), STAND_IN
     weights = Path(cfg.text_encoder) / "model.safetensors"
     key = [cfg.text_encoder, weights.stat().st_mtime_ns if weights.exists() else 0, captions]
-    cached = cfg.cache_dir / "text" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.npy"
+    cached = cfg.cache_dir / "text" / f"{digest_of(json.dumps(key))}.npy"
     if not cached.exists():
         try:
             table = clip_text(captions, cfg.text_encoder, device).numpy()

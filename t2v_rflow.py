@@ -80,6 +80,7 @@ from common import (
     data_name,
     decoded_frames,
     demo_module,
+    digest_of,
     disk_free,
     epoch_order,
     extract_frames,
@@ -104,6 +105,7 @@ from common import (
     out_of_memory,
     over_ranks,
     packet_times,
+    part_of,
     pick_dtype,
     rank,
     read_data,
@@ -261,9 +263,6 @@ class Config:
                 f"--width {self.width} must be a multiple of 4 x --heads {self.heads}: sines and cosines of "
                 "two axes"
             )
-        sources = [f"--{name}" for name in ("demo", "manifest", "dataset") if getattr(self, name)]
-        if len(sources) > 1:
-            raise ValueError(f"{' and '.join(sources)}: the data come from one of them")
         if self.streaming and not self.cache:
             raise ValueError("--streaming: each step would download its clips anew; give --cache too")
         if self.image and self.extend:
@@ -499,7 +498,7 @@ def probe(path: Path, start: float = 0.0, end: float = math.inf) -> tuple[int, i
     frame: the header alone does not say whether the picture lies on its side, nor whether it can be decoded
     at all. Raises BadSample."""
     with open_media(path) as (container, stream):
-        image, fps = container.format.name in PICTURES, float(stream.average_rate or 0)
+        image, fps = container.format.name in PICTURES.split(","), float(stream.average_rate or 0)
         count, frame = stream.frames, next(decoded_frames(container, stream), None)
     if frame is None:
         raise BadSample("no frame decodes")
@@ -507,7 +506,7 @@ def probe(path: Path, start: float = 0.0, end: float = math.inf) -> tuple[int, i
         count = 1
     elif not count or (start, end) != (0, math.inf):
         with open_media(path) as (container, stream):
-            count = sum(start <= time + 1e-6 < end for time in packet_times(container, stream)[1])
+            count = len(part_of(packet_times(container, stream)[1], start, end))
     if not count:
         raise BadSample(f"no frame from {start:g} to {end:g} s")
     if count > 1 and not fps:
@@ -529,10 +528,10 @@ def clip_table(rows: list[Row], cfg: Config) -> tuple[list[Row], Table, list[dic
         said = (0 if row.part else row.num_frames, row.height, row.width, row.fps)
         return tuple(of_data or of_file for of_data, of_file in zip(said, seen, strict=True))
 
-    known: list = [(int(row.num_frames), int(row.height), int(row.width), row.fps) for row in rows]
-    for i, row in enumerate(rows):
-        if row.num_frames == 1:
-            known[i] = (*known[i][:3], IMAGE_FPS)
+    known: list = [
+        (int(row.num_frames), int(row.height), int(row.width), IMAGE_FPS if row.num_frames == 1 else row.fps)
+        for row in rows
+    ]
     lacking = [i for i, numbers in enumerate(known) if rows[i].part or not all(numbers)]
     contents = ((row.video, row.start, row.end, *numbers) for row, numbers in zip(rows, known))
     noted = cfg.cache_dir / "looked_at" / f"{fingerprint(contents)}.npy" if lacking else None
@@ -1499,7 +1498,7 @@ class Source:
         return self.file("latents", latents), self.file("text", f"{self.caption(row, 0)}|{self.text.name}|1")
 
     def file(self, kind: str, content: str) -> Path:
-        digest = hashlib.sha256(content.encode()).hexdigest()[:32]
+        digest = digest_of(content)
         return self.cfg.cache / kind / digest[:2] / f"{digest}.npy"
 
     def rng(self, use: int, row: int, epoch: int) -> np.random.Generator:

@@ -54,7 +54,13 @@ def make_tables(folder: Path, count: int) -> None:
 
 def settings(manifest: Path | None, folder: Path) -> SimpleNamespace:
     flags = dict(
-        dataset="", videos=None, cache_dir=folder / "cache", streaming=False, num_workers=0, max_bad=0
+        dataset="",
+        videos=None,
+        cache_dir=folder / "cache",
+        streaming=False,
+        num_workers=0,
+        max_bad=0,
+        demo=False,
     )
     return SimpleNamespace(manifest=manifest, **flags)
 
@@ -115,7 +121,7 @@ def clips_table(count: int) -> None:
             speeds = []
             for _ in ("cold", "warm"):
                 start = time.perf_counter()
-                files, bad = common.decode_rows(rows, 8, 64, cfg)
+                _, files, bad = common.decode_rows(rows, 8, 64, cfg)
                 speeds.append(count / (time.perf_counter() - start))
             start = time.perf_counter()
             size = sum(np.load(file).nbytes for file in files)

@@ -193,7 +193,9 @@ def test_pixels_round_trip():
     ("count", "split", "wanted"), [(19, "", 0), (40, "", 2), (5, "validation", 1), (40, "validation", 1)]
 )
 def test_held_out_are_those_of_the_data_or_a_twentieth(tmp_path, monkeypatch, count, split, wanted):
-    monkeypatch.setattr(t2v, "decode_rows", lambda rows, *_: ([Path(row.video).name for row in rows], []))
+    monkeypatch.setattr(
+        t2v, "decode_rows", lambda rows, *_: (rows, [Path(row.video).name for row in rows], [])
+    )
     rows = [{"video": f"http://host/{i}.mp4", "captions": [f"{i}", "a clip"]} for i in range(count)]
     rows[3] |= {"split": split}
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))

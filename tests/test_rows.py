@@ -437,7 +437,7 @@ def test_parts_of_a_video(folder):
     cfg = settings(folder / "rows.jsonl", cache_dir=folder / "cache", num_workers=2, streaming=False)
     rows, bad = read_data(cfg, "caption")
     assert [(row.start, row.end) for row in rows] == [(0, 0.4), (0.4, 0.8), (0, np.inf)] and not bad
-    files, bad = common.decode_rows(rows, 4, 32, cfg)
+    _, files, bad = common.decode_rows(rows, 4, 32, cfg)
     clips = [np.load(file) for file in files]
     assert not bad and not (clips[0] == clips[1]).all() and len(set(files)) == 3
     every = common.extract_frames(folder / "a.mp4", 25, (32, 32))
@@ -465,7 +465,7 @@ def test_parts_of_a_url_are_streamed_side_by_side(folder, hub, monkeypatch):
     (folder / "rows.jsonl").write_text(lines(*rows))
     cfg = settings(folder / "rows.jsonl", cache_dir=folder / "cache", num_workers=8, streaming=True)
     rows, _ = read_data(cfg, "caption")
-    files, bad = common.decode_rows(rows, 3, 16, cfg)
+    _, files, bad = common.decode_rows(rows, 3, 16, cfg)
     assert len(set(files)) == 8 and not bad and not list((folder / "cache" / "downloads").iterdir())
 
 
@@ -487,12 +487,12 @@ def test_videos_inside_of_parquet_are_fetched_one_by_one(folder, monkeypatch):
         and not bad
     )
     assert rows[4].where.endswith("rows.Parquet, row 5")
-    files, bad = common.decode_rows(rows, 3, 32, cfg)
+    _, files, bad = common.decode_rows(rows, 3, 32, cfg)
     assert len(set(files)) == 5 and not bad and not list((folder / "cache" / "downloads").iterdir()), (
         "streamed"
     )
     monkeypatch.setattr(common, "extract_frames", None)
-    assert common.decode_rows(rows, 3, 32, cfg)[0] == files, "what is there is not decoded again"
+    assert common.decode_rows(rows, 3, 32, cfg)[1] == files, "what is there is not decoded again"
 
 
 FROM_THE_HUB = """
@@ -503,7 +503,7 @@ import common
 cfg = SimpleNamespace(manifest=None, dataset=sys.argv[1], videos=None, question="", cache_dir=Path("cache"),
                       max_bad=1, streaming=True, num_workers=2, demo=False)
 rows, bad = common.read_data(cfg, "caption")
-files, undecoded = common.decode_rows(rows, 3, 16, cfg)
+_, files, undecoded = common.decode_rows(rows, 3, 16, cfg)
 print([(row.texts[0], row.split) for row in rows], len(set(filter(None, files))), [b["reason"] for b in bad + undecoded])
 print(rows[0].where, sorted(path.name for path in Path("cache/downloads").rglob("*.mp4")))
 """
