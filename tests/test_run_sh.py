@@ -50,6 +50,8 @@ print(f"hello from rank {rank}", sys.argv[1:])
 if "--help" in do:
     print("the manual of the toy")
 if "--crash" in do and rank == 1:
+    while "--deaf" in do and not Path("waits_0").exists():  # rank 0 is deaf by then
+        time.sleep(0.1)
     raise RuntimeError("rank 1 breaks")
 if "--wait" in do:
     Path(f"waits_{rank}").touch()
@@ -591,12 +593,12 @@ def test_other_ways_to_call_it(tree):
 # --- Environment
 
 
-def write_wheel(folder: Path, name: str, files: dict[str, str]) -> None:
-    info = f"{name}-2.13.0.dist-info"
-    meta = {f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 2.13.0\n",
+def write_wheel(folder: Path, name: str, files: dict[str, str], version: str = "2.13.0") -> None:
+    info = f"{name}-{version}.dist-info"
+    meta = {f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
             f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n", f"{info}/RECORD": ""}  # fmt: skip
     folder.mkdir(exist_ok=True)
-    with zipfile.ZipFile(folder / f"{name}-2.13.0-py3-none-any.whl", "w") as wheel:
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
         for path, text in (files | meta).items():
             wheel.writestr(path, text)
 
@@ -605,6 +607,7 @@ def write_wheel(folder: Path, name: str, files: dict[str, str]) -> None:
 def bare(tree, tmp_path):
     """A machine without .venv; torch, deepspeed and pytest are tiny local wheels, and the only python3 has no torch."""
     write_wheel(tmp_path / "wheels", "torch", {"torch/__init__.py": ""})
+    write_wheel(tmp_path / "wheels", "torchvision", {"torchvision/__init__.py": ""}, "0.28.0")
     write_wheel(tmp_path / "wheels", "deepspeed", {"deepspeed/__init__.py": ""})
     base = Path(sys.base_prefix) / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}"
     for name in ("python3", "python"):
