@@ -41,6 +41,7 @@ import tempfile
 import threading
 import time
 import typing
+import unicodedata
 import urllib.parse
 import warnings
 import zlib
@@ -103,6 +104,10 @@ def read_flags(
     import tyro
 
     flags = [flag for flag in sys.argv[1:] if not re.match("--local[_-]rank=", flag)]
+    for i, flag in enumerate(flags):
+        if launcher := re.match(r"--(?:num[_-]gpus|nproc[_-]per[_-]node)(?:=(.*))?$", flag):
+            count, script = launcher[1] or "".join(flags[i + 1 : i + 2]) or "N", Path(sys.argv[0]).name
+            refuse(f"{flag} is for a launcher, this is one process: ./run.sh {script} {count} starts {count}")
     from_environment = []
     for name, flag in variables.items():
         if os.environ.get(name):
@@ -146,6 +151,7 @@ def run(main: Callable[[], Any]) -> NoReturn:
     reliably.
     """
     quiet_libraries()
+    mend_torchvision()
     for number in SIGNALS:
         signal.signal(number, lambda n, _: sys.exit(128 + n))  # inside signals_wait it only takes note
     code = 1
@@ -175,7 +181,7 @@ def quiet_libraries() -> None:
     handler.addFilter(hide_secrets)
     log.handlers, log.propagate = [handler], False  # libraries may put a handler on the root
     log.setLevel(logging.INFO if rank() == 0 else logging.WARNING)
-    libraries = "torch|transformers|deepspeed|huggingface_hub|matplotlib|accelerate|trl|peft|datasets"
+    libraries = "torch|transformers|deepspeed|huggingface_hub|matplotlib|accelerate|peft|datasets"
     warnings.filterwarnings("ignore", module=rf"({libraries})\b")
     for name in "DeepSpeed transformers huggingface_hub httpx2 httpx accelerate datasets absl".split():
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -183,6 +189,24 @@ def quiet_libraries() -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@functools.cache
+def mend_torchvision() -> None:
+    """A torchvision that was built for another torch cannot load its operators, and then neither it nor
+    transformers can be imported. What processors of videos need of it is plain torch: declare the two
+    operators that its import looks for."""
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None:
+        return
+    import torch
+
+    try:
+        torch.ops.load_library(str(Path(spec.origin).with_name("_C.so")))
+    except OSError:
+        boxes = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        for operator in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{operator}", boxes)
 
 
 # ---------------------------------------------------------------------------
@@ -666,8 +690,66 @@ def split_clips(
     return [i for i in rows if videos[i] not in held_out], [i for i in rows if videos[i] in held_out]
 
 
+UNDIVIDED = tuple("CJK HIRAGANA KATAKANA THAI LAO KHMER MYANMAR TIBETAN".split())
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def kind_of(letter: str) -> str:
+    """ "word" for letters and digits, "alone" for those of scripts without blanks between words, where each
+    counts as one, "mark" for what belongs to the letter before it, "" for all else"""
+    category, name = unicodedata.category(letter)[0], unicodedata.name(letter, "")
+    if category in "LN" or letter == "_":
+        return "alone" if name.startswith(UNDIVIDED) else "word"
+    return "mark" if category == "M" else ""
+
+
 def words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
+    """In lower case; each letter of a script without blanks between words is one."""
+    text = text.lower()
+    if text.isascii():
+        return re.findall(r"\w+", text)
+    found, before = [], ""
+    for letter in text:
+        kind = kind_of(letter)
+        if found and before and (kind == "mark" or kind == before == "word"):
+            found[-1] += letter
+            continue
+        if kind in ("word", "alone"):
+            found.append(letter)
+        before = kind
+    return found
+
+
+def is_undivided(texts: Iterable[str]) -> bool:
+    """Whether most letters of these texts are of scripts without blanks between words"""
+    kinds = [kind_of(letter) for text in texts for letter in text]
+    return kinds.count("alone") > kinds.count("word")
+
+
+def answer_scores(said: list[str], wanted: list[str]) -> dict[str, float]:
+    """Of answers against references, each 0 to 1: exact (see normalized), BLEU (Post 2018), chrF (Popovic
+    2015), ROUGE-1, -2 and -L F (Lin 2004). BLEU goes by characters where words are not divided."""
+    from rouge_score.rouge_scorer import RougeScorer
+    from sacrebleu import BLEU, CHRF
+
+    class Words:  # rouge-score's own tokenizer knows the Latin alphabet alone
+        tokenize = staticmethod(words)
+
+    names = ["rouge1", "rouge2", "rougeL"]
+    scorer = RougeScorer(names, tokenizer=Words)
+    rouge = [scorer.score(right, answer) for answer, right in zip(said, wanted)]
+    # effective order: one word has no 4-grams
+    bleu = BLEU(effective_order=True, tokenize="char" if is_undivided(wanted) else "13a")
+    exact = [normalized(answer) == normalized(right) for answer, right in zip(said, wanted)]
+    return {
+        "exact": float(np.mean(exact)),
+        "bleu": bleu.corpus_score(said, [wanted]).score / 100,
+        "chrf": CHRF().corpus_score(said, [wanted]).score / 100,
+        **{
+            f"rouge_{name[5:].lower()}": float(np.mean([one[name].fmeasure for one in rouge]))
+            for name in names
+        },
+    }
 
 
 def normalized(text: str) -> str:
@@ -713,12 +795,12 @@ def demo_module(name: str) -> Any:
     return importlib.import_module(f"demos.{name}")
 
 
-def tiny_model(cfg: Any, script: str, build: Callable[[Path, int], None]) -> str:
+def tiny_model(cfg: Any, script: str, build: Callable[[Path, int], None], kind: str = "") -> str:
     """Rank 0: a demo's model, built once into the cache: a folder, loaded as the real one is."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    name = f"{Path(script).stem}_tiny_{cfg.seed}_1"  # 1: version of what is built
+    name = f"{Path(script).stem}_tiny{kind and f'_{kind}'}_{cfg.seed}_1"  # 1: version of what is built
     return str(made_once(cfg.cache_dir / name, lambda aside: build(aside, cfg.seed)))
 
 
@@ -772,6 +854,7 @@ class QA(NamedTuple):
     question: str
     answer: str
     kind: str = ""  # what is asked for, where the data say so: the table at the end has a line for each
+    follows: bool = False  # the question before, of one conversation
 
 
 @dataclass(slots=True)  # slots: there may be millions
@@ -1288,7 +1371,8 @@ def pairs_of(row: dict, default: str, notes: collections.Counter) -> list[QA]:
     if isinstance(question, list) and isinstance(answer, list):  # TRL's prompt and completion as messages
         turns = question + answer
     if turns := items_of(turns or []):
-        return [QA(asked or default, said) for asked, said in turns_of(turns, row, notes)]
+        asked_in_order = enumerate(turns_of(turns, row, notes))
+        return [QA(asked or default, said, follows=i > 0) for i, (asked, said) in asked_in_order]
     if pairs := items_of(first("pairs") or []):
         if not all(isinstance(pair, dict) for pair in pairs):
             raise BadSample("qa is no list of questions and answers")
@@ -1560,6 +1644,20 @@ class BadSample(ValueError):
     """A clip that cannot be used; the message is the reason, on one line."""
 
 
+class Pace(NamedTuple):
+    """So many frames a second, and no more than `most`, as a number of frames"""
+
+    fps: float
+    most: int
+
+
+@dataclass(frozen=True)
+class AtMost:
+    """As large as a picture is, but for so many pixels, as a size"""
+
+    pixels: int
+
+
 def frame_indices(total: int, k: int) -> list[int]:
     """k evenly spaced frames of total: floor((total - 1) * j / (k - 1)), both ends included; k = 1: the
     middle one.
@@ -1573,11 +1671,14 @@ def frame_indices(total: int, k: int) -> list[int]:
     return [(total - 1) // 2] if k == 1 else [(total - 1) * j // (k - 1) for j in range(k)]
 
 
-def fitted(picture: np.ndarray, size: tuple[int, int] | None, crop: bool = True) -> np.ndarray:
+def fitted(picture: np.ndarray, size: tuple[int, int] | AtMost | None, crop: bool = True) -> np.ndarray:
     """(H, W, 3) -> (h, w, 3): the largest centred crop of that shape, or all of it, scaled; size None: as it
     is."""
     import cv2
 
+    if isinstance(size, AtMost):
+        scale = (size.pixels / (picture.shape[0] * picture.shape[1])) ** 0.5
+        size = tuple(max(1, int(side * scale)) for side in picture.shape[:2]) if scale < 1 else None
     if size is None:
         return picture
     (height, width), (h, w) = picture.shape[:2], size
@@ -1709,10 +1810,13 @@ def part_of(times: list[float], start: float, end: float) -> range:
     return range(first, max(first, after))
 
 
-def chosen_frames(times: list[float], frames: int | range, start: float, end: float) -> list[int]:
+def chosen_frames(times: list[float], frames: int | range | Pace, start: float, end: float) -> list[int]:
     """The numbers of those frames of a part to take: so many, evenly spaced, or a range of them. Raises
     BadSample when there are too few."""
     part = part_of(times, start, end)
+    if isinstance(frames, Pace):
+        seconds = times[part[-1]] - times[part[0]] if part else 0
+        frames = max(1, min(frames.most, len(part), int(seconds * frames.fps) + 1))
     where = f" from {start:g} s" + (f" to {end:g} s" if end < math.inf else "")
     try:
         if isinstance(frames, range) and len(part) <= frames[-1]:
@@ -1752,28 +1856,35 @@ def sought_frames(
     return True
 
 
-def extract_frames(
+def timed_frames(
     path: str | Path,
-    frames: int | range,
-    size: tuple[int, int] | None = None,
+    frames: int | range | Pace,
+    size: tuple[int, int] | AtMost | None = None,
     crop: bool = True,
     start: float = 0.0,
     end: float = math.inf,
-) -> np.ndarray:
-    """Frames of a video file -> (K, H, W, 3) RGB uint8, upright; exact on the frames that decode.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Frames of a video file -> ((K, H, W, 3) RGB uint8, upright, exact on the frames that decode; when each
+    is shown, (K,) seconds after the first of the part).
 
-    frames: K, evenly spaced, or a range of numbers; of those shown from `start` until before `end`, in
-    seconds after the first. size (h, w) scales the short side and crops the centre, or squeezes without
-    `crop`, as each frame is decoded. One thread: loaders have theirs. Raises BadSample with the reason,
-    ValueError for K < 1; no frame is repeated or dropped.
+    frames: K, evenly spaced, K by a pace, or a range of numbers; of those shown from `start` until before
+    `end`, in seconds after the first. size (h, w) scales the short side and crops the centre, or squeezes
+    without `crop`, as each frame is decoded. One thread: loaders have theirs. Raises BadSample with the
+    reason, ValueError for K < 1; no frame is repeated or dropped.
     """
     # wrong numbers are the caller's fault, not the clip's
-    if not isinstance(frames, range):
+    if isinstance(frames, Pace):
+        frame_indices(frames.most, frames.most)
+    elif not isinstance(frames, range):
         frame_indices(frames, frames)
     elif not frames or min(frames) < 0 or frames.step < 0:
         raise ValueError(f"{frames}: needs numbers from 0 up, in order")
     choose = partial(chosen_frames, frames=frames, start=start, end=end)
     picture_of, pictures = picture_maker(threading.get_ident()), {}
+
+    def together() -> tuple[np.ndarray, np.ndarray]:
+        first = part_of(times, start, end)[0]
+        return np.stack([pictures[i] for i in wanted]), np.array([times[i] - times[first] for i in wanted])
 
     def take(number: int, frame: Any) -> None:
         if number in wanted:
@@ -1793,7 +1904,7 @@ def extract_frames(
         last = wanted[-1] if isinstance(frames, range) else len(times) - 1
         needed = sorted({0, *wanted, last})  # with both ends, or the count is not proven
         if sought_frames(path, pts, keys, needed, take):
-            return np.stack([pictures[i] for i in wanted])
+            return together()
     for _ in range(2):  # from start to end; once more where the packets had it wrong
         pictures.clear()
         times = []
@@ -1805,9 +1916,10 @@ def extract_frames(
                     break  # nothing after it matters
         if not times:
             raise BadSample("no frame decodes")
-        guessed, wanted = wanted, choose(np.maximum.accumulate(np.array(times) - times[0]).tolist())
+        times = np.maximum.accumulate(np.array(times) - times[0]).tolist()
+        guessed, wanted = wanted, choose(times)
         if wanted == guessed:
-            return np.stack([pictures[i] for i in wanted])
+            return together()
     raise BadSample("decodes to another number of frames each time")
 
 
@@ -1853,19 +1965,21 @@ def identity_of(video: str) -> str:
     return f"{os.path.realpath(video)}|{stat.st_size}|{stat.st_mtime_ns}"
 
 
-def frames_file(row: Row, frames: int, size: int, cfg: Any, crop: bool = True) -> Path:
+def frames_file(row: Row, frames: int | Pace, size: int | AtMost, cfg: Any, crop: bool = True) -> Path:
     """Where the cache has these frames. Raises BadSample for a file that is not there."""
-    # 2: version of the reader
-    digest = digest_of(f"{identity_of(row.video)}|{row.start}|{row.end}|{frames}|{size}|{crop}|2")
+    # 3: version of the reader
+    digest = digest_of(f"{identity_of(row.video)}|{row.start}|{row.end}|{frames}|{size}|{crop}|3")
     return cfg.cache_dir / "frames" / digest[:2] / f"{digest}.npy"
 
 
-def cached_frames(row: Row, frames: int, size: int, cfg: Any, crop: bool = True) -> Path:
-    """Decode once: a .npy file of uint8 (F, size, size, 3) frames, cropped or squeezed. Raises BadSample."""
+def cached_frames(row: Row, frames: int | Pace, size: int | AtMost, cfg: Any, crop: bool = True) -> Path:
+    """Decode once: a .npy file of uint8 (F, size, size, 3) frames, cropped or squeezed, and after it their
+    times, a second array. Raises BadSample."""
     target = frames_file(row, frames, size, cfg, crop)
     if not target.exists():
+        shape = size if isinstance(size, AtMost) else (size, size)
         with local_file(row.video, cfg) as path:
-            save_array(target, extract_frames(path, frames, (size, size), crop, row.start, row.end))
+            save_array(target, *timed_frames(path, frames, shape, crop, row.start, row.end))
     return target
 
 
@@ -1893,7 +2007,7 @@ def in_threads(call: Callable[[Any], T], items: list, cfg: Any, what: str) -> li
 
 
 def decode_rows(
-    rows: list[Row], frames: int, size: int, cfg: Any, crop: bool = True
+    rows: list[Row], frames: int | Pace, size: int | AtMost, cfg: Any, crop: bool = True
 ) -> tuple[list[Row], list[Path], list[dict]]:
     """Every rank, each its share: -> (rows whose clips can be decoded, their cached frames, bad samples), the
     same on all. It may be stopped and started again. Exit 2 when the cache would not fit onto the disk, and
@@ -1914,7 +2028,9 @@ def decode_rows(
     first = len(mine) * machine * here // world_size()
     todo = [i for i in mine[first:] + mine[:first] if by(frames_file, i)]
     count = sum(from_all_ranks(len(todo))[machine * here : (machine + 1) * here])
-    need, free = count * (frames * size * size * 3 + 4096) / GB, disk_free(cfg.cache_dir) / GB
+    most = frames.most if isinstance(frames, Pace) else frames
+    pixels = size.pixels if isinstance(size, AtMost) else size * size
+    need, free = count * (most * pixels * 3 + 4096) / GB, disk_free(cfg.cache_dir) / GB
     if rank() == 0 and count:
         into = f"{need:.2f} GB into {cfg.cache_dir}/frames, {free:.1f} GB free"
         log.info(f"frames   {count} of {len(rows)} clips are to be decoded, {into}")
@@ -1928,10 +2044,13 @@ def decode_rows(
     return [rows[i] for i in good], [together[i] for i in good], bad
 
 
-def save_array(target: Path, array: np.ndarray) -> None:
+def save_array(target: Path, *arrays: np.ndarray) -> None:
+    """One after the other: np.load reads the first, and from an open file the next"""
+
     def write(aside: Path) -> None:
         with aside.open("wb") as file:
-            np.save(file, array)
+            for array in arrays:
+                np.save(file, array)
 
     target.parent.mkdir(parents=True, exist_ok=True)
     write_whole(target, write)
@@ -2114,7 +2233,8 @@ def choose_layout(layouts: list[Layout], deepspeed: str, advice: str) -> tuple[s
     usable = layouts
     if deepspeed != "auto":
         config = read_json(Path(deepspeed))
-        zero = config.get("zero_optimization", {})
+        zero = todays_zero(config.get("zero_optimization", {}), deepspeed)
+        config["zero_optimization"] = zero
         offload = "all" if "offload_param" in zero else "optimizer" if "offload_optimizer" in zero else ""
         usable = [x for x in layouts if x.stage == zero.get("stage") and x.offload == offload] or layouts[:1]
     taken = next((x for x in usable if x.fits(gpu, ram, world)), usable[-1] if deepspeed != "auto" else None)
@@ -2137,14 +2257,40 @@ def choose_layout(layouts: list[Layout], deepspeed: str, advice: str) -> tuple[s
     return "\n".join(lines), taken
 
 
-def ds_config(source: dict, name: str, batch_size: int, accum: int, clip: float, dtype: str) -> dict:
-    """A DeepSpeed configuration with every "auto" filled in; exit 2 for one that nobody would fill in.
+def todays_zero(zero: Any, name: str) -> dict:
+    """The section zero_optimization in today's words: cpu_offload is offload_optimizer, and what is offloaded
+    to a device "none" is not."""
+    if not isinstance(zero, dict):
+        refuse(f"{name}: zero_optimization is {json.dumps(zero)}; a JSON object is wanted")
+    zero = dict(zero)
+    for old in ("cpu_offload", "cpu_offload_param"):
+        if zero.pop(old, False):
+            zero.setdefault("offload_param" if "param" in old else "offload_optimizer", {"device": "cpu"})
+    for what in ("offload_param", "offload_optimizer"):
+        if not isinstance(zero.get(what) or {}, dict):
+            refuse(f"{name}: zero_optimization.{what} is {json.dumps(zero[what])}; a JSON object is wanted")
+        if (zero.get(what) or {}).get("device") in (None, "none"):
+            zero.pop(what, None)
+    return zero
 
-    DeepSpeed drops "auto" without a word (bf16 "auto" trains in fp32) and ignores keys that it does not know:
-    both are refused. `name`: what messages call it.
-    """
+
+# Sections of a DeepSpeed JSON that its constants do not name
+SECTIONS = set(
+    "zero_optimization activation_checkpointing flops_profiler aio comms_logger tensorboard wandb comet "
+    "csv_monitor elasticity data_efficiency compression_training hybrid_engine autotuning amp compile".split()
+)
+
+
+def ds_config(source: dict, name: str, batch_size: int, accum: int, clip: float, dtype: str) -> dict:
+    """A DeepSpeed configuration as people have it -> as it is used, every "auto" filled in. Where it differs
+    from the flags, they count, and each such key is named; exit 2 for keys that this DeepSpeed does not know,
+    which it would ignore, and for what it cannot read. `name`: what messages call it."""
+    from deepspeed.runtime import constants
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+    from deepspeed.runtime.precision_config import DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
+    config, notes = json.loads(json.dumps(source)), []
     numbers = {
         "train_micro_batch_size_per_gpu": batch_size,
         "gradient_accumulation_steps": accum,
@@ -2153,33 +2299,46 @@ def ds_config(source: dict, name: str, batch_size: int, accum: int, clip: float,
         "bf16.enabled": dtype == "bf16",
         "fp16.enabled": dtype == "fp16",
     }
-
-    def filled(value: Any, key: str) -> Any:
-        if isinstance(value, dict):
-            return {k: filled(v, f"{key}.{k}".lstrip(".")) for k, v in value.items()}
-        if value != "auto":
-            return value
-        return (
-            numbers[key]
-            if key in numbers
-            else refuse(f'{name}: "{key}": "auto" has no value here; write a number')
-        )
-
-    config = filled(source, "")
-    zero = config.get("zero_optimization", {})
+    for section, flags in {
+        "optimizer": "--lr, --beta2 and --weight_decay",
+        "scheduler": "--warmup_steps",
+    }.items():
+        if section in config:
+            what = config.pop(section)
+            kind = what.get("type", "") if isinstance(what, dict) else what
+            notes.append(f"{section} {kind}: this script has its own, {flags} count")
+    zero = config["zero_optimization"] = todays_zero(config.get("zero_optimization", {}), name)
     if zero.get("stage") not in (1, 2, 3):
         refuse(f"{name}: zero_optimization.stage {zero.get('stage')}; take 1, 2 or 3")
     fields = DeepSpeedZeroConfig.model_fields
     known = set(fields) | {one.alias for one in fields.values() if one.alias}
     if unknown := sorted(set(zero) - known):
         refuse(f"{name}: this DeepSpeed does not know zero_optimization.{unknown[0]} and would ignore it")
+    known = {value for value in vars(constants).values() if isinstance(value, str)}
+    inside = set(DeepSpeedFP16Config.model_fields)  # of the section fp16; DeepSpeed's constants mix them
+    if unknown := sorted(set(config) - (SECTIONS | known - inside)):
+        refuse(f"{name}: this DeepSpeed does not know {unknown[0]} and would ignore it")
+    for key in [key for key, value in zero.items() if value == "auto"]:
+        del zero[key]
+        notes.append(f"zero_optimization.{key} auto: DeepSpeed's default counts")
     for key, number in numbers.items():
         *section, last = key.split(".")
         place = config.setdefault(section[0], {}) if section else config
-        if place.setdefault(last, number) != number:
-            refuse(f'{name}: {key} is {place[last]}, the flags say {number}; write "auto" there')
+        if not isinstance(place, dict):
+            refuse(f"{name}: {section[0]} is {json.dumps(place)}; a JSON object is wanted")
+        if place.get(last, "auto") not in ("auto", number):
+            notes.append(f"{key} {place[last]}: the flags say {number}, which counts")
+        place[last] = number
+    if lost := re.search(r'"(\w+)": "auto"', json.dumps(config)):
+        refuse(f'{name}: "{lost[1]}": "auto" has no value here; write a number')
     # Offloading takes torch's AdamW too, which needs no compiler.
     config.setdefault("zero_force_ds_cpu_optimizer", False)
+    try:
+        DeepSpeedConfig(config)
+    except (ValueError, AssertionError, TypeError, KeyError, AttributeError, DeepSpeedConfigError) as error:
+        refuse(f"{name}: DeepSpeed cannot read it: {brief(error)}")
+    for note in notes:
+        log.info(f"note: {name}: {note}")
     return config
 
 
@@ -2245,10 +2404,11 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
 def gathered(parameters: list, changed: bool = False) -> Any:
     """Inside, every one of these parameters is whole on every rank, also under ZeRO-3. `changed`: what rank 0
     writes stays."""
+    if not any(hasattr(p, "ds_id") for p in parameters):
+        return contextlib.nullcontext()
     from deepspeed.runtime.zero import GatheredParameters
 
-    enabled = any(hasattr(p, "ds_id") for p in parameters)
-    return GatheredParameters(parameters, modifier_rank=0 if changed else None, enabled=enabled)
+    return GatheredParameters(parameters, modifier_rank=0 if changed else None)
 
 
 def full_weights(module: Any, dtype: Any, wanted: Callable[[Any], bool] = lambda p: True) -> dict[str, Any]:
@@ -2828,6 +2988,7 @@ def fetch_model(source: str, *patterns: str, flag: str = "--model") -> Path:
     2 without one."""
     from huggingface_hub import snapshot_download
 
+    mend_torchvision()
     if Path(source).is_dir():
         return Path(source)
     if "/" not in source.strip("/") or source.startswith((".", "/", "~")):
@@ -3426,6 +3587,100 @@ def finish_run(
 
     publish()
     return results
+
+
+def batches_ahead(get_batch: Callable[[int], T], cfg: Any, first: int) -> Iterator[list[T]]:
+    """Of each step from `first` on the micro-batches, get_batch(micro_step); a thread prepares those of the
+    next step while the GPU works."""
+
+    def of(step: int) -> list[T]:
+        return [get_batch(micro_step) for micro_step in range(step * cfg.accum, (step + 1) * cfg.accum)]
+
+    pool = ThreadPoolExecutor(1)
+    ahead = pool.submit(of, first)
+    for step in range(first, cfg.steps):
+        batches = ahead.result()
+        if step + 1 < cfg.steps:
+            ahead = pool.submit(of, step + 1)
+        yield batches
+
+
+def mean_loss(count: int, size: int, loss_of: Callable[[list[int]], tuple[Any, int]]) -> float:
+    """Every rank: the mean per token of `count` items, at most `size` of them together; loss_of(items) ->
+    (loss, summed over tokens, their number)"""
+    sums = {}
+    for part in rounds(count, size):
+        loss, tokens = loss_of(part)
+        sums[part[0]] = (loss.item(), tokens)
+    total_loss, total_tokens = np.sum(list(merged_over_ranks(sums).values()), axis=0)
+    return float(total_loss / total_tokens)
+
+
+def load_pretrained(load: Callable[[Path], Any], cfg: Any, run: Run, checkpointing: bool) -> Any:
+    """Every rank: the model that load(folder) makes of cfg.model; under ZeRO-3 each rank has its part of the
+    weights."""
+    import torch
+    from transformers.integrations import HfDeepSpeedConfig
+
+    folder = on_rank0(fetch_model)(cfg.model, "*")
+    torch.manual_seed(cfg.seed)
+    # from_pretrained looks whether one that says ZeRO-3 is alive
+    alive = HfDeepSpeedConfig(run.config) if run.facts["zero_stage"] == 3 else None
+    model = load(folder)
+    del alive
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def export_pretrained(
+    model: Any, load: Callable[[Path], Any], cfg: Any, dtype: Any, processor: Any, target: Path
+) -> None:
+    """Every rank: model/ as the class's own from_pretrained and servers take it, with its processor or
+    tokenizer. With LoRA it is merged into what load(folder) makes of cfg.model, and adapter/ is the adapter
+    alone; with --adapter_only that is all."""
+    weights = full_weights(model, dtype, lambda p: p.requires_grad or not cfg.lora_r)
+    if rank():
+        return
+    target.mkdir(exist_ok=True)
+    processor.save_pretrained(target)
+    if not cfg.lora_r:
+        # loaded under ZeRO-3 it would save other names (transformers 5.23)
+        vars(model).pop("_weight_conversions", None)
+        model.save_pretrained(target, state_dict=weights)
+        return
+    from peft import PeftModel
+
+    adapter = target if cfg.adapter_only else target / "adapter"
+    adapter.mkdir(exist_ok=True)
+    below = str(Path(cfg.model).resolve()) if Path(cfg.model).is_dir() else cfg.model
+    model.peft_config["default"].base_model_name_or_path = below
+    model.save_pretrained(adapter, state_dict=weights)
+    (adapter / "README.md").unlink(missing_ok=True)  # PEFT's empty form
+    model.generation_config.save_pretrained(adapter)
+    if not cfg.adapter_only:
+        whole = PeftModel.from_pretrained(load(fetch_model(cfg.model, "*")), adapter).merge_and_unload()
+        whole.save_pretrained(target)
+
+
+def finished_model(source: str, settings_file: str) -> tuple[Path, str, dict]:
+    """-> (folder of a finished model, the model itself or, of an adapter, its base model; what the script
+    wrote beside it)"""
+    folder = fetch_model(source, "*")
+    saved = read_json(path) if (path := folder / settings_file).exists() else {}
+    return folder, adapter_of(folder) or str(folder), saved
+
+
+def adapter_of(folder: Path) -> str:
+    """The base model of a LoRA adapter, "" for what is none"""
+    file = folder / "adapter_config.json"
+    return read_json(file).get("base_model_name_or_path", "") if file.exists() else ""
+
+
+def refuse_adapter(source: str, folder: Path) -> None:
+    """Exit 2 for an adapter where a model to train is wanted."""
+    if below := adapter_of(folder):
+        refuse(f"--model {source} is a LoRA adapter of {below}: give {below}, or what it was merged into")
 
 
 def copy_code(target: Path, script: str, *more: str) -> None:

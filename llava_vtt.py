@@ -2,28 +2,32 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #   "av==18.1.0", "datasets==5.2.0", "deepspeed==0.19.8", "huggingface_hub==2.4.0", "matplotlib==3.11.2",
-#   "numpy==2.4.6", "opencv-python-headless==5.0.0.93", "peft==0.21.2", "pillow==13.0.0", "requests==2.34.2",
-#   "rouge-score==0.1.2", "sacrebleu==2.6.0", "torch>=2.6", "tqdm==4.70.1", "transformers==5.23.0",
-#   "trl==1.16.0", "tyro==1.0.17",
+#   "num2words==0.5.14", "numpy==2.4.6", "opencv-python-headless==5.0.0.93", "peft==0.21.2", "pillow==13.0.0",
+#   "requests==2.34.2", "rouge-score==0.1.2", "sacrebleu==2.6.0", "safetensors==0.8.0", "torch>=2.6",
+#   "torchvision>=0.21", "tqdm==4.70.1", "transformers==5.23.0", "tyro==1.0.17",
 # ]
 # ///
-"""Video and question to text: LLaVA-interleave 7B, with a proof that it sees the video.
+"""Video and question to text: LLaVA-interleave 7B or any VLM of today, with a proof that it sees the video.
 
     python llava_vtt.py --demo                       # minutes on 2 CPU cores: a tiny LLaVA learns motion
     python llava_vtt.py --manifest clips.jsonl       # one GPU (or a CPU): the debugging path
     ./run.sh llava_vtt.py 4 --manifest clips.jsonl   # four GPUs, logged, data set and model pushed to the Hub
     python llava_vtt.py --predict clip.mp4 --question "What happens?"
 
+--model takes what AutoModelForImageTextToText loads: LLaVA, LLaVA-OneVision, Qwen2.5-VL, Qwen3-VL, SmolVLM2
+and their kin, with the processor, the chat template and the placeholders that they were trained with.
+
 Data: --manifest, a table or a folder, or --dataset, an id of the Hub, in any of the forms that README.md
 lists (conversations, messages, question and answer, multiple choice, captions). Without either, four public
-samples. Training and held-out clips are split by video; all questions of a clip are turns of one
-conversation.
+samples. Training and held-out clips are split by video. The questions of a clip share its frames in one
+sequence, each a branch that does not see the others; the turns of a conversation keep their order.
 
 LoRA on the language model and the whole projector are trained; --lora_r 0 trains all of the language model,
---train_vision the vision tower too, --load_in_4bit is QLoRA. The loss is on the answers and their <|im_end|>
+--train_vision the vision tower too, --load_in_4bit is QLoRA. The loss is on the answers and what ends them
 alone. Each evaluation asks the same questions again with the frames shuffled, reversed and blanked.
 
 Writes the run folder described in README.md. The same command again goes on from the newest whole checkpoint.
+model/ is merged, for transformers and servers as it is; model/adapter/ is the LoRA.
 
 Measured: --demo, 7 minutes on 2 CPU cores: 0.98 of 500 answers about clips never seen are right; of the
 directions 0.96, with the frames shuffled 0.21, reversed 0.00. On a GPU: not yet measured.
@@ -31,108 +35,60 @@ directions 0.96, with the frames shuffled 0.21, reversed 0.00. On a GPU: not yet
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
+import inspect
 import json
 import math
 import os
 import re
 import shutil
+import threading
 import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
+# isort: off
 from common import (
-    CHECKPOINTING,
-    DEFAULT_QUESTION,
-    QA,
-    BadSample,
-    Free,
-    Layout,
-    Lower,
-    Row,
-    Run,
-    barrier,
-    brief,
-    check_loaded,
-    check_settings,
-    check_weights,
-    copy_code,
-    data_name,
-    decode_rows,
-    demo_module,
-    epoch_order,
-    extract_frames,
-    fetch_model,
-    fingerprint,
-    finish_run,
-    full_weights,
-    is_url,
-    local_file,
-    log,
-    memory_layouts,
-    merged_over_ranks,
-    normalized,
-    on_rank0,
-    open_run,
-    out_of_memory,
-    over_ranks,
-    pad,
-    pick_dtype,
-    push_rows,
-    pushes_data,
-    rank,
-    read_data,
-    read_flags,
-    read_json_lines,
-    refuse,
-    resume_engine,
-    rounds,
-    row_lines,
-    run,
-    save_run,
-    saved_bytes,
-    show_plan,
-    split_clips,
-    start_run,
-    steps_line,
-    tiny_model,
-    training_steps,
-    with_steps,
-    words,
-    world_size,
-    write_grid,
-    write_json,
-    write_lines,
-)
+    CHECKPOINTING, DEFAULT_QUESTION, GB, QA, AtMost, BadSample, Free, Layout, Lower, Pace, Row, Run,
+    answer_scores, barrier, batches_ahead, brief, check_loaded, check_settings, check_weights, copy_code,
+    data_name, decode_rows, demo_module, digest_of, disk_free, epoch_order, export_pretrained, fetch_model,
+    fingerprint, finish_run, finished_model, fitted, frame_indices, gathered, is_undivided, is_url,
+    load_pretrained, local_file, log, mean_loss, memory_layouts, merged_over_ranks, normalized, on_rank0,
+    open_engine, open_run, out_of_memory, over_ranks, pad, pick_dtype, push_rows, pushes_data, rank,
+    read_data, read_flags, read_json_lines, refuse, refuse_adapter, rounds, row_lines, run, save_run,
+    saved_bytes, show_plan, split_clips, start_run, steps_line, timed_frames, tiny_model, training_steps,
+    with_steps, words, world_size, write_grid, write_json, write_lines, write_whole,
+)  # fmt: skip
 
 BASE_MODEL = "llava-hf/llava-interleave-qwen-7b-hf"
-# ChatML, as the model was trained; what lies between the generation marks is what the loss sees.
+# ChatML, as LLaVA-interleave was trained. Its own template says "assistant \n" of an answer that is there and
+# "assistant\n" of one that is asked for.
 TEMPLATE = """\
 {% for message in messages %}
-{{ '<|im_start|>' + message.role + '\\n' }}
-{%- for part in message.content if part.type == 'image' %}
-{{- '<image>' + ('\\n' if loop.last else '') }}{% endfor %}
-{%- for part in message.content if part.type == 'text' %}
-{%- if message.role == 'assistant' %}{% generation %}{{ part.text + '<|im_end|>' }}{% endgeneration %}
-{%- else %}{{ part.text + '<|im_end|>' }}{% endif %}
-{%- endfor %}
+{%- set whole = message.content is string %}
+{%- set parts = [{'type': 'text', 'text': message.content}] if whole else message.content %}
+{{- '<|im_start|>' + message.role + '\\n' }}
+{%- for part in parts if part.type == 'image' %}{{ '<image>' + ('\\n' if loop.last else '') }}{% endfor %}
+{%- set text = parts | selectattr('type', 'equalto', 'text') | map(attribute='text') | join + '<|im_end|>' %}
+{%- if message.role == 'assistant' %}{% generation %}{{ text }}{% endgeneration %}
+{%- else %}{{ text }}{% endif %}
 {{- '\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 WARMUP = 10  # steps, when --warmup_steps is not given
 SHUFFLES = ("in order", "shuffled", "reversed", "blanked")  # how frames are shown in an evaluation
-METRICS = ("exact", "bleu", "rouge_l")
 # wrong in a mirror
 SIDES = set("left right leftwards rightwards clockwise counterclockwise anticlockwise".split())
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -156,27 +112,35 @@ class Config:
     dataset: Free[str] = ""  # of the Hub, ID[:config][:split], or a folder
     videos: Free[Path | None] = None  # folder of the videos; default: the manifest's
     frames: int = 5  # per clip, spread evenly over the video
+    fps: float = 0.0  # frames per second instead, of long clips at most --max_frames
+    max_frames: int = 64
+    max_pixels: int = 200_704  # of a frame, for models that take any shape; 448x448
     question: str = ""  # of --predict; and what a caption answers where the data ask nothing
     max_turns: int = 8  # questions of one clip in one sequence
     val_fraction: float = 0.1  # share of the videos held out, unless the data set has such a split
     augment: bool = False  # crop, brightness and contrast, the same for all frames of a clip
     augment_flip: bool = False  # also mirror clips; off by default, for it makes left and right wrong
-    curriculum: bool = False  # three stages: answers below 10 words, below 20, all
+    curriculum: bool = False  # three stages, each with those before it: answers below 10 words, below 20, all
     max_bad: Free[float] = 0.05  # share of unusable samples above which the run refuses
     cache_dir: Free[Path] = Path("cache")  # decoded frames, downloads
+    cache_features: Free[bool] = False  # keep what the frozen tower makes of the frames on disk too
     streaming: Free[bool] = False  # remove what was downloaded once it is decoded: for what no disk holds
     num_workers: Free[int] = 0  # threads that decode; 0: one for each core that is this rank's
 
     # model
 
-    # LLaVA, a Hub id or a folder; default: LLaVA-interleave 7B, for --predict <output_dir>/model
+    # a VLM, Hub id or folder; default: LLaVA-interleave 7B, for --predict <output_dir>/model; with --demo
+    # llava or qwen3_vl
     model: str = ""
-    attn: Free[Literal["sdpa", "eager", "flash_attention_2"]] = "sdpa"  # attention kernel
+    attn: Free[Literal["sdpa", "eager", "flash_attention_2", "flex_attention"]] = "sdpa"  # attention kernel
     compile: Free[bool] = False  # torch.compile the decoder layers; needs a C++ compiler
     lora_r: int = 16  # rank; 0: full fine-tuning
     lora_alpha: int = 32
     lora_dropout: float = 0.05
-    lora_targets: str = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"  # of the language model
+    lora_targets: str = "all"  # linear layers of the language model, or names of some: q_proj,v_proj
+    train_projector: bool = (
+        True  # what lies between tower and language model; vLLM serves adapters without it
+    )
     train_vision: bool = False  # the vision tower too
     load_in_4bit: bool = False  # QLoRA: frozen weights in 4 bits; needs a GPU and bitsandbytes
     gradient_checkpointing: Free[Literal["auto", "on", "off"]] = "auto"  # auto: when it does not fit without
@@ -200,7 +164,9 @@ class Config:
 
     # asking
 
-    predict: Free[str] = ""  # path or URL: answer --question about this video with --model and stop
+    # path or URL of a video: answer --question about it with --model and stop; or a file of JSON lines with
+    # video and question
+    predict: Free[str] = ""
     max_new_tokens: Free[int] = 64  # longest answer
     eval_questions: Free[int] = 64  # of the held-out part, always the same
 
@@ -221,21 +187,29 @@ class Config:
     hub_model_id: Free[str] = "llava_vtt"
     hub_dataset_id: Free[str] = "llava_vtt_data"  # the data set is pushed too, unless it came from the Hub
     push_videos: Free[bool] = False  # with the video files, not their names alone
+    adapter_only: Free[bool] = False  # model/ is the LoRA adapter, small; default: the model with it merged
     public: Free[bool] = False  # visibility of new repositories
 
     def __post_init__(self) -> None:
         check_settings(
             self,
-            at_least_1="frames max_turns batch_size accum max_new_tokens eval_questions log_every eval_every "
-            "save_every keep",
-            at_least_0="steps lora_r warmup_steps num_workers",
+            at_least_1="frames max_frames max_pixels max_turns batch_size accum max_new_tokens "
+            "eval_questions log_every eval_every save_every keep",
+            at_least_0="steps fps lora_r warmup_steps num_workers",
             above_0="lr clip epochs lora_alpha",
             shares="val_fraction lora_dropout max_bad",
         )
-        if self.predict and not self.question:
+        if self.predict and not self.question and Path(self.predict).suffix.lower() not in QUESTIONS:
             raise ValueError(f"--predict {self.predict}: what is to be asked? Give --question")
         if self.augment_flip and not self.augment:
             raise ValueError("--augment_flip: is part of --augment; give both")
+        if self.cache_features and (self.augment or self.train_vision or self.demo):
+            other = "augment" if self.augment else "train_vision" if self.train_vision else "demo"
+            raise ValueError(f"--cache_features: the tower's output changes with --{other}; leave one out")
+        if self.adapter_only and not self.lora_r:
+            raise ValueError("--adapter_only: there is no adapter with --lora_r 0; leave it out")
+        if self.demo and self.fps:
+            raise ValueError(f"--fps {self.fps}: the demo draws its frames; give --frames")
         if self.load_in_4bit and not torch.cuda.is_available():
             raise ValueError("--load_in_4bit: needs a GPU; leave it out to debug on a CPU")
         if self.load_in_4bit and not importlib.util.find_spec("bitsandbytes"):
@@ -245,7 +219,12 @@ class Config:
                 "--load_in_4bit: such weights cannot be trained; give --lora_r 16, or leave it out"
             )
 
+    @property
+    def how_many(self) -> int | Pace:
+        return Pace(self.fps, self.max_frames) if self.fps else self.frames
 
+
+QUESTIONS = (".jsonl", ".ndjson")
 # A preset: the same code with other numbers. Recipe and scores: README.md and benchmarks/RESULTS.md.
 DEMO = dict(
     demo=True, output_dir=Path("runs/llava_vtt_demo"), report_to="none", lora_r=0, train_vision=True,
@@ -257,16 +236,26 @@ DEMO = dict(
 # Data: videos and questions
 # ---------------------------------------------------------------------------
 
+Talk = tuple[QA, ...]  # a conversation: a question, its answer, and what was asked after it
 
-def check_text(texts: list[QA]) -> None:
-    """BadSample for what the tokenizer would take for something else"""
-    if any(token in text for qa in texts for text in qa[:2] for token in ("<|im_", "<image>")):
-        raise BadSample("a special token (<image>, <|im_end|>, ...) inside the text")
+
+def talks_of(texts: list[QA]) -> list[Talk]:
+    """The questions of a clip, those of one conversation together and in their order"""
+    talks: list[list[QA]] = []
+    for qa in texts:
+        talks[-1].append(qa) if qa.follows and talks else talks.append([qa])
+    return [tuple(talk) for talk in talks]
 
 
 @on_rank0
-def read_clips(cfg: Config) -> tuple[list[Row], list[dict]]:
+def read_clips(cfg: Config, special: list[str]) -> tuple[list[Row], list[dict]]:
     """-> (a clip for each video, with all its questions, bad samples)"""
+
+    def check_text(texts: list[QA]) -> None:
+        inside = [token for qa in texts for text in qa[:2] for token in special if token in text]
+        if inside:
+            raise BadSample(f"the special token {inside[0]} inside the text")
+
     rows, bad = read_data(cfg, "answer", check=check_text)
     for row in rows if cfg.augment_flip else ():
         if SIDES & set(words(" ".join(f"{qa.question} {qa.answer}" for qa in row.texts))):
@@ -277,22 +266,39 @@ def read_clips(cfg: Config) -> tuple[list[Row], list[dict]]:
     return rows, bad
 
 
+class Footage(NamedTuple):
+    frames: np.ndarray  # uint8 (F, H, W, 3)
+    times: np.ndarray  # (F,) seconds
+    features: Tensor | None = None  # what the tower makes of them, instead of the frames
+
+
 @dataclass(frozen=True)
 class Sample:
-    """One training sequence: the frames once, then the questions as turns of a conversation."""
+    """One training sequence: the frames once, then conversations about them."""
 
-    frames: Path | Any  # a .npy file of uint8 (F, S, S, 3), or a Scene of demos/scenes.py to draw
-    qa: tuple[QA, ...]
+    frames: (
+        Path | Any
+    )  # a .npy file of uint8 (F, H, W, 3) and its times, or a Scene of demos/scenes.py to draw
+    talks: tuple[Talk, ...]
+    where: str = ""
+    features: Path | None = None  # with --cache_features
 
-    def load(self, frames: int) -> np.ndarray:
-        return np.load(self.frames) if isinstance(self.frames, Path) else self.frames.draw(frames)
+    @property
+    def qa(self) -> list[QA]:
+        return [qa for talk in self.talks for qa in talk]
+
+    def load(self, frames: int) -> Footage:
+        if not isinstance(self.frames, Path):
+            return Footage(self.frames.draw(frames), np.arange(frames, dtype=float))
+        with self.frames.open("rb") as file:
+            return Footage(np.load(file), np.load(file))
 
     def contents(self) -> tuple:
         """What makes it, wherever its file lies: the questions, and of each frame one row of pixels"""
         if not isinstance(self.frames, Path):
-            return self.frames, self.qa
+            return self.frames, self.talks
         pixels = np.load(self.frames, mmap_mode="r")
-        return zlib.crc32(pixels[:, pixels.shape[1] // 2].tobytes()), self.qa
+        return zlib.crc32(pixels[:, pixels.shape[1] // 2].tobytes()), self.talks
 
 
 @dataclass(frozen=True)
@@ -309,7 +315,7 @@ def generated_data(cfg: Config) -> Data:
     scenes = demo_module("scenes")
 
     def sample(scene: Any) -> Sample:
-        return Sample(scene, tuple(QA(*asked) for asked in scenes.questions_of(scene)))
+        return Sample(scene, tuple((QA(*asked),) for asked in scenes.questions_of(scene)))
 
     steps = cfg.steps or DEMO["steps"]
     train = scenes.draw_scenes(cfg.seed, steps * cfg.batch_size * cfg.accum)
@@ -321,19 +327,30 @@ def load_data(cfg: Config, base: Base) -> Data:
     """Every rank. Exit 2 when there is nothing to train on."""
     if cfg.demo:
         return generated_data(cfg)
-    clips, bad = read_clips(cfg)
-    clips, files, undecoded = decode_rows(clips, cfg.frames, base.size, cfg, base.crop)
+    clips, bad = read_clips(cfg, base.special)
+    clips, files, undecoded = decode_rows(clips, cfg.how_many, base.size, cfg, base.crop)
     samples: tuple[list[Sample], list[Sample]] = ([], [])
     videos, splits = [clip.video for clip in clips], [clip.split for clip in clips]
     parts = split_clips(videos, splits, cfg.val_fraction, cfg.seed)
     for part, indices in zip(samples, parts):
         for i in indices:
-            for turn in range(0, len(clips[i].texts), cfg.max_turns):
-                part.append(Sample(files[i], tuple(clips[i].texts[turn : turn + cfg.max_turns])))
+            for talks in sequences_of(talks_of(clips[i].texts), cfg.max_turns if base.branches else 1):
+                part.append(Sample(files[i], talks, clips[i].where + clips[i].part))
     train, held_out = samples
     if not train:
         refuse("every video is in the held-out split: there is none to train on")
     return Data(train, held_out or train, bad + undecoded, tuple([clips[i] for i in part] for part in parts))
+
+
+def sequences_of(talks: list[Talk], most: int) -> list[tuple[Talk, ...]]:
+    """The conversations that share a sequence, with up to `most` questions in it; none is cut"""
+    together: list[list[Talk]] = []
+    for talk in talks:
+        if together and sum(map(len, together[-1])) + len(talk) <= most:
+            together[-1].append(talk)
+        else:
+            together.append([talk])
+    return [tuple(sequence) for sequence in together]
 
 
 def rearrange_frames(clip: np.ndarray, how: str, seed: int) -> np.ndarray:
@@ -347,17 +364,213 @@ def rearrange_frames(clip: np.ndarray, how: str, seed: int) -> np.ndarray:
 
 
 def augmented(clip: np.ndarray, rng: np.random.Generator, flip: bool) -> np.ndarray:
-    """uint8 (F, S, S, 3): one crop (85 to 100 % of a side), brightness, contrast and flip for all frames."""
+    """uint8 (F, H, W, 3): one crop (85 to 100 % of a side), brightness, contrast and flip for all frames."""
     import cv2
 
-    size = clip.shape[1]
-    side = round(size * rng.uniform(0.85, 1))
-    top, left = rng.integers(0, size - side + 1, 2)
-    cropped = clip[:, top : top + side, left : left + side]
-    clip = np.stack([cv2.resize(frame, (size, size), interpolation=cv2.INTER_AREA) for frame in cropped])
+    height, width = clip.shape[1:3]
+    share, place = rng.uniform(0.85, 1), rng.uniform(0, 1, 2)
+    h, w = round(height * share), round(width * share)
+    top, left = round((height - h) * place[0]), round((width - w) * place[1])
+    cropped = clip[:, top : top + h, left : left + w]
+    clip = np.stack([cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA) for frame in cropped])
     contrast, brightness, mirrored = rng.uniform(0.85, 1.15), rng.uniform(-20, 20), rng.random() < 0.5
     clip = np.clip((clip - 127.5) * contrast + 127.5 + brightness, 0, 255).round().astype(np.uint8)
     return clip[:, :, ::-1] if flip and mirrored else clip
+
+
+# ---------------------------------------------------------------------------
+# Model: what it is called and how it is spoken to
+# ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """The model that is trained, all but its weights."""
+
+    source: str  # Hub id or folder
+    folder: Path  # where its files lie
+    config: Any
+    processor: Any
+    skeleton: nn.Module  # of its class, on the meta device
+    video: bool  # whether it takes videos; else each frame is an image
+    size: int | AtMost  # height and width of its pictures, or how many pixels; as decode_rows wants it
+    crop: bool  # whether other shapes are cropped to a square, or squeezed
+    special: list[str]  # tokens that a text must not hold
+    branches: bool  # whether several questions can share the frames
+    gap: str = ""  # the blanks before an answer, where one is asked for
+    after: str = ""  # the token of the last place of the frames, and what the processor puts after it
+    frame: str = ""  # what the template puts around the mark, where the processor puts it around each frame
+
+    @property
+    def mark(self) -> str:
+        """What stands for a video, or an image, in a text"""
+        return self.processor.video_token if self.video else self.processor.image_token
+
+    @property
+    def marks(self) -> list[int]:
+        """The tokens whose places the features take"""
+        names = ("image_token_id", "video_token_id")
+        return [i for i in (getattr(self.processor, name, None) for name in names) if i is not None]
+
+
+def open_base(source: str, max_pixels: int, attn: str = "sdpa") -> Base:
+    """Rank 0 fetches config and processor, every rank opens them. Exit 2 for what is no VLM, or cannot be
+    asked about frames."""
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # of loading and saving, on each rank
+    folder = on_rank0(fetch_model)(source, "*.json", "*.jinja", "*.txt", "tokenizer.model")
+    refuse_adapter(source, folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            skeleton = AutoModelForImageTextToText.from_config(config, attn_implementation=attn)
+        processor = AutoProcessor.from_pretrained(folder)
+    # an ImportError names the package that a processor needs, or a kernel of attention
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        refuse(f"--model {source}: {brief(error)}")
+    tokenizer = getattr(processor, "tokenizer", None)
+    videos = getattr(processor, "video_processor", None)
+    video = videos is not None and bool(getattr(processor, "video_token", None))
+    if tokenizer is None or not (video or getattr(processor, "image_token", None)):
+        refuse(f"--model {source}: its {type(processor).__name__} has no placeholder for a video or an image")
+    if config.model_type == "llava" and "<|im_end|>" in tokenizer.get_vocab():
+        processor.chat_template = TEMPLATE
+    if not processor.chat_template:
+        refuse(f"--model {source}: it has no chat template; take the instruct model of its kind")
+    pictures = videos if video else processor.image_processor
+    crop = bool(getattr(pictures, "do_center_crop", False))
+    square = dict((pictures.crop_size if crop else pictures.size) or {})
+    fixed = "height" in square and not hasattr(pictures, "image_grid_pinpoints")
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special |= {getattr(processor, f"{kind}_token", None) for kind in ("image", "video")}
+    text = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    # others have masks of their own, which ours would replace
+    branches = kinds == {"full_attention"} and "token_type_ids" not in processor.model_input_names
+    branches &= attn != "flash_attention_2"
+    size, special = square["height"] if fixed else AtMost(max_pixels), sorted(filter(None, special))
+    return spoken_to(Base(source, folder, config, processor, skeleton, video, size, crop, special, branches))
+
+
+def chat_text(base: Base, asked: list[str], said: list[str], frames: int) -> str:
+    """A conversation as the model's own template has it: the frames, the questions and the answers, the last
+    of which may be still to come."""
+    messages: list[dict] = []
+    for number, question in enumerate(asked):
+        media = [] if number else [{"type": "video"}] if base.video else [{"type": "image"}] * frames
+        messages.append({"role": "user", "content": [*media, {"type": "text", "text": question}]})
+        answer = [{"type": "text", "text": text} for text in said[number : number + 1]]
+        messages += [{"role": "assistant", "content": answer}] if answer else []
+    open_ended = len(said) < len(asked)
+    text = base.processor.apply_chat_template(messages, add_generation_prompt=open_ended, tokenize=False)
+    return text.replace(base.frame, base.mark) if base.frame else text
+
+
+def spoken_to(base: Base) -> Base:
+    """Base with `gap`, `after` and `frame`. Exit 2 for a template that does not show the frames and each
+    answer once, or puts something else before one that is there than before one to come (thinking)."""
+    try:
+        pieces = around_answers(base, ["What?", "Why?"], 2)
+        prompt = chat_text(base, ["What?"], [], 2)
+    except Exception as error:  # of Jinja, by the template's own words
+        refuse(f"--model {base.source}: its chat template cannot be used: {brief(error)}")
+    if len(pieces) != 3 or base.mark not in pieces[0]:
+        refuse(f"--model {base.source}: its chat template does not show the frames and every answer")
+    before, wanted = pieces[0].rstrip(), prompt.rstrip()
+    if before != wanted:
+        shown = f"{before[-40:]!r} before an answer and {wanted[-40:]!r} where one is asked for"
+        refuse(f"--model {base.source}: its chat template has {shown}; take the instruct model of its kind")
+    side = base.size if isinstance(base.size, int) else 64
+    black = Footage(np.zeros((2, side, side, 3), np.uint8), np.arange(2))
+    ids = processed(base, [prompt.partition(base.mark)[0] + base.mark * (1 if base.video else 2)], [black])
+    ids = ids["input_ids"][0].tolist()
+    decode = base.processor.tokenizer.decode
+    # Qwen3-VL was trained with one pair around each frame, and none around them all
+    begin, end = (getattr(base.processor, f"vision_{what}_token", "") for what in ("start", "end"))
+    frame = begin + base.mark + end if begin and decode(ids).count(begin) > prompt.count(begin) else ""
+    return dataclasses.replace(
+        base, gap=prompt[len(wanted) :], after=decode(ids[last_place(ids, base) :]), frame=frame
+    )
+
+
+def last_place(ids: list[int], base: Base) -> int:
+    """The index of the last token that stands for a part of the frames. Raises ValueError without one."""
+    places = [i for i, token in enumerate(ids) if token in base.marks]
+    if not places:
+        raise ValueError(f"{type(base.processor).__name__} made no image tokens of the frames")
+    return places[-1]
+
+
+def around_answers(base: Base, asked: list[str], frames: int) -> list[str]:
+    """What the template puts before, between and after the answers. The blanks before one are those of the
+    prompt (LLaVA's own templates have a blank more), or where that has none the answer's (SmolVLM)."""
+    slots = [f"\ue000{i}\ue001" for i in range(len(asked))]  # for private use: in no text
+    *before, last = re.split("\ue000\\d+\ue001", chat_text(base, asked, slots, frames))
+    return [piece.rstrip() + base.gap if base.gap else piece for piece in before] + [last]
+
+
+class Tokens(NamedTuple):
+    head: str  # text up to the frames; the processor expands the placeholders in it
+    ids: list[int]  # what comes after the last place of the frames
+    labels: list[int]  # -100 but for answers and what ends them
+
+
+def encode_talk(talk: Talk, frames: int, base: Base) -> Tokens:
+    """A conversation about `frames` frames as tokens. An answer's end is the special token that the template
+    puts after it; where it has none, the tokenizer's eos_token."""
+    pieces = around_answers(base, [qa.question for qa in talk], frames)
+    end_of_turn = re.compile(rf"\s*(?:{'|'.join(map(re.escape, base.special))})")
+    at = pieces[0].rindex(base.mark) + len(base.mark)
+    # with the token before it, for some tokenizers see the first word of a text with other eyes
+    text, spans = base.after + pieces[0][at:], []
+    for qa, piece in zip(talk, pieces[1:]):
+        end = end_of_turn.match(piece)
+        ending = end[0] if end else base.processor.tokenizer.eos_token
+        begin = len(text if base.gap else text.rstrip())
+        text += qa.answer + ending
+        spans.append((begin, len(text)))
+        text += piece[end.end() :] if end else piece
+    return encoded(base, pieces[0][:at], text[: spans[-1][1]], spans)
+
+
+def encode_prompt(question: str, frames: int, base: Base) -> Tokens:
+    text = chat_text(base, [question], [], frames)
+    at = text.rindex(base.mark) + len(base.mark)
+    return encoded(base, text[:at], base.after + text[at:], [])
+
+
+def encoded(base: Base, head: str, text: str, spans: list[tuple[int, int]]) -> Tokens:
+    """`text`, which begins with the token of the last place, supervised in these spans of letters"""
+    options = {"add_special_tokens": False, "return_offsets_mapping": True}
+    tokens = base.processor.tokenizer(text, **options)
+    ids, places = tokens["input_ids"][1:], tokens["offset_mapping"][1:]
+    answers = [any(a < end and b > begin for begin, end in spans) for a, b in places]
+    return Tokens(head, ids, [token if answer else -100 for token, answer in zip(ids, answers)])
+
+
+def processed(base: Base, heads: list[str], clips: list[Footage]) -> dict[str, Tensor]:
+    """What the model's processor makes of clips and the text up to them: input_ids and attention_mask (B, T),
+    and whatever else the class takes"""
+    from transformers.video_utils import VideoMetadata
+
+    begin = base.processor.tokenizer.bos_token
+    options: dict[str, Any] = {"return_tensors": "pt", "padding": True, "padding_side": "right"}
+    options["add_special_tokens"] = not (begin and heads[0].startswith(begin))
+    if isinstance(base.size, int):
+        options |= {"do_resize": False} | ({"do_center_crop": False} if base.crop else {})
+    if not base.video:
+        return dict(base.processor(images=[list(clip.frames) for clip in clips], text=heads, **options))
+    about = []
+    for clip in clips:
+        stamps = [round(1000 * second) for second in clip.times]  # a clock of milliseconds
+        gap = stamps[-1] / (len(stamps) - 1) if len(stamps) > 1 else 1000
+        length = round(stamps[-1] + gap)
+        about.append(VideoMetadata(length, 1000, duration=stamps[-1] / 1000, frames_indices=stamps))
+    options |= {"video_metadata": about, "do_sample_frames": False}
+    videos = [np.ascontiguousarray(clip.frames) for clip in clips]  # torch takes no reversed view
+    return dict(base.processor(videos=videos, text=heads, **options))
 
 
 # ---------------------------------------------------------------------------
@@ -368,92 +581,142 @@ Stages = list[list[Sample]]  # of --curriculum, or one
 
 
 def stages_of(samples: list[Sample], by_length: bool) -> Stages:
-    """The samples of each stage, of equal numbers of steps: answers below 10 words, below 20, all. A stage
-    that is empty or adds nothing is left out."""
+    """The samples of each stage, of equal numbers of steps: conversations with answers below 10 words, below
+    20, all. A stage that is empty or adds nothing is left out."""
     stages: Stages = []
     for limit in (10, 20, math.inf) if by_length else (math.inf,):
         stage = []
         for sample in samples:
-            if qa := tuple(qa for qa in sample.qa if len(qa.answer.split()) < limit):
-                stage.append(dataclasses.replace(sample, qa=qa))
+            short = (talk for talk in sample.talks if all(len(words(qa.answer)) < limit for qa in talk))
+            if talks := sample.talks if limit == math.inf else tuple(short):
+                stage.append(dataclasses.replace(sample, talks=talks))
         if stage and stage not in stages:
             stages.append(stage)
     return stages
 
 
-def encode_turn(qa: QA, frames: int, processor: Any) -> tuple[list[int], list[int]]:
-    """(ids, labels) of one question and its answer after `frames` placeholders; labels are -100 but for
-    answer and <|im_end|>."""
-    question = [{"type": "image"}] * frames + [{"type": "text", "text": qa.question}]
-    messages = [
-        {"role": "user", "content": question},
-        {"role": "assistant", "content": [{"type": "text", "text": qa.answer}]},
-    ]
-    encoded = processor.tokenizer.apply_chat_template(
-        messages, chat_template=TEMPLATE, return_dict=True, return_assistant_tokens_mask=True
-    )
-    ids, mask = encoded["input_ids"], encoded["assistant_masks"]
-    return ids, [token if answer else -100 for token, answer in zip(ids, mask)]
-
-
-def expand(ids: list[int], labels: list[int], base: Base) -> tuple[list[int], list[int]]:
-    """Each placeholder becomes the tokens of its frame, as the processor does it."""
-    image, wide = base.processor.image_token_id, ([], [])
-    for token, label in zip(ids, labels):
-        times = base.tokens_per_frame if token == image else 1
-        wide[0].extend([token] * times)
-        wide[1].extend([label] * times)
-    return wide
-
-
-def as_seen(sample: Sample, collate: VideoCollator) -> str:
-    """For people: the text of its sequence, with the tokens of the frames counted"""
-    image = collate.base.processor.image_token
-    text = collate.base.processor.tokenizer.decode(collate.sequence(sample.qa)[0])
-    return re.sub(f"({re.escape(image)})+", lambda run: f"{image} x {len(run[0]) // len(image)}", text)
-
-
-def pixel_values(clips: list[np.ndarray], base: Base, dtype: str | None) -> Tensor:
-    """uint8 (F, S, S, 3) clips -> (B*F, 3, S, S), scaled and normalised as the model wants it"""
-    pictures = list(np.concatenate(clips))
-    as_they_are = {"do_resize": False, "do_center_crop": False, "return_tensors": "pt"}
-    return base.processor.image_processor(pictures, **as_they_are)["pixel_values"].to(TORCH_DTYPES[dtype])
-
-
 class VideoCollator:
-    """Samples -> a batch: input_ids, attention_mask and labels (B, T), pixel_values (B*F, 3, S, S).
+    """Clips and conversations -> a batch: input_ids and labels (B, T), what the class takes of the frames,
+    and attention_mask (B, T); or, where several conversations share a clip, branch (B, T) and position_ids.
 
-    A sequence is the frames once and then the turns; what they share and where turns begin is known here, so
-    that turns can become branches of one prefix without a change elsewhere.
+    A sequence is the text up to the frames, which all share, and then the conversations, branches that do not
+    see each other: branch is 0 before them, 1, 2, ... in them, -1 in padding, and each goes on with the
+    position after the frames, as if it were the only one.
     """
 
     def __init__(self, base: Base, cfg: Config) -> None:
         self.base, self.cfg = base, cfg
-        self.turn = lru_cache(maxsize=1 << 16)(partial(encode_turn, processor=base.processor))
+        self.lock = threading.RLock()  # a tokenizer works for one thread at a time
+        self.talk = lru_cache(maxsize=1 << 16)(partial(encode_talk, base=base))
+        self.blank = lru_cache(maxsize=1 << 10)(self.look)
 
-    def sequence(self, turns: tuple[QA, ...]) -> tuple[list[int], list[int]]:
-        """-> (ids, labels) of all turns, the frames in the first"""
-        ids, labels = [], []
-        for number, qa in enumerate(turns):
-            turn = self.turn(qa, 0 if number else self.cfg.frames)
-            ids += turn[0]
-            labels += turn[1]
-        return expand(ids, labels, self.base)
+    def look(self, head: str, shape: tuple[int, ...], times: tuple[float, ...] = ()) -> dict[str, Tensor]:
+        """What the processor makes of a clip of this shape, whatever it shows"""
+        black = Footage(np.zeros(shape, np.uint8), np.array(times or range(shape[0]), float))
+        return processed(self.base, [head], [black])
 
-    def __call__(self, batch: list[tuple[np.ndarray, tuple[QA, ...]]]) -> dict[str, Tensor]:
-        """[(uint8 (F, S, S, 3), turns)]. Raises ValueError when image tokens and frames do not match."""
-        ids, labels = zip(*(self.sequence(turns) for _, turns in batch))
-        clips, per_frame = [clip for clip, _ in batch], self.base.tokens_per_frame
-        tokens = pad(ids, self.base.processor.tokenizer.pad_token_id)
-        images, frames = (tokens == self.base.processor.image_token_id).sum(), sum(map(len, clips))
-        if images != frames * per_frame:
-            raise ValueError(f"{images} image tokens for {frames} frames of {per_frame} tokens")
-        return {
-            "input_ids": tokens,
-            "attention_mask": pad([[1] * len(row) for row in ids], 0),
-            "labels": pad(labels, -100),
-            "pixel_values": pixel_values(clips, self.base, self.cfg.dtype),
+    def looked(self, heads: list[str], clips: list[Footage]) -> dict[str, Tensor]:
+        """`processed`, or where the tower's output is known already as if, with ones for pixels"""
+        if clips[0].features is None:
+            return processed(self.base, heads, clips)
+        each = [self.blank(head, clip.frames.shape, tuple(clip.times)) for head, clip in zip(heads, clips)]
+        inputs = {}
+        for name, value in each[0].items():
+            values = [one[name] for one in each]
+            if value.is_floating_point():
+                shape = sum(map(len, values)), *value.shape[1:]
+                inputs[name] = torch.ones((), dtype=value.dtype).expand(shape)
+            elif value.shape == each[0]["input_ids"].shape:
+                inputs[name] = pad([one[0].tolist() for one in values], 0)
+            else:
+                inputs[name] = torch.cat(values)
+        return inputs | {"features": torch.cat([clip.features for clip in clips])}
+
+    def positions(self, inputs: dict[str, Tensor]) -> Tensor:
+        """(rows, B, T) of the text up to the frames: three rows where the class counts in time, height and
+        width"""
+        rope = getattr(self.base.skeleton.model, "get_rope_index", None)
+        if rope is None:
+            return torch.arange(inputs["input_ids"].shape[1]).expand(1, *inputs["input_ids"].shape)
+        wanted = "input_ids attention_mask mm_token_type_ids image_grid_thw video_grid_thw second_per_grid_ts"
+        return rope(**{name: inputs[name] for name in wanted.split() if name in inputs})[0]
+
+    def __call__(self, batch: list[tuple[Footage, tuple[Talk, ...]]]) -> dict[str, Tensor]:
+        with self.lock:
+            encoded = [[self.talk(talk, len(clip.frames)) for talk in talks] for clip, talks in batch]
+            return self.join([clip for clip, _ in batch], encoded)
+
+    def ask(self, items: list[tuple[Footage, str]]) -> dict[str, Tensor]:
+        """Questions about clips, to be answered: padded on the left"""
+        with self.lock:
+            encoded = [[encode_prompt(question, len(clip.frames), self.base)] for clip, question in items]
+            return self.join([clip for clip, _ in items], encoded, left=True)
+
+    def join(
+        self, clips: list[Footage], encoded: list[list[Tokens]], left: bool = False
+    ) -> dict[str, Tensor]:
+        """`left`: padded there. Raises ValueError when a clip has no place in its text."""
+        inputs = self.looked([own[0].head for own in encoded], clips)
+        shape, rows = inputs["input_ids"].shape, inputs["input_ids"].tolist()
+        lengths = [last_place(row, self.base) + 1 for row in rows]
+        starts = [row[:n] for row, n in zip(rows, lengths)]
+        ids = [start + [i for one in own for i in one.ids] for start, own in zip(starts, encoded)]
+        labels = [[-100] * n + [i for one in own for i in one.labels] for n, own in zip(lengths, encoded)]
+        joined = {
+            "input_ids": pad(ids, self.base.processor.tokenizer.pad_token_id or 0, left),
+            "labels": pad(labels, -100, left),
         }
+        if any(len(own) > 1 for own in encoded):
+            positions, rows, branches = self.positions(inputs), [], []
+            for i, (n, own) in enumerate(zip(lengths, encoded)):
+                begin = int(positions[:, i, :n].max()) + 1
+                steps = [begin + step for one in own for step in range(len(one.ids))]
+                rows.append([row[i, :n].tolist() + steps for row in positions])
+                branches.append([0] * n + [b for b, one in enumerate(own, 1) for _ in one.ids])
+            by_axis = [pad(list(axis), 0) for axis in zip(*rows)]
+            joined["position_ids"] = torch.stack(by_axis) if len(by_axis) > 1 else by_axis[0]
+            joined["branch"] = pad(branches, -1)
+        else:
+            joined["attention_mask"] = pad([[1] * len(row) for row in ids], 0, left)
+        for name, value in inputs.items():
+            if name in joined or name == "attention_mask":
+                continue
+            if value.shape == shape:  # of tokens: after the frames comes text
+                rest = [len(row) - n for row, n in zip(ids, lengths)]
+                rows = [value[i, :n].tolist() + [0] * more for i, (n, more) in enumerate(zip(lengths, rest))]
+                joined[name] = pad(rows, 0, left)
+            else:
+                kind = TORCH_DTYPES[self.cfg.dtype] if value.is_floating_point() else value.dtype
+                joined[name] = value.to(kind)
+        return joined
+
+    def lengths(self, sample: Sample) -> tuple[int, int, int]:
+        """Tokens of its sequence, those supervised, and those of the frames, without a look at the frames"""
+        head, own = self.seen(sample)
+        visual = sum((head == mark).sum().item() for mark in self.base.marks)
+        supervised = sum(label >= 0 for one in own for label in one.labels)
+        return len(head) + sum(len(one.ids) for one in own), supervised, visual
+
+    def seen(self, sample: Sample) -> tuple[Tensor, list[Tokens]]:
+        """-> (the tokens up to the frames, its conversations)"""
+        if isinstance(sample.frames, Path) and (self.cfg.fps or not isinstance(self.base.size, int)):
+            shape = np.load(sample.frames, mmap_mode="r").shape
+        elif isinstance(sample.frames, Path):
+            shape = (self.cfg.frames, self.base.size, self.base.size, 3)
+        else:
+            shape = sample.frames.draw(self.cfg.frames).shape
+        own = [self.talk(talk, shape[0]) for talk in sample.talks]
+        head = self.blank(own[0].head, shape)["input_ids"][0]
+        return head[: last_place(head.tolist(), self.base) + 1], own
+
+    def told(self, sample: Sample) -> str:
+        """For people: the text of its sequence, with the tokens of the frames counted"""
+        head, own = self.seen(sample)
+        decode = self.base.processor.tokenizer.decode
+        text = decode(head) + "  |  ".join(decode(one.ids) for one in own)
+        for mark in map(decode, self.base.marks):
+            text = re.sub(f"({re.escape(mark)})+", lambda r, m=mark: f"{m} x {len(r[0]) // len(m)}", text)
+        return text
 
 
 def get_batch(stages: Stages, collate: VideoCollator, cfg: Config, micro_step: int) -> dict[str, Tensor]:
@@ -466,91 +729,73 @@ def get_batch(stages: Stages, collate: VideoCollator, cfg: Config, micro_step: i
     for place in range(first, first + cfg.batch_size):
         epoch, i = divmod(place, len(samples))
         sample = samples[epoch_order(len(samples), cfg.seed + stage, epoch)[i]]
-        rng = np.random.default_rng([cfg.seed, stage, place])
-        clip = sample.load(cfg.frames)
+        if sample.features:
+            clip = cached_clip(sample)
+        else:
+            clip = sample.load(cfg.frames)
         if cfg.augment:
-            clip = augmented(clip, rng, cfg.augment_flip)
-        # any question may be asked first
-        batch.append((clip, tuple(sample.qa[j] for j in rng.permutation(len(sample.qa)))))
+            rng = np.random.default_rng([cfg.seed, stage, place])
+            clip = clip._replace(frames=augmented(clip.frames, rng, cfg.augment_flip))
+        batch.append((clip, sample.talks))
     return collate(batch)
 
 
-def micro_batches(
-    stages: Stages, collate: VideoCollator, cfg: Config, first: int
-) -> Iterator[dict[str, Tensor]]:
-    """From micro-step `first` to the last; a thread prepares the next one while the GPU works."""
-    pool, count = ThreadPoolExecutor(1), cfg.steps * cfg.accum
-    get = partial(get_batch, stages, collate, cfg)
-    ahead = pool.submit(get, first)
-    for micro_step in range(first, count):
-        batch, ahead = ahead.result(), pool.submit(get, min(micro_step + 1, count - 1))
-        yield batch
-
-
 # ---------------------------------------------------------------------------
-# Model
+# Model: its weights, and which of them are trained
 # ---------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Base:
-    """The model that is trained, all but its weights."""
+class Parts(NamedTuple):
+    """Names of modules, as the class has them"""
 
-    source: str  # Hub id or folder
-    folder: Path  # where its files lie
-    config: Any  # LlavaConfig
-    processor: Any  # LlavaProcessor
-    tokens_per_frame: int
-    size: int  # height and width of its pictures, pixels
-    crop: bool  # whether other shapes are cropped to a square, or squeezed
+    language: str
+    tower: str
+    projector: list[str]  # what lies between the two
 
 
-def open_base(source: str) -> Base:
-    """Rank 0 fetches config and processor, every rank opens them. Exit 2 for all but a LLaVA with ChatML."""
-    from transformers import AutoConfig, AutoProcessor
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()  # of loading and saving, on each rank
-    folder = on_rank0(fetch_model)(source, "*.json", "*.jinja", "*.txt", "tokenizer.model")
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        if config.model_type != "llava":
-            wanted = "LlavaForConditionalGeneration (llava) is wanted"
-            refuse(f"--model {source} is of the class {config.model_type}; {wanted}")
-        processor = AutoProcessor.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        refuse(f"--model {source}: {brief(error)}")
-    tokenizer, pictures = processor.tokenizer, processor.image_processor
-    if "<|im_end|>" not in tokenizer.get_vocab():
-        move = "take a LLaVA that speaks ChatML, as llava-interleave-qwen does"
-        refuse(f"--model {source}: its tokenizer has no <|im_end|>; {move}")
-    processor.chat_template = TEMPLATE
-    crop = bool(getattr(pictures, "do_center_crop", False))
-    size = (pictures.crop_size if crop else pictures.size)["height"]
-    black = np.zeros((size, size, 3), np.uint8)
-    ids = processor(images=[black], text="<image>", return_tensors="pt")["input_ids"]
-    tokens_per_frame = int((ids == processor.image_token_id).sum())
-    return Base(source, folder, config, processor, tokens_per_frame, size, crop)
+def module_names(model: nn.Module) -> Parts:
+    names = {module: name for name, module in model.named_modules()}
+    language, tower = names[model.get_decoder()], names[model.get_encoder("image")]
+    around = model.base_model_prefix
+    beside = [f"{around}.{name}" for name, _ in getattr(model, around).named_children()]
+    projector = [name for name in beside if name not in (language, tower)]
+    if not projector:  # Qwen's tower ends in it, and has more of them on its way (deepstack)
+        inside = [name for name in names.values() if name.startswith(f"{tower}.")]
+        merger = [name for name in inside if re.search(r"\.(merger|deepstack_merger_list\.\d+)$", name)]
+        projector = merger
+    return Parts(language, tower, projector)
 
 
-def lora_and_projector(cfg: Config):
+def adapter_config(model: nn.Module, cfg: Config):
+    """Exit 2 for --lora_targets that the language model does not have."""
     from peft import LoraConfig
 
+    parts = module_names(model)
+    language = model.get_submodule(parts.language)
+    linear = {name.split(".")[-1] for name, m in language.named_modules() if isinstance(m, nn.Linear)}
+    targets = sorted(linear) if cfg.lora_targets == "all" else cfg.lora_targets.split(",")
+    if wrong := [name for name in targets if name not in linear]:
+        refuse(
+            f"--lora_targets {wrong[0]}: no such layer; the language model has {', '.join(sorted(linear))}"
+        )
+    whole = ([parts.tower] if cfg.train_vision else []) + (parts.projector if cfg.train_projector else [])
     return LoraConfig(
         r=cfg.lora_r,
         lora_alpha=cfg.lora_alpha,
         lora_dropout=cfg.lora_dropout,
         task_type="CAUSAL_LM",
-        target_modules=rf".*language_model.*\.({'|'.join(cfg.lora_targets.split(','))})",
-        modules_to_save=["multi_modal_projector", *(["vision_tower"] if cfg.train_vision else [])],
+        target_modules=rf"{re.escape(parts.language)}\..*\.({'|'.join(targets)})",
+        # one that lies inside another is saved with it
+        modules_to_save=[name for name in whole if not (cfg.train_vision and f"{parts.tower}." in name)]
+        or None,
     )
 
 
-def load_llava(folder: Path, base: Base, cfg: Config, dtype: str):
-    """Weights of a folder into the real class; one that is missing or unexpected is an error."""
-    from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
+def load_vlm(folder: Path, base: Base, cfg: Config):
+    """Weights of a folder into the class of its config; one that is missing or unexpected is an error."""
+    from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
-    kind = TORCH_DTYPES[dtype]
+    kind, parts = TORCH_DTYPES[cfg.dtype], module_names(base.skeleton)
     in_4bit = None
     if cfg.load_in_4bit:
         in_4bit = BitsAndBytesConfig(
@@ -559,9 +804,9 @@ def load_llava(folder: Path, base: Base, cfg: Config, dtype: str):
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=kind,
             bnb_4bit_quant_storage=kind,
-            llm_int8_skip_modules=["vision_tower", "multi_modal_projector", "lm_head"],
+            llm_int8_skip_modules=[parts.tower, *parts.projector, "lm_head"],
         )
-    model, loading = LlavaForConditionalGeneration.from_pretrained(
+    model, loading = AutoModelForImageTextToText.from_pretrained(
         folder,
         dtype=kind,
         attn_implementation=cfg.attn,
@@ -572,26 +817,191 @@ def load_llava(folder: Path, base: Base, cfg: Config, dtype: str):
     )
     check_loaded(loading, folder)
     tokenizer = base.processor.tokenizer
-    model.generation_config.update(
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>")
-    )
-    model.generation_config.update(do_sample=False, temperature=None, top_p=None, top_k=None)
+    # what the loss teaches to end an answer with must end it everywhere
+    end = encode_talk((QA("What?", "This."),), 1, base).labels[-1]
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    model.generation_config.eos_token_id = ends + [end] if end not in ends else ends
+    if model.generation_config.pad_token_id is None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model
 
 
-def choose_trained(model: nn.Module, cfg: Config) -> None:
-    """All of the model, or nothing before LoRA is added; the vision tower only when asked."""
-    model.requires_grad_(not cfg.lora_r)
-    tower = model.model.vision_tower
-    tower.requires_grad_(cfg.train_vision)
-    if not cfg.train_vision:
-        # gradient checkpointing makes inputs require gradients, and would go back through it for nothing
-        tower.forward = torch.no_grad()(tower.forward)
+def choose_trained(model: nn.Module, cfg: Config) -> nn.Module:
+    """-> the model in training mode, with LoRA where that is asked for; what is not trained is frozen, and in
+    the mode of use: no dropout."""
+    parts = module_names(model)
+    tower, projector = model.get_submodule(parts.tower), map(model.get_submodule, parts.projector)
+    model.requires_grad_(not cfg.lora_r).train()
+    tower.requires_grad_(cfg.train_vision).train(cfg.train_vision)
+    for module in projector:
+        module.requires_grad_(cfg.train_projector).train(cfg.train_projector)
+    if not cfg.lora_r:
+        return model
+    from peft import get_peft_model
+
+    # DeepSpeed keeps fp32 weights of what it trains
+    return get_peft_model(model, adapter_config(model, cfg), autocast_adapter_dtype=False)
 
 
-def inner_llava(model: nn.Module) -> nn.Module:
-    """The LlavaForConditionalGeneration inside PEFT's wrapping."""
+def inner_vlm(model: nn.Module) -> nn.Module:
+    """The model inside PEFT's wrapping."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def outside_forward(inner: nn.Module) -> Any:
+    """Inside, what encodes the frames may be called by itself, as generate() does it, also under ZeRO-3,
+    which gathers a module's weights (image_newline) for its forward alone."""
+    return gathered(list(getattr(inner, inner.base_model_prefix).parameters(recurse=False)))
+
+
+# ---------------------------------------------------------------------------
+# Loss
+# ---------------------------------------------------------------------------
+
+
+def branch_mask(branch: Tensor, attn: str, dtype: torch.dtype) -> Any:
+    """branch (B, T) as VideoCollator makes it -> who sees whom, (B, 1, T, T): what came before and is of the
+    own branch, or before all of them; as this kernel of attention wants it"""
+
+    def sees(b: Any, _: Any, q: Any, k: Any) -> Tensor:
+        return (k <= q) & ((branch[b, k] == branch[b, q]) | (branch[b, k] == 0))
+
+    batch, length = branch.shape
+    if attn == "flex_attention":
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        return create_block_mask(sees, batch, None, length, length, device=branch.device)
+    at = torch.arange(length, device=branch.device)
+    seen = sees(torch.arange(batch, device=branch.device)[:, None, None], None, at[:, None], at)[:, None]
+    # to be added, as SDPA would make it of a mask of booleans anew in each layer
+    return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+
+
+def supervised_loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+    """(cross-entropy summed over the supervised tokens, their number). The head runs on the positions that
+    any sequence of the micro-batch supervises, and not on thousands of image tokens: 2.2 GB less at 5 frames
+    of 729 tokens and 152,000 words."""
+    # also right where a branch ends and another begins, for a branch begins with a question
+    labels = batch["labels"][:, 1:]
+    positions = (labels != -100).any(0).nonzero()[:, 0]
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "branch", "features")}
+    inner = inner_vlm(getattr(model, "module", model))  # inside DeepSpeed's engine, and PEFT's wrapping
+    if "branch" in batch:
+        attn = inner.config.get_text_config()._attn_implementation
+        inputs["attention_mask"] = branch_mask(batch["branch"], attn, inner.dtype)
+    known = fed(inner, batch["features"]) if "features" in batch else contextlib.nullcontext()
+    with known:
+        logits = model(
+            **inputs, logits_to_keep=positions, use_cache=False
+        ).logits  # (B, positions, vocabulary)
+    wanted = labels[:, positions].flatten()
+    loss = F.cross_entropy(logits.float().flatten(0, 1), wanted, ignore_index=-100, reduction="sum")
+    return loss, int((labels != -100).sum())
+
+
+# ---------------------------------------------------------------------------
+# What the frozen tower makes of the frames, kept on disk
+# ---------------------------------------------------------------------------
+
+
+def check_cacheable(base: Base) -> None:
+    """Exit 2 for a class whose projector is part of its tower."""
+    tower, projector = module_names(base.skeleton)[1:]
+    if len(projector) != 1 or projector[0].startswith(f"{tower}."):
+        has = f"{type(base.skeleton).__name__} has {', '.join(projector) or 'nothing'}"
+        refuse(f"--cache_features: {has} where one projector, outside of {tower}, is wanted; leave it out")
+
+
+def with_features(cfg: Config, base: Base, samples: list[Sample]) -> list[Sample]:
+    """The samples with the files of the cache for what enters the projector, by frames, weights and dtype"""
+    weights = ((path.resolve(), path.stat()) for path in sorted(base.folder.glob("*.safetensors")))
+    made_by = [f"{path}|{stat.st_size}|{stat.st_mtime_ns}" for path, stat in weights]
+    made_by += [cfg.dtype, cfg.attn, str(base.processor)]
+
+    def file_of(frames: Path) -> Path:
+        digest = digest_of("|".join([*made_by, frames.name]))
+        return cfg.cache_dir / "features" / digest[:2] / f"{digest}.safetensors"
+
+    return [dataclasses.replace(sample, features=file_of(sample.frames)) for sample in samples]
+
+
+def keep_features(model: nn.Module, collate: VideoCollator, samples: list[Sample]) -> None:
+    """Every rank, with the weights: make what is missing, and see what the tower's output looks like."""
+    from safetensors.torch import save_file
+
+    inner = inner_vlm(model)
+    paths = {sample.features: sample for sample in samples}
+    todo = [sample for path, sample in paths.items() if not path.exists()]
+    todo = on_rank0(lambda: todo)()  # of one disk, or of rank 0's: made by all in step
+    modes = [(module, module.training) for module in inner.modules()]
+    inner.eval()
+    for (i,) in rounds(max(1, len(todo)), 1):
+        sample = todo[i] if todo else samples[0]
+        features = tower_output(inner, collate, sample.load(collate.cfg.frames))
+        if not sample.features.exists():
+            sample.features.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(sample.features, lambda aside, t=features: save_file({"features": t}, aside))
+    for module, mode in modes:
+        module.training = mode
+    barrier()
+
+
+@torch.no_grad()
+def tower_output(inner: nn.Module, collate: VideoCollator, clip: Footage) -> Tensor:
+    """What enters the projector, on the CPU; inner.tower_form keeps the form of the tower's own output"""
+    parts, caught = module_names(inner), []
+    tower, projector = inner.get_submodule(parts.tower), inner.get_submodule(parts.projector[0])
+    device = next(inner.parameters()).device
+    head = collate.talk((QA("What?", "This."),), len(clip.frames)).head
+    inputs = {name: value.to(device) for name, value in processed(collate.base, [head], [clip]).items()}
+    kind = TORCH_DTYPES[collate.cfg.dtype]
+    inputs = {name: v.to(kind) if v.is_floating_point() else v for name, v in inputs.items()}
+    look = (
+        inner.model.get_video_features if "pixel_values_videos" in inputs else inner.model.get_image_features
+    )
+    known = inspect.signature(look).parameters
+    hooks = [
+        projector.register_forward_pre_hook(lambda _, args: caught.append(args[0])),
+        tower.register_forward_hook(lambda _, args, output: caught.insert(0, output)),
+    ]
+    with outside_forward(inner):
+        look(**{name: value for name, value in inputs.items() if name in known})
+    for hook in hooks:
+        hook.remove()
+    form, features = caught
+    inner.tower_form = tree_map(
+        lambda t: t.new_zeros(()).expand(t.shape) if isinstance(t, Tensor) else t, form
+    )
+    return features.cpu().contiguous()
+
+
+def cached_clip(sample: Sample) -> Footage:
+    from safetensors.torch import load_file
+
+    with sample.frames.open("rb") as file:
+        pixels = np.load(sample.frames, mmap_mode="r")  # for its shape
+        np.load(file)
+        return Footage(pixels, np.load(file), load_file(sample.features)["features"])
+
+
+@contextlib.contextmanager
+def fed(inner: nn.Module, features: Tensor) -> Iterator[None]:
+    """Inside, the tower does nothing, and these are what its projector gets, in each pass of the class's own
+    code."""
+    parts = module_names(inner)
+    tower, projector = inner.get_submodule(parts.tower), inner.get_submodule(parts.projector[0])
+
+    def as_if(t: Any) -> Any:
+        return t[:1].expand(len(features), *t.shape[1:]) if isinstance(t, Tensor) else t
+
+    hook = projector.register_forward_pre_hook(lambda _, args: (features, *args[1:]))
+    tower.forward = lambda *_, **__: tree_map(as_if, inner.tower_form)
+    try:
+        yield
+    finally:
+        del tower.forward
+        hook.remove()
 
 
 # ---------------------------------------------------------------------------
@@ -600,43 +1010,27 @@ def inner_llava(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def greedy_answers(model: nn.Module, base: Base, items: list, cfg: Config) -> list[str]:
-    """-> answers to [(uint8 (F, S, S, 3), question)], in one batch."""
-    device, zero3 = next(model.parameters()).device, any(hasattr(p, "ds_id") for p in model.parameters())
-    tokenizer, prompts = base.processor.tokenizer, []
-    for clip, question in items:
-        content = [{"type": "image"}] * len(clip) + [{"type": "text", "text": question}]
-        messages = [{"role": "user", "content": content}]
-        prompt = tokenizer.apply_chat_template(
-            messages, chat_template=TEMPLATE, add_generation_prompt=True, return_dict=True
-        )
-        prompts.append(expand(prompt["input_ids"], prompt["input_ids"], base)[0])
-    tokens = pad(prompts, tokenizer.pad_token_id, left=True).to(device)
-    mask = pad([[1] * len(prompt) for prompt in prompts], 0, left=True).to(device)
-    pixels = pixel_values([clip for clip, _ in items], base, cfg.dtype).to(device)
-    out = model.generate(
-        input_ids=tokens,
-        attention_mask=mask,
-        pixel_values=pixels,
-        max_new_tokens=cfg.max_new_tokens,
-        do_sample=False,
-        synced_gpus=zero3,
-    )
-    answers = tokenizer.batch_decode(out[:, tokens.shape[1] :], skip_special_tokens=True)
+def greedy_answers(
+    model: nn.Module, collate: VideoCollator, items: list[tuple[Footage, str]], max_new_tokens: int
+) -> list[str]:
+    """-> answers to questions about clips, in one batch."""
+    from transformers import GenerationConfig
+
+    parameter = next(model.parameters())
+    zero3 = any(hasattr(p, "ds_id") for p in model.parameters())
+    batch = {
+        name: value.to(parameter.device) for name, value in collate.ask(items).items() if name != "labels"
+    }
+    own = inner_vlm(model).generation_config
+    greedy = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0,
+        eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id, bos_token_id=own.bos_token_id,
+    )  # fmt: skip
+    with outside_forward(inner_vlm(model)):
+        out = model.generate(**batch, generation_config=greedy, synced_gpus=zero3)
+    said = out[:, batch["input_ids"].shape[1] :]
+    answers = collate.base.processor.tokenizer.batch_decode(said, skip_special_tokens=True)
     return [answer.strip() for answer in answers]
-
-
-def answer_scores(answers: list[str], references: list[str]) -> dict[str, float]:
-    """exact (see normalized), BLEU (Post 2018) and ROUGE-L F (Lin 2004), each 0 to 1"""
-    from rouge_score.rouge_scorer import RougeScorer
-    from sacrebleu import BLEU
-
-    rouge, pairs = RougeScorer(["rougeL"]), list(zip(answers, references))
-    exact = [normalized(answer) == normalized(wanted) for answer, wanted in pairs]
-    # effective order: one word has no 4-grams
-    bleu = BLEU(effective_order=True).corpus_score(answers, [references]).score / 100
-    rouge_l = [rouge.score(wanted, answer)["rougeL"].fmeasure for answer, wanted in pairs]
-    return {"exact": float(np.mean(exact)), "bleu": bleu, "rouge_l": float(np.mean(rouge_l))}
 
 
 def exact_by_kind(answers: list[str], asked: list[QA]) -> dict[str, float]:
@@ -649,20 +1043,21 @@ def exact_by_kind(answers: list[str], asked: list[QA]) -> dict[str, float]:
 
 
 def chosen_questions(held_out: list[Sample], count: int) -> list[tuple[int, QA]]:
-    """Up to `count` (sample, question), spread evenly, the same in every evaluation."""
-    every = [(i, qa) for i, sample in enumerate(held_out) for qa in sample.qa]
+    """Up to `count` (sample, question), spread evenly, the same in every evaluation; of a conversation its
+    first, for the others are about what was said before."""
+    every = [(i, talk[0]) for i, sample in enumerate(held_out) for talk in sample.talks]
     return [every[i * len(every) // min(count, len(every))] for i in range(min(count, len(every)))]
 
 
-def evaluate(model: nn.Module, base: Base, data: Data, cfg: Config) -> dict:
+def evaluate(model: nn.Module, collate: VideoCollator, data: Data) -> dict:
     """Every rank: the fixed questions of the held-out part, asked with the frames in order, shuffled,
-    reversed and blanked, and the loss there. -> {"held_out_loss", "in order": {"exact", "bleu", "rouge_l"},
-    ..., "kinds": {"in order": {kind: exact}, ...}, "answers": [{"question", "answer", "said", "sample"}]}"""
-    was_training = model.training
+    reversed and blanked, and the loss there. -> {"held_out_loss", "in order": answer_scores, ..., "kinds":
+    {"in order": {kind: exact}, ...}, "answers": [{"question", "answer", "said", "sample"}]}"""
+    cfg, modes = collate.cfg, [(module, module.training) for module in model.modules()]
     model.eval()
     chosen = chosen_questions(data.held_out, cfg.eval_questions)
     asked = [qa for _, qa in chosen]
-    result: dict[str, Any] = {"held_out_loss": held_out_loss(model, base, data, cfg), "kinds": {}}
+    result: dict[str, Any] = {"held_out_loss": held_out_loss(model, collate, data), "kinds": {}}
     for how in SHUFFLES:
         answers: dict[int, str] = {}
         # a sequence's cache of keys and values is about its training memory
@@ -670,8 +1065,9 @@ def evaluate(model: nn.Module, base: Base, data: Data, cfg: Config) -> dict:
             items = []
             for i in part:
                 clip = data.held_out[chosen[i][0]].load(cfg.frames)
-                items.append((rearrange_frames(clip, how, i), asked[i].question))
-            answers |= dict(zip(part, greedy_answers(model, base, items, cfg)))
+                frames = rearrange_frames(clip.frames, how, i)
+                items.append((clip._replace(frames=frames), asked[i].question))
+            answers |= dict(zip(part, greedy_answers(model, collate, items, cfg.max_new_tokens)))
         said = list(merged_over_ranks(answers).values())
         result[how] = answer_scores(said, [qa.answer for qa in asked])
         result["kinds"][how] = exact_by_kind(said, asked)
@@ -680,34 +1076,22 @@ def evaluate(model: nn.Module, base: Base, data: Data, cfg: Config) -> dict:
                 {"question": qa.question, "answer": qa.answer, "said": text, "sample": i}
                 for (i, qa), text in zip(chosen, said)
             ]
-    model.train(was_training)
+    for module, mode in modes:
+        module.training = mode
     return result
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, base: Base, data: Data, cfg: Config) -> float:
+def held_out_loss(model: nn.Module, collate: VideoCollator, data: Data) -> float:
     """Mean over the supervised tokens of up to 64 held-out sequences."""
-    device, collate, sums = next(model.parameters()).device, VideoCollator(base, cfg), {}
-    for (i,) in rounds(min(64, len(data.held_out)), 1):
-        sample = data.held_out[i]
-        batch = collate([(sample.load(cfg.frames), sample.qa)])
-        loss, tokens = supervised_loss(model, {name: value.to(device) for name, value in batch.items()})
-        sums[i] = (loss.item(), tokens)
-    total_loss, total_tokens = np.sum(list(merged_over_ranks(sums).values()), axis=0)
-    return float(total_loss / total_tokens)
+    device = next(model.parameters()).device
 
+    def loss_of(part: list[int]) -> tuple[Tensor, int]:
+        chosen = [data.held_out[i] for i in part]
+        batch = collate([(sample.load(collate.cfg.frames), sample.talks) for sample in chosen])
+        return supervised_loss(model, {name: value.to(device) for name, value in batch.items()})
 
-def supervised_loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
-    """(cross-entropy summed over the supervised tokens, their number). The head runs on the positions that
-    any sequence of the micro-batch supervises, and not on thousands of image tokens: 2.2 GB less at 5 frames
-    of 729 tokens and 152,000 words."""
-    labels = batch["labels"][:, 1:]
-    positions = (labels != -100).any(0).nonzero()[:, 0]
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
-    logits = model(**inputs, logits_to_keep=positions, use_cache=False).logits  # (B, positions, vocabulary)
-    wanted = labels[:, positions].flatten()
-    loss = F.cross_entropy(logits.float().flatten(0, 1), wanted, ignore_index=-100, reduction="sum")
-    return loss, int((labels != -100).sum())
+    return mean_loss(min(64, len(data.held_out)), 1, loss_of)
 
 
 # ---------------------------------------------------------------------------
@@ -726,6 +1110,16 @@ METHODS = {"full fine-tuning": (0, False), "LoRA": (16, False), "LoRA, 4 bits": 
 
 
 @dataclass(frozen=True)
+class Longest:
+    """Over all sequences"""
+
+    tokens: int
+    supervised: int
+    visual: int  # tokens that stand for frames
+    patches: int  # that the tower sees
+
+
+@dataclass(frozen=True)
 class Sizes:
     parameters: int  # of the model, without LoRA's
     trained: int  # parameters
@@ -733,103 +1127,118 @@ class Sizes:
     kept: dict[bool, int]  # {with gradient checkpointing: bytes a micro-batch keeps for the backward pass}
 
 
-def sizes_of(base: Base, cfg: Config, tokens: int, supervised: int, in_4bit: bool) -> Sizes:
-    """Counted on the meta device, at a micro-batch of sequences of `tokens`: no memory, no arithmetic. Exit 2
+def patches_of(inputs: dict[str, Tensor], vision: Any) -> int:
+    """How many patches the pixels are"""
+    pixels = sum(value.numel() for name, value in inputs.items() if name.startswith("pixel_values"))
+    return pixels // (3 * vision.patch_size**2 * getattr(vision, "temporal_patch_size", 1))
+
+
+def sizes_of(base: Base, cfg: Config, longest: Longest, in_4bit: bool) -> Sizes:
+    """Counted on the meta device, at a micro-batch of the longest sequences: no memory, no arithmetic. Exit 2
     for LoRA targets that the language model does not have."""
-    from peft import get_peft_model
-    from transformers import LlavaForConditionalGeneration
+    from transformers import AutoModelForImageTextToText
 
     kind = TORCH_DTYPES[cfg.dtype]
     with torch.device("meta"):
-        model = LlavaForConditionalGeneration(base.config).to(kind)
-    model.train()
+        model = AutoModelForImageTextToText.from_config(base.config).to(kind)
     parameters = sum(p.numel() for p in model.parameters())
-    linear = {n: m for n, m in model.model.language_model.named_modules() if isinstance(m, nn.Linear)}
-    choose_trained(model, cfg)
-    if cfg.lora_r:
-        names = sorted({name.split(".")[-1] for name in linear})
-        if wrong := [name for name in cfg.lora_targets.split(",") if name not in names]:
-            refuse(f"--lora_targets {wrong[0]}: no such layer; the language model has {', '.join(names)}")
-        model = get_peft_model(model, lora_and_projector(cfg), autocast_adapter_dtype=False)
+    parts = module_names(model)
+    language = model.get_submodule(parts.language)
+    in_linear = sum(m.weight.numel() for m in language.modules() if isinstance(m, nn.Linear))
+    model = choose_trained(model, cfg)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen_bytes = (parameters - (0 if cfg.lora_r else trained)) * kind.itemsize
     if in_4bit:
         # 4 bits and a share of the scales, which are quantized too (Dettmers et al. 2023, section 3)
-        in_linear = sum(layer.weight.numel() for layer in linear.values())
         frozen_bytes -= int(in_linear * (kind.itemsize - 4.127 / 8))
 
-    inner, text = inner_llava(model).model, base.config.text_config
-    layers, batch, width = inner.language_model.layers, cfg.batch_size, text.hidden_size
+    text, vision = base.config.get_text_config(), base.config.vision_config
+    layers, batch, tokens, width = language.layers, cfg.batch_size, longest.tokens, text.hidden_size
 
     def kept_by(count: int) -> int:
         """Bytes, by this many layers"""
-        inner.language_model.layers = layers[:count]
+        language.layers = layers[:count]
         with torch.device("meta"):
             forward = partial(
-                inner.language_model,
+                language,
                 inputs_embeds=torch.empty(batch, tokens, width, dtype=kind, requires_grad=True),
                 position_ids=torch.arange(tokens)[None],
-                attention_mask={"full_attention": None},  # causal, as SDPA does it by itself
+                attention_mask=torch.empty(batch, 1, tokens, tokens, dtype=torch.bool),
                 use_cache=False,
             )
             return saved_bytes(forward, model)
 
     first = kept_by(1)
     another = kept_by(2) - first
-    with torch.device("meta"):
-        vision = base.config.vision_config
-        features = torch.empty(batch * cfg.frames, base.tokens_per_frame, vision.hidden_size, dtype=kind)
-        around = saved_bytes(partial(inner.multi_modal_projector, features), model)
-        if cfg.train_vision:
-            pictures = torch.empty(batch * cfg.frames, 3, base.size, base.size, dtype=kind)
-            around += saved_bytes(partial(inner.vision_tower, pictures), model)
+    # the projector's input, what its nonlinearity takes and gives, and its output
+    around = batch * longest.visual * 3 * width * kind.itemsize if cfg.train_projector else 0
+    if cfg.train_vision:  # 17 values a token and feature (Korthikanti et al. 2022, equation 2)
+        deep = getattr(vision, "num_hidden_layers", None) or vision.depth
+        around += batch * longest.patches * deep * 17 * vision.hidden_size * kind.itemsize
     # logits, in fp32, and their gradient
-    around += first + batch * supervised * text.vocab_size * (kind.itemsize + 8)
+    around += first + batch * longest.supervised * text.vocab_size * (kind.itemsize + 8)
     a_layer = {False: another, True: batch * tokens * width * kind.itemsize}
     allowed = CHECKPOINTING[cfg.gradient_checkpointing]
     kept = {on: around + (len(layers) - 1) * a_layer[on] for on in allowed}
     return Sizes(parameters, trained, frozen_bytes, kept)
 
 
-def llava_layouts(sizes: Sizes, dtype: str, in_4bit: bool, devices: int, local: int = 0) -> list[Layout]:
+def vlm_layouts(sizes: Sizes, dtype: str, in_4bit: bool, devices: int, local: int = 0) -> list[Layout]:
     """memory_layouts; 4-bit weights are not partitioned, so they have no ZeRO-3."""
     layouts = memory_layouts(sizes.trained, sizes.frozen_bytes, sizes.kept, dtype, devices, local or None)
     return [layout for layout in layouts if not (in_4bit and layout.stage == 3)]
 
 
-def machines_that_fit(base: Base, cfg: Config, tokens: int, supervised: int) -> str:
+def machines_that_fit(base: Base, cfg: Config, longest: Longest) -> str:
     """What fits on which machine, by arithmetic: for --check."""
     lines = ["machines estimated: the least offloading that fits, GB per GPU, GB of RAM"]
     for method, (lora_r, in_4bit) in METHODS.items():
         usual = {"batch_size": 1, "dtype": "bf16", "gradient_checkpointing": "auto"}
-        sizes = sizes_of(base, dataclasses.replace(cfg, lora_r=lora_r, **usual), tokens, supervised, in_4bit)
+        sizes = sizes_of(base, dataclasses.replace(cfg, lora_r=lora_r, **usual), longest, in_4bit)
         for machine, (devices, gpu_gb, dtype) in MACHINES.items():
-            layouts = llava_layouts(sizes, dtype, in_4bit, devices, devices)
+            layouts = vlm_layouts(sizes, dtype, in_4bit, devices, devices)
             first = next((x for x in layouts if x.fits(gpu_gb, math.inf, devices)), None)
             needs = f"{first.name:<40}{first.gpu_gb:6.1f}{first.host_gb:8.1f}" if first else "does not fit"
             lines.append(f"  {machine:<20}{method:<18}{needs}")
     return "\n".join(lines)
 
 
+def longest_of(collate: VideoCollator, samples: list[Sample]) -> tuple[Longest, int, int]:
+    """(The longest of them, tokens in all, supervised ones). Exit 2 with the row that is too long."""
+    base, cfg = collate.base, collate.cfg
+    lengths = [collate.lengths(sample) for sample in samples]
+    (tokens, supervised, visual), (all_tokens, all_supervised, _) = (
+        np.max(lengths, 0).tolist(),
+        np.sum(lengths, 0),
+    )
+    limit = base.config.get_text_config().max_position_embeddings
+    if tokens > limit:
+        where = samples[int(np.argmax([length[0] for length in lengths]))].where
+        fewer = "max_frames" if cfg.fps else "frames"
+        moves = f"lower --{fewer}, --max_pixels or --max_turns, or shorten its texts"
+        refuse(f"{where}: a sequence of {tokens} tokens, {base.source} takes {limit}: {moves}")
+    most = samples[int(np.argmax([length[2] for length in lengths]))]
+    head = collate.talk(most.talks[0], len(most.load(cfg.frames).frames)).head
+    seen = collate.blank(head, most.load(cfg.frames).frames.shape)
+    patches = patches_of(seen, base.config.vision_config)
+    return Longest(tokens, supervised, visual, patches), int(all_tokens), int(all_supervised)
+
+
 def plan_of(cfg: Config, base: Base, data: Data, device: torch.device) -> Layout:
     """Print what this run is going to do, and check that it fits. -> the layout of memory that is taken"""
-    collate, looked_at = VideoCollator(base, cfg), data.train[:: max(1, len(data.train) // 256)]
-    lengths = []
-    for sample in looked_at:
-        ids, labels = collate.sequence(sample.qa)
-        lengths.append((len(ids), sum(label >= 0 for label in labels)))
-    (tokens, supervised), (all_tokens, all_supervised) = np.max(lengths, 0).tolist(), np.sum(lengths, 0)
-    limit = base.config.text_config.max_position_embeddings
-    if tokens > limit:
-        move = f"lower --frames {cfg.frames} or --max_turns"
-        refuse(f"sequences of {tokens} tokens, {base.source} takes {limit}: {move}")
-    sizes = sizes_of(base, cfg, tokens, supervised, cfg.load_in_4bit)
-    layouts = llava_layouts(sizes, cfg.dtype, cfg.load_in_4bit, world_size())
+    collate = VideoCollator(base, cfg)
+    different = data.train if not cfg.demo else data.train[:2000]  # the demo's are all of one kind
+    longest, tokens, supervised = longest_of(collate, different)
+    sizes = sizes_of(base, cfg, longest, cfg.load_in_4bit)
+    layouts = vlm_layouts(sizes, cfg.dtype, cfg.load_in_4bit, world_size())
     low = TORCH_DTYPES[cfg.dtype].itemsize
-    whole = sizes.trained if cfg.lora_r else sizes.parameters
-    disk = (cfg.keep + 1) * sizes.trained * (12 + low) + whole * low
-    method = f"LoRA r {cfg.lora_r} and the projector" if cfg.lora_r else "full fine-tuning"
-    method += (", 4-bit weights" if cfg.load_in_4bit else "") + (", vision tower" if cfg.train_vision else "")
+    whole = 0 if cfg.adapter_only else sizes.parameters
+    disk = (cfg.keep + 1) * sizes.trained * (12 + low) + (whole + (sizes.trained if cfg.lora_r else 0)) * low
+    method = f"LoRA r {cfg.lora_r}" if cfg.lora_r else "full fine-tuning"
+    parts = module_names(base.skeleton)
+    method += f" of {parts.language}" + (", 4-bit weights" if cfg.load_in_4bit else "")
+    method += f", {' and '.join(parts.projector)} whole" if cfg.train_projector else ""
+    method += f", {parts.tower} whole" if cfg.train_vision else ""
     questions = [sum(len(sample.qa) for sample in part) for part in (data.train, data.held_out)]
     stages = f", {len(stages_of(data.train, True))} stages by answer length" if cfg.curriculum else ""
     same = " (the same: there is one video)" if data.held_out is data.train else ""
@@ -837,25 +1246,43 @@ def plan_of(cfg: Config, base: Base, data: Data, device: torch.device) -> Layout
         f"{len(data.train)} sequences with {questions[0]} questions to train on, {len(data.held_out)} with "
         f"{questions[1]} held out{same}, {len(data.bad)} left out as bad{stages}"
     )
-    seen = f"on {all_supervised} of {all_tokens} tokens in {len(looked_at)} sequences"
-    parameters = f"{sizes.parameters / 1e6:.2f} M parameters; {method}: {sizes.trained / 1e6:.2f} M trained"
+    seen = f"on {supervised} of {tokens} tokens in {len(different)} sequences"
+    size = f"{base.size}x{base.size}" if isinstance(base.size, int) else f"at most {base.size.pixels} pixels"
+    pace = f"{cfg.fps:g} a second, at most {cfg.max_frames}," if cfg.fps else cfg.frames
+    ends = base.processor.tokenizer.decode(encode_talk((QA("What?", "This."),), 1, base).labels[-1])
     lines = [
         ("data", f"{data_name(cfg)}: {sequences}"),
-        ("frames", f"{cfg.frames} of {base.size}x{base.size}, {base.tokens_per_frame} tokens each"),
-        ("loss", f"{seen}: answers and <|im_end|> alone; longest sequence {tokens}"),
-        *row_lines(data.train, partial(as_seen, collate=collate)),
-        ("model", f"{base.source}, {parameters}"),
+        (
+            "frames",
+            f"{pace} of {size}, as {'a video' if base.video else 'images'}: {longest.visual} tokens at most",
+        ),
+        ("loss", f"{seen}: answers and {ends} alone; longest sequence {longest.tokens}"),
+        *row_lines(data.train, collate.told),
+        (
+            "model",
+            f"{base.source} ({type(base.skeleton).__name__}), {sizes.parameters / 1e6:.2f} M parameters",
+        ),
+        ("trained", f"{method}: {sizes.trained / 1e6:.2f} M"),
         steps_line(cfg, device, "clips"),
     ]
+    if cfg.cache_features:
+        check_cacheable(base)
+        clips = len({sample.frames for sample in (*data.train, *data.held_out)})
+        each = longest.patches * base.config.vision_config.hidden_size * low
+        free = disk_free(cfg.cache_dir)
+        told = f"{clips * each / GB:.2f} GB in {cfg.cache_dir}/features, {free / GB:.1f} GB free"
+        lines.append(("features", told))
+        if clips * each > free:
+            refuse(f"--cache_features: {told}: leave it out, or give another --cache_dir")
     layout = show_plan(cfg, device, lines, layouts, advice(cfg), disk)
     if cfg.check and not cfg.demo:
-        log.info(machines_that_fit(base, cfg, tokens, supervised))
+        log.info(machines_that_fit(base, cfg, longest))
     return layout
 
 
 def advice(cfg: Config) -> str:
     others = "take --gradient_checkpointing on, --load_in_4bit or --deepspeed ds_zero3_offload.json"
-    return f"lower --batch_size {cfg.batch_size} or --frames {cfg.frames}, or {others}"
+    return f"lower --batch_size {cfg.batch_size}, --frames {cfg.frames} or --max_pixels, or {others}"
 
 
 # ---------------------------------------------------------------------------
@@ -863,118 +1290,71 @@ def advice(cfg: Config) -> str:
 # ---------------------------------------------------------------------------
 
 
-def video_trainer(cfg: Config, batches: Callable[[], Iterator], **of_trl: Any) -> Any:
-    """TRL's SFTTrainer with our batches, optimizer and loss, which is summed up in trainer.row["loss"]."""
-    from datasets import Dataset
-    from trl import SFTTrainer
-
-    class VideoTrainer(SFTTrainer):
-        def get_train_dataloader(self) -> Iterator:
-            return batches()
-
-        def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-            if self.optimizer is None:
-                trained = [p for p in self.model.parameters() if p.requires_grad]
-                self.optimizer = torch.optim.AdamW(
-                    trained, cfg.lr, (0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True
-                )
-            return self.optimizer
-
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Tensor:
-            """Mean over the supervised tokens of all ranks and micro-steps of this optimizer step."""
-            # DeepSpeed averages over ranks
-            loss = supervised_loss(model, inputs)[0] / num_items_in_batch * world_size()
-            self.row["loss"] = self.row.get("loss", 0.0) + loss.detach()
-            return loss
-
-    # TRL wants a data set to look at
-    trainer = VideoTrainer(train_dataset=Dataset.from_dict({"input_ids": [[0]]}), **of_trl)
-    trainer.row = {}
-    return trainer
-
-
-def open_trainer(cfg: Config, run: Run, base: Base, data: Data, checkpointing: bool) -> Any:
-    """Every rank: the trainer with its model; training_steps of common.py runs around its steps."""
-    from transformers import PrinterCallback, TrainerCallback
-    from trl import SFTConfig
-
-    args = SFTConfig(
-        output_dir=str(cfg.output_dir), max_steps=cfg.steps, per_device_train_batch_size=cfg.batch_size,
-        gradient_accumulation_steps=cfg.accum, gradient_checkpointing=checkpointing, max_grad_norm=cfg.clip,
-        bf16=cfg.dtype == "bf16", fp16=cfg.dtype == "fp16", deepspeed=run.config, seed=cfg.seed,
-        use_cpu=not torch.cuda.is_available(), lr_scheduler_type="constant", max_length=None,
-        dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False, report_to="none",
-        logging_nan_inf_filter=False, logging_strategy="no", save_strategy="no", disable_tqdm=True,
-    )  # fmt: skip
-    folder = on_rank0(fetch_model)(cfg.model, "*")
-    torch.manual_seed(cfg.seed)
-    # after SFTConfig: under ZeRO-3 each rank takes its part of the weights
-    model = load_llava(folder, base, cfg, cfg.dtype)
-    choose_trained(model, cfg)
+def open_model(cfg: Config, run: Run, base: Base, checkpointing: bool) -> nn.Module:
+    """Every rank: the model in training mode."""
+    model = load_pretrained(partial(load_vlm, base=base, cfg=cfg), cfg, run, checkpointing)
     if cfg.compile:
-        for layer in model.model.language_model.layers:
+        for layer in model.get_submodule(module_names(model).language).layers:
             layer.compile(dynamic=True)
-    stages, collate = stages_of(data.train, cfg.curriculum), VideoCollator(base, cfg)
-    trainer = video_trainer(
-        cfg,
-        batches=partial(micro_batches, stages, collate, cfg, run.step * cfg.accum),
-        data_collator=collate,
-        model=model,
-        args=args,
-        processing_class=base.processor,
-        peft_config=lora_and_projector(cfg) if cfg.lora_r else None,
-    )
-    check_projector = watch_projector(trainer.model)
+    torch.manual_seed(cfg.seed)  # LoRA begins the same, whatever loading took of the random numbers
+    return choose_trained(model, cfg)
 
-    class Steps(TrainerCallback):
-        def on_train_begin(self, args, state, control, **kwargs) -> None:
-            engine = trainer.deepspeed
-            resume_engine(run, engine, frozen_left_out=True)
-            state.global_step = run.step
-            save = partial(save_run, run, engine, frozen_left_out=True)
-            evaluation = partial(evaluate_at, cfg, trainer.model, base, data)
-            self.steps = training_steps(run, engine, save, evaluation)
-            self.begin()
 
-        def begin(self) -> None:
-            _, trainer.row = next(self.steps, (cfg.steps, {}))
-
-        def on_step_end(self, args, state, control, **kwargs) -> None:
-            if state.global_step == run.step + 1:
-                check_projector()
-            self.begin()
-
-    trainer.add_callback(Steps())
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+def train_steps(cfg: Config, run: Run, engine: Any, collate: VideoCollator, data: Data) -> None:
+    """From run.step to cfg.steps; the loss is the mean over the supervised tokens of all ranks and
+    micro-steps of a step."""
+    train = data.train
+    if cfg.cache_features:
+        train = with_features(cfg, collate.base, train)
+        keep_features(engine.module, collate, train)
+    stages = stages_of(train, cfg.curriculum)
+    save = partial(save_run, run, engine, frozen_left_out=True)
+    evaluation = partial(evaluate_at, collate, engine.module, data)
+    check_projector = watch_projector(engine.module)
+    ahead = batches_ahead(partial(get_batch, stages, collate, cfg), cfg, run.step)
+    for (step, row), batches in zip(training_steps(run, engine, save, evaluation), ahead):
+        tokens = over_ranks(sum(int((batch["labels"] != -100).sum()) for batch in batches), "mean")
+        row["loss"] = 0.0
+        for batch in batches:
+            batch = {name: value.to(engine.device) for name, value in batch.items()}
+            loss = supervised_loss(engine, batch)[0] / tokens
+            engine.backward(loss, scale_wrt_gas=False)
+            engine.step()  # skips the update, on all ranks, when a gradient is not finite
+            row["loss"] += loss.detach()
+        if step == run.step:
+            check_projector()
 
 
 def watch_projector(model: nn.Module) -> Callable[[], None]:
     """-> what to call after the first step: it ends the run when no gradient has reached the projector."""
-    projector, reached = inner_llava(model).model.multi_modal_projector, []
-    trained = [p for p in projector.parameters() if p.requires_grad]
+    names, reached = module_names(inner_vlm(model)).projector, []
+    trained = [
+        p for name, p in inner_vlm(model).named_parameters()
+        if p.requires_grad and "lora_" not in name and name.startswith(tuple(names))
+    ]  # fmt: skip
     hooks = [p.register_hook(lambda grad: reached.append(bool(grad.any()))) for p in trained]
 
     def check() -> None:
         for hook in hooks:
             hook.remove()
-        if not over_ranks(any(reached), "max"):
+        if hooks and not over_ranks(any(reached), "max"):
             blind = "the model answers without the video; nothing was saved"
             raise SystemExit(f"error: the projector got no gradient: {blind}")
 
     return check
 
 
-def evaluate_at(cfg: Config, model: nn.Module, base: Base, data: Data, step: int) -> dict[str, float]:
+def evaluate_at(collate: VideoCollator, model: nn.Module, data: Data, step: int) -> dict[str, float]:
     """Every rank: evaluate in the middle of the run. -> what goes into metrics.jsonl"""
-    result = evaluate(model, base, data, cfg)
+    result = evaluate(model, collate, data)
     exact = " | ".join(f"{how} {result[how]['exact']:.2f}" for how in SHUFFLES)
     log.info(f"eval step {step:06d} | held-out loss {result['held_out_loss']:.4f} | {exact} exact")
     if rank() == 0:
-        write_lines(cfg.output_dir / "samples" / f"answers_step{step:06d}.jsonl", result["answers"])
+        folder = collate.cfg.output_dir / "samples"
+        write_lines(folder / f"answers_step{step:06d}.jsonl", result["answers"])
     numbers = {"held_out_loss": result["held_out_loss"]}
     for how in SHUFFLES:
-        numbers |= {f"{name}_{how.replace(' ', '_')}": result[how][name] for name in METRICS}
+        numbers |= {f"{name}_{how.replace(' ', '_')}": value for name, value in result[how].items()}
     return numbers
 
 
@@ -983,9 +1363,10 @@ def train(cfg: Config) -> None:
     device = open_run(cfg, cfg.hub_dataset_id if pushes_data(cfg) else "")
     cfg = dataclasses.replace(cfg, dtype=pick_dtype(cfg.dtype), model=cfg.model or BASE_MODEL)
     if cfg.demo:
-        build = partial(demo_module("scenes").build_tiny, template=TEMPLATE)
-        cfg = dataclasses.replace(cfg, model=on_rank0(tiny_model)(cfg, __file__, build))
-    base = open_base(cfg.model)
+        kind = from_flags.model or "llava"
+        build = partial(demo_module("scenes").build_tiny, kind=kind, template=TEMPLATE)
+        cfg = dataclasses.replace(cfg, model=on_rank0(tiny_model)(cfg, __file__, build, kind))
+    base = open_base(cfg.model, cfg.max_pixels, cfg.attn)
     data = load_data(cfg, base)
     cfg = with_steps(cfg, WARMUP, len(data.train), cfg.batch_size * cfg.accum * world_size())
     layout = plan_of(cfg, base, data, device)
@@ -1001,13 +1382,19 @@ def train(cfg: Config) -> None:
     cfg = run.cfg
     if cfg.push_to_hub and pushes_data(cfg):
         push_clips(cfg, data)
-    trainer = open_trainer(cfg, run, base, data, layout.checkpointing)
+    model = open_model(cfg, run, base, layout.checkpointing)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trained, cfg.lr, (0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True
+    )
+    engine = open_engine(run, model, optimizer, frozen_left_out=True)
+    collate = VideoCollator(base, cfg)
     with out_of_memory(advice(cfg)):
-        trainer.train()
+        train_steps(cfg, run, engine, collate, data)
     finish_run(
         run,
-        export=partial(export, cfg, trainer.model, base),
-        evaluate=partial(final_results, cfg, trainer.model, base, data),
+        export=partial(export, cfg, engine.module, base),
+        evaluate=partial(final_results, collate, engine.module, data),
         card=partial(card_of, cfg, base),
     )
 
@@ -1018,28 +1405,24 @@ def train(cfg: Config) -> None:
 
 
 def export(cfg: Config, model: nn.Module, base: Base, target: Path) -> None:
-    """Every rank: model/ with everything that was trained (with LoRA the adapter and the projector; else the
-    model whole), the processor, and the scripts that ask it."""
-    weights = full_weights(model, TORCH_DTYPES[cfg.dtype], lambda p: p.requires_grad or not cfg.lora_r)
+    """Every rank: model/ as export_pretrained makes it, and the scripts that ask it."""
+    load = partial(load_vlm, base=base, cfg=dataclasses.replace(cfg, load_in_4bit=False))
+    export_pretrained(model, load, cfg, TORCH_DTYPES[cfg.dtype], base.processor, target)
     if rank() == 0:
-        target.mkdir(exist_ok=True)
-        # loaded under ZeRO-3 it would save other names (transformers 5.23)
-        vars(model).pop("_weight_conversions", None)
-        model.save_pretrained(target, state_dict=weights)
-        base.processor.save_pretrained(target)
-        kept = ("frames", "max_new_tokens", "dtype")
-        write_json(target / "llava_vtt.json", {name: getattr(cfg, name) for name in kept})
+        write_json(target / "llava_vtt.json", {name: getattr(cfg, name) for name in ASKED_WITH})
         copy_code(target, __file__)
     barrier()
 
 
-def final_results(cfg: Config, model: nn.Module, base: Base, data: Data) -> dict:
+def final_results(collate: VideoCollator, model: nn.Module, data: Data) -> dict:
     """Every rank: what results.json says of the finished model. Short answers are right or wrong; of
-    sentences ROUGE-L tells more."""
-    result = evaluate(model, base, data, cfg)
-    on_rank0(write_answers)(cfg, data, result["answers"])
-    short = all(len(qa.answer.split()) <= 3 for sample in data.held_out for qa in sample.qa)
-    metric, name = ("exact", "exact match") if short else ("rouge_l", "ROUGE-L")
+    sentences ROUGE-L tells more, and chrF where words are not divided."""
+    result = evaluate(model, collate, data)
+    on_rank0(write_answers)(collate.cfg, data, result["answers"])
+    wanted = [row["answer"] for row in result["answers"]]
+    metric, name = ("chrf", "chrF") if is_undivided(wanted) else ("rouge_l", "ROUGE-L")
+    if all(len(words(answer)) <= 3 for answer in wanted):
+        metric, name = "exact", "exact match"
     which = "training" if data.held_out is data.train else "held-out"
 
     def table(numbers: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
@@ -1062,11 +1445,25 @@ def write_answers(cfg: Config, data: Data, answers: list[dict]) -> None:
     folder = cfg.output_dir / "samples"
     write_lines(folder / "answers.jsonl", answers)
     one_each = list({row["sample"]: row for row in answers}.values())[:6]
-    clips = np.stack([data.held_out[row["sample"]].load(cfg.frames) for row in one_each])
+    clips = [data.held_out[row["sample"]].load(cfg.frames).frames for row in one_each]
+    # one grid: of each as many frames as the shortest has, in the shape of the first
+    few, shape = min(map(len, clips)), clips[0].shape[1:3]
+    clips = [
+        np.stack([fitted(clip[i], shape, crop=False) for i in frame_indices(len(clip), few)])
+        for clip in clips
+    ]
     titles = [f"{row['question']}  {row['said']}  (wanted: {row['answer']})" for row in one_each]
-    write_grid(clips, titles, folder / "answers.png")
+    write_grid(np.stack(clips), titles, folder / "answers.png")
     if cfg.demo or cfg.push_videos:
         shutil.copyfile(folder / "answers.png", cfg.output_dir / "model" / "samples.png")
+
+
+def columns_of_talk(talk: Talk) -> dict:
+    """As it is pushed: a question and its answer, or what was said in turns"""
+    if len(talk) == 1:
+        return {"question": talk[0].question, "answer": talk[0].answer}
+    turns = [zip(("user", "assistant"), qa[:2]) for qa in talk]
+    return {"messages": [{"role": role, "content": text} for turn in turns for role, text in turn]}
 
 
 @on_rank0
@@ -1086,11 +1483,22 @@ def push_clips(cfg: Config, data: Data) -> None:
                     shutil.copyfile(file, folder / video)
             part = {"start": clip.start} if clip.part else {}
             part |= {"end": clip.end} if clip.end < math.inf else {}
-            asked = ({"question": qa.question, "answer": qa.answer} for qa in clip.texts)
-            rows += [{"video": video} | part | qa for qa in asked]
+            rows += [{"video": video} | part | texts for texts in map(columns_of_talk, talks_of(clip.texts))]
     files = "a file of this repository" if cfg.push_videos else "the name of a file that is not part of it"
     about = f"`video` is a URL, or {files}."
     push_rows(folder, cfg.hub_dataset_id, cfg.public, parts, about, Path(__file__).name)
+
+
+PLAIN_USE = """
+Without these scripts, as any model of its class, from the folder or by the name of this repository:
+
+```python
+from transformers import AutoProcessor, {cls}
+
+folder = "."
+processor = AutoProcessor.from_pretrained(folder)
+model = {cls}.from_pretrained(folder, dtype="auto")
+```"""
 
 
 def card_of(cfg: Config, base: Base, results: dict) -> dict:
@@ -1102,57 +1510,101 @@ def card_of(cfg: Config, base: Base, results: dict) -> dict:
     if (cfg.output_dir / "model" / "samples.png").exists():
         lines += ["", "![samples](samples.png)"]
     local, original = Path(base.source).exists(), base.source == BASE_MODEL
-    weights = f"a LoRA adapter (r {cfg.lora_r}) and the projector" if cfg.lora_r else "all weights"
+    weights = f"LoRA (r {cfg.lora_r})" if cfg.lora_r else "all weights"
     question = json.dumps(cfg.question or DEFAULT_QUESTION)
+    lines.append(PLAIN_USE.format(cls=type(base.skeleton).__name__)) if not cfg.adapter_only else None
     return {
         "about": f"`{Path(base.source).name if local else base.source}`, fine-tuned to answer questions "
         f"about videos ({cfg.frames} frames, evenly spread) on `{Path(data_name(cfg)).name}` by "
-        f"`llava_vtt.py`, which lies in this repository. Here are {weights}. The tables show how much of the "
-        "score needs the pictures, and their order.",
+        f"`llava_vtt.py`, which lies in this repository. {served(cfg, base, weights)} The tables show how "
+        "much of the score needs the pictures, and their order.",
         "usage": f'from llava_vtt import ask\n\nprint(ask("clip.mp4", {question}, folder))',
         "data": Path(data_name(cfg)).name,
         "more": "\n".join(lines),
-        "library_name": "peft" if cfg.lora_r else "transformers",
+        "library_name": "peft" if cfg.adapter_only else "transformers",
         "pipeline_tag": "video-text-to-text",
         "base_model": "" if local else base.source,
         "license": "other" if original else "",
         "license_name": "tongyi-qianwen-research" if original else "",
         "datasets": cfg.dataset if cfg.dataset and not Path(cfg.dataset).exists() else "",
-        "tags": ["llava", "video-text-to-text", "deepspeed"],
+        "tags": [base.config.model_type, "video-text-to-text", "deepspeed"],
     }
 
 
-def ask(video: str | Path, question: str, model: str | Path) -> str:
+def served(cfg: Config, base: Base, weights: str) -> str:
+    """Of what model/ is, and who takes it"""
+    if not cfg.lora_r:
+        return f"Here are {weights}."
+    whole = [module_names(base.skeleton).projector] if cfg.train_projector else []
+    whole += [[module_names(base.skeleton).tower]] if cfg.train_vision else []
+    names = ", ".join(name for part in whole for name in part)
+    refused = f"It has {names} whole (modules_to_save), which vLLM does not serve as an adapter"
+    where = (
+        "Here is the adapter alone"
+        if cfg.adapter_only
+        else "It is merged here; `adapter/` is the adapter alone"
+    )
+    return f"{weights}. {where}. " + (f"{refused}." if names else "vLLM and PEFT serve it.")
+
+
+ASKED_WITH = ("frames", "fps", "max_frames", "max_pixels", "max_new_tokens", "dtype")
+
+
+def ask(video: str | Path, question: str, model: str | Path, **asking: Any) -> str:
     """The answer to a question about a video file or URL by a finished model, a folder or a Hub id.
 
-    Raises OSError when the model cannot be found, BadSample (a ValueError) when the video cannot be used.
+    asking: frames, fps, max_frames, max_pixels, max_new_tokens; what it was trained with by default. Raises
+    BadSample (a ValueError) when the video cannot be used. Exit 2 when the model cannot be found.
     """
-    folder = fetch_model(str(model), "*")
-    trained = json.loads(path.read_text()) if (path := folder / "llava_vtt.json").exists() else {}
-    adapter = folder / "adapter_config.json"
-    below = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else str(folder)
+    return next(answers([(str(video), question)], model, **asking))
+
+
+def answers(asked: list[tuple[str, str]], model: str | Path, **asking: Any) -> Iterator[str]:
+    """To [(video, question)], one after the other, by `ask`'s rules; the model is loaded once."""
+    folder, below, saved = finished_model(str(model), "llava_vtt.json")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = trained.get("dtype") if device.type == "cuda" or trained.get("dtype") != "fp16" else "fp32"
-    kept = {name: trained[name] for name in ("frames", "max_new_tokens") if name in trained}
-    cfg = Config(report_to="none", dtype=pick_dtype(dtype), **kept)
-    base = open_base(below)
-    net = load_llava(fetch_model(below, "*"), base, cfg, cfg.dtype)
-    if adapter.exists():
+    dtype = "fp32" if saved.get("dtype") == "fp16" and device.type == "cpu" else saved.get("dtype")
+    cfg = Config(report_to="none", **(saved | asking | {"dtype": pick_dtype(dtype)}))
+    base = open_base(below, cfg.max_pixels)
+    net = load_vlm(fetch_model(below, "*"), base, cfg)
+    if below != str(folder):
         from peft import PeftModel
 
         net = PeftModel.from_pretrained(net, folder)
-    with local_file(str(video), cfg) as path:
-        clip = extract_frames(path, cfg.frames, (base.size, base.size), base.crop)
-    return greedy_answers(net.to(device).eval(), base, [(clip, question)], cfg)[0]
+    net, collate = net.to(device).eval(), VideoCollator(base, cfg)
+    size = base.size if isinstance(base.size, AtMost) else (base.size, base.size)
+
+    @lru_cache(maxsize=1)  # several questions about one clip
+    def clip_of(video: str) -> Footage:
+        with local_file(video, cfg) as path:
+            return Footage(*timed_frames(path, cfg.how_many, size, base.crop))
+
+    for video, question in asked:
+        yield greedy_answers(net, collate, [(clip_of(video), question)], cfg.max_new_tokens)[0]
 
 
 def predict(cfg: Config) -> None:
-    """--predict: print the answer, alone."""
-    model = cfg.model or str(cfg.output_dir / "model")
+    """--predict: print an answer a line, alone."""
+    model, source = cfg.model or str(cfg.output_dir / "model"), Path(cfg.predict)
+    asked = [(cfg.predict, cfg.question)]
+    if source.suffix.lower() in QUESTIONS:
+        if not source.is_file():
+            refuse(f"--predict {source}: no such file")
+        asked = []
+        for number, row in read_json_lines(source):
+            video, question = str(row.get("video", "")), str(row.get("question", cfg.question))
+            if not video or not question:
+                refuse(f"{source}:{number}: no {'question' if video else 'video'} in it")
+            asked.append((video if is_url(video) else str(source.parent / video), question))
+    defaults = Config(report_to="none")
+    given = {name: getattr(cfg, name) for name in ASKED_WITH if getattr(cfg, name) != getattr(defaults, name)}
+    said = 0
     try:
-        print(ask(cfg.predict, cfg.question, model))
+        for answer in answers(asked, model, **given):
+            print(answer, flush=True)
+            said += 1
     except BadSample as error:
-        refuse(f"--predict {cfg.predict}: {error}")
+        refuse(f"--predict {asked[said][0]}: {error}")
     except (OSError, ValueError) as error:
         refuse(f"--model {model}: {brief(error)}; give a folder that a run wrote, or a Hub id")
 

@@ -1,10 +1,9 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#   "av==18.1.0", "datasets==5.2.0", "deepspeed==0.19.8", "huggingface_hub==2.4.0", "matplotlib==3.11.2",
-#   "numpy==2.4.6", "opencv-python-headless==5.0.0.93", "peft==0.21.2", "pillow==13.0.0", "requests==2.34.2",
-#   "rouge-score==0.1.2", "sacrebleu==2.6.0", "torch>=2.6", "tqdm==4.70.1", "transformers==5.23.0",
-#   "tyro==1.0.17",
+#   "datasets==5.2.0", "deepspeed==0.19.8", "huggingface_hub==2.4.0", "matplotlib==3.11.2", "numpy==2.4.6",
+#   "peft==0.21.2", "rouge-score==0.1.2", "sacrebleu==2.6.0", "torch>=2.6", "tqdm==4.70.1",
+#   "transformers==5.23.0", "tyro==1.0.17",
 # ]
 # ///
 """Question and video metadata to text: NLLB-200 600M answers in any of its 202 languages what is known of a
@@ -20,8 +19,9 @@ public samples; no video is opened. The source is the question and the columns t
 never the answer: sources that hold their answer word by word are counted, and refused when there are more
 than a few. Columns src_lang and tgt_lang win over the flags.
 
-The generation config that is saved and pushed makes a plain generate() answer in --tgt_lang. Each evaluation
-generates, and shows beside it what the most frequent answer and the copied source would score.
+model/ is merged where LoRA was trained, and its generation config makes a plain generate() answer in
+--tgt_lang. Each evaluation generates, and shows beside it what the most frequent answer of the language and
+the copied source would score.
 
 Writes the run folder described in README.md. The same command again goes on from the newest whole checkpoint.
 
@@ -41,7 +41,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -53,66 +52,19 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
+# isort: off
 from common import (
-    CHECKPOINTING,
-    DEFAULT_QUESTION,
-    Free,
-    Layout,
-    Lower,
-    Run,
-    barrier,
-    brief,
-    check_loaded,
-    check_settings,
-    check_weights,
-    copy_code,
-    data_name,
-    demo_module,
-    fetch_model,
-    fingerprint,
-    finish_run,
-    full_weights,
-    is_url,
-    log,
-    memory_layouts,
-    merged_over_ranks,
-    normalized,
-    on_rank0,
-    open_engine,
-    open_run,
-    out_of_memory,
-    over_ranks,
-    pad,
-    pick_dtype,
-    push_rows,
-    pushes_data,
-    rank,
-    read_data,
-    read_flags,
-    read_json,
-    read_json_lines,
-    refuse,
-    rounds,
-    row_lines,
-    run,
-    save_run,
-    saved_bytes,
-    show_plan,
-    split_clips,
-    start_run,
-    steps_line,
-    tiny_model,
-    training_steps,
-    with_steps,
-    words,
-    world_size,
-    write_json,
-    write_lines,
-)
+    CHECKPOINTING, DEFAULT_QUESTION, Free, Layout, Lower, Run, answer_scores, barrier, batches_ahead, brief,
+    check_loaded, check_settings, check_weights, copy_code, data_name, demo_module, export_pretrained,
+    fetch_model, fingerprint, finish_run, finished_model, is_undivided, is_url, load_pretrained, log,
+    mean_loss, memory_layouts, merged_over_ranks, on_rank0, open_engine, open_run, out_of_memory, over_ranks,
+    pad, pick_dtype, push_rows, pushes_data, rank, read_data, read_flags, read_json_lines, refuse,
+    refuse_adapter, rounds, row_lines, run, save_run, saved_bytes, show_plan, split_clips, start_run,
+    steps_line, tiny_model, training_steps, with_steps, words, world_size, write_json, write_lines,
+)  # fmt: skip
 
 BASE_MODEL = "facebook/nllb-200-distilled-600M"
 WARMUP = 100  # steps, when --warmup_steps is not given
-METRICS = ("bleu", "chrf", "rouge_l", "exact")
 ANSWERERS = ("model", "majority", "source_copied")  # the last two are controls
 # columns that are metadata when nothing is said
 FIELDS = "title,tags,categories,duration,frames,num_frames,fps,transcript"
@@ -142,9 +94,9 @@ class Config:
     tgt_lang: str = "eng_Latn"  # of the answer, where a row has no column tgt_lang
     allow_leak: Free[bool] = False  # take data whose sources hold their answers word by word
     val_fraction: float = 0.1  # share of the videos held out, unless the data set has such a split
-    curriculum: bool = False  # three stages: answers below 10 words, below 20, all
+    curriculum: bool = False  # three stages, each with those before it: answers below 10 words, below 20, all
     max_bad: Free[float] = 0.05  # share of unusable samples above which the run refuses
-    max_cut: Free[float] = 0.05  # share of sources longer than the model takes above which the run refuses
+    max_cut: Free[float] = 0.05  # share of sources or answers too long for the model above which it refuses
     cache_dir: Free[Path] = Path("cache")  # downloads
 
     # model
@@ -199,6 +151,7 @@ class Config:
     push_to_hub: Free[bool] = False  # needs HF_TOKEN, and HF_USER_ID or a full --hub_model_id
     hub_model_id: Free[str] = "nllb_vtt"
     hub_dataset_id: Free[str] = "nllb_vtt_data"  # the data set is pushed too, unless it came from the Hub
+    adapter_only: Free[bool] = False  # model/ is the LoRA adapter, small; default: the model with it merged
     public: Free[bool] = False  # visibility of new repositories
 
     def __post_init__(self) -> None:
@@ -214,6 +167,8 @@ class Config:
             raise ValueError(
                 "--predict: what is to be asked? Give --question, or a file of questions as --metadata"
             )
+        if self.adapter_only and not self.lora_r:
+            raise ValueError("--adapter_only: there is no adapter with --lora_r 0; leave it out")
         if self.adam_8bit and not (torch.cuda.is_available() and importlib.util.find_spec("bitsandbytes")):
             raise ValueError("--adam_8bit: needs a GPU and pip install bitsandbytes; leave it out")
 
@@ -275,7 +230,7 @@ def read_examples(cfg: Config) -> tuple[list[Example], list[str], list[dict]]:
         langs = [str(cells.pop(column, getattr(cfg, column))) for column in ("src_lang", "tgt_lang")]
         # no path of this machine
         shown = row.video if is_url(row.video) else Path(row.video).name or row.where
-        for question, target, _ in row.texts:
+        for question, target, *_ in row.texts:
             source = source_of(question, cells, fields)
             pushed = {"video": shown, "question": question, "answer": target} | cells
             examples.append(Example(source, target, *langs, row.video or row.where, row.where, pushed))
@@ -284,10 +239,19 @@ def read_examples(cfg: Config) -> tuple[list[Example], list[str], list[dict]]:
 
 
 def leaks(example: Example) -> bool:
-    """Whether the source has the answer in it word by word; answers of up to three words may well be a
-    tag."""
-    answer = words(example.target)
-    return len(answer) > 3 and f" {' '.join(answer)} " in f" {' '.join(words(example.source))} "
+    """Whether the source has the answer in it word by word; answers of up to three words, or eight letters
+    where each is a word, may well be a tag."""
+    answer, blank = words(example.target), " "
+    tag = 8 if is_undivided([example.target]) else 3
+    source = blank.join(words(example.source))
+    return len(answer) > tag and f" {blank.join(answer)} " in f" {source} "
+
+
+def contradicting(examples: list[Example]) -> list[Example]:
+    """Those whose source was there before with another answer in this language: no model can give both"""
+    first: dict[tuple, str] = {}
+    asked = ((e, first.setdefault((e.source, e.src_lang, e.tgt_lang), e.target)) for e in examples)
+    return [e for e, target in asked if target != e.target]
 
 
 @dataclass(frozen=True)
@@ -304,7 +268,7 @@ class Data:
     train: list[Encoded]
     held_out: list[Encoded]  # to evaluate on; the same as train when there is one video alone
     bad: list[dict]  # samples that were left out, and why
-    cut: int  # sources that were longer than the model takes
+    cut: tuple[int, int]  # sources, and answers, that were longer than the model takes
 
 
 def load_data(cfg: Config, base: Base) -> Data:
@@ -321,13 +285,19 @@ def load_data(cfg: Config, base: Base) -> Data:
             f"-> {leaking[0].target!r}\n"
             "take the column out of --source_fields, or give --allow_leak"
         )
-    encoded, cut = encode(examples, base)
-    if cut > cfg.max_cut * len(encoded):
-        refuse(
-            f"{data_name(cfg)}: {cut} of {len(encoded)} sources are longer than the {base.longest} tokens "
-            f"that the model takes, more than --max_cut {cfg.max_cut}: shorten them, or name fewer "
-            "--source_fields"
+    if several := contradicting(examples):
+        shown = f"first {several[0].where}: {several[0].source[:200]!r}"
+        log.warning(
+            f"warning: {len(several)} of {len(examples)} answers are other ones to a same source; {shown}"
         )
+    encoded, cut = encode(examples, base)
+    for what, count in zip(("sources", "answers"), cut):
+        if count > cfg.max_cut * len(encoded):
+            fewer = ", or name fewer --source_fields" if what == "sources" else ""
+            refuse(
+                f"{data_name(cfg)}: {count} of {len(encoded)} {what} are longer than the {base.longest} "
+                f"tokens that the model takes, more than --max_cut {cfg.max_cut}: shorten them{fewer}"
+            )
     train, held_out = split_clips([e.video for e in examples], parts, cfg.val_fraction, cfg.seed)
     if not train:
         refuse("every row is in the held-out split: there is none to train on")
@@ -335,24 +305,19 @@ def load_data(cfg: Config, base: Base) -> Data:
     return Data(kept, [encoded[i] for i in held_out] or kept, bad, cut)
 
 
-def encode(examples: list[Example], base: Base) -> tuple[list[Encoded], int]:
-    """-> (examples as tokens, how many sources were cut)"""
-    tokenizer, rows, cut = base.tokenizer, [], 0
+def encode(examples: list[Example], base: Base) -> tuple[list[Encoded], tuple[int, int]]:
+    """-> (examples as tokens, how many sources and how many answers were cut)"""
+    tokenizer, rows, cut = base.tokenizer, [], [0, 0]
     for e in examples:
         # the setters change what stands in front
-        tokenizer.src_lang, tokenizer.tgt_lang = (
-            e.src_lang,
-            e.tgt_lang,
-        )
-        source = tokenizer(e.source)["input_ids"]
-        labels = tokenizer(text_target=e.target, truncation=True, max_length=base.longest)["input_ids"]
-        cut += len(source) > base.longest
-        rows.append(
-            Encoded(
-                source[: base.longest - 1] + source[-1:] if len(source) > base.longest else source, labels, e
-            )
-        )
-    return rows, cut
+        tokenizer.src_lang, tokenizer.tgt_lang = e.src_lang, e.tgt_lang
+        both = [tokenizer(e.source)["input_ids"], tokenizer(text_target=e.target)["input_ids"]]
+        for i, ids in enumerate(both):
+            if len(ids) > base.longest:
+                both[i] = ids[: base.longest - 1] + ids[-1:]
+                cut[i] += 1
+        rows.append(Encoded(*both, e))
+    return rows, (cut[0], cut[1])
 
 
 # ---------------------------------------------------------------------------
@@ -373,7 +338,7 @@ def curriculum(rows: list[Encoded], by_length: bool) -> list[Stage]:
     adds nothing is left out."""
     stages: list[Stage] = []
     for limit in (10, 20, math.inf) if by_length else (math.inf,):
-        kept = [row for row in rows if len(row.example.target.split()) < limit]
+        kept = [row for row in rows if len(words(row.example.target)) < limit]
         if kept and (not stages or len(kept) > len(stages[-1].rows)):
             stages.append(Stage(kept, np.array([len(row.source) for row in kept])))
     return stages
@@ -414,12 +379,6 @@ def get_batch(stages: list[Stage], collate: Callable, cfg: Config, micro_step: i
     return collate([rows[i] for i in batch[rank() :: world_size()]])
 
 
-def get_batches(stages: list[Stage], collate: Callable, cfg: Config, step: int) -> list[dict[str, Tensor]]:
-    """Of the micro-steps of an optimizer step"""
-    micro_steps = range(step * cfg.accum, (step + 1) * cfg.accum) if step < cfg.steps else ()
-    return [get_batch(stages, collate, cfg, micro_step) for micro_step in micro_steps]
-
-
 # ---------------------------------------------------------------------------
 # Model
 # ---------------------------------------------------------------------------
@@ -443,6 +402,7 @@ def open_base(source: str) -> Base:
 
     disable_progress_bar()  # of loading and saving, on each rank
     folder = on_rank0(fetch_model)(source, "*.json", "*.model")
+    refuse_adapter(source, folder)
     try:
         config = AutoConfig.from_pretrained(folder)
         if config.model_type != "m2m_100":
@@ -534,30 +494,10 @@ def generate_answers(model: nn.Module, base: Base, rows: list[Encoded], cfg: Con
     return [text.strip() for text in base.tokenizer.batch_decode(out[:, 2:], skip_special_tokens=True)]
 
 
-def scores(answers: list[str], references: list[str]) -> dict[str, float]:
-    """BLEU (Post 2018), chrF (Popovic 2015), ROUGE-L F (Lin 2004) and exact (without case and full stop),
-    each 0 to 1"""
-    from rouge_score.rouge_scorer import RougeScorer
-    from sacrebleu import BLEU, CHRF
-
-    class Words:  # rouge-score's own tokenizer knows the Latin alphabet alone
-        tokenize = staticmethod(words)
-
-    rouge = RougeScorer(["rougeL"], tokenizer=Words)
-    return {
-        "bleu": BLEU(effective_order=True).corpus_score(answers, [references]).score
-        / 100,  # one word has no 4-grams
-        "chrf": CHRF().corpus_score(answers, [references]).score / 100,
-        "rouge_l": float(
-            np.mean([rouge.score(r, a)["rougeL"].fmeasure for a, r in zip(answers, references)])
-        ),
-        "exact": float(np.mean([normalized(a) == normalized(r) for a, r in zip(answers, references)])),
-    }
-
-
 def evaluate(model: nn.Module, base: Base, data: Data, cfg: Config) -> dict:
     """Every rank: the fixed questions of the held-out part, and the loss there. -> {"held_out_loss", "model":
-    {metric: value}, "majority": the most frequent training answer instead, "source_copied", "answers"}"""
+    answer_scores, "majority": the most frequent training answer of the language instead, "source_copied",
+    "answers"}"""
     was_training = model.training
     model.eval()
     count = min(cfg.eval_questions, len(data.held_out))
@@ -571,12 +511,15 @@ def evaluate(model: nn.Module, base: Base, data: Data, cfg: Config) -> dict:
     answers = merged_over_ranks(answers)
     model.train(was_training)
     said, references = list(answers.values()), [row.example.target for row in asked]
-    majority = collections.Counter(row.example.target for row in data.train).most_common(1)[0][0]
+    frequent: dict[str, collections.Counter] = {}
+    for row in data.train:
+        frequent.setdefault(row.example.tgt_lang, collections.Counter())[row.example.target] += 1
+    majority = {lang: counts.most_common(1)[0][0] for lang, counts in frequent.items()}
     return {
         "held_out_loss": loss,
-        "model": scores(said, references),
-        "majority": scores([majority] * count, references),
-        "source_copied": scores([row.example.source for row in asked], references),
+        "model": answer_scores(said, references),
+        "majority": answer_scores([majority.get(row.example.tgt_lang, "") for row in asked], references),
+        "source_copied": answer_scores([row.example.source for row in asked], references),
         "answers": [
             {"source": row.example.source, "answer": row.example.target, "said": text}
             for row, text in zip(asked, said)
@@ -587,13 +530,13 @@ def evaluate(model: nn.Module, base: Base, data: Data, cfg: Config) -> dict:
 @torch.no_grad()
 def held_out_loss(model: nn.Module, base: Base, asked: list[Encoded], cfg: Config) -> float:
     """Mean over the answer tokens, without label smoothing."""
-    device, sums = next(model.parameters()).device, {}
-    for part in rounds(len(asked), cfg.batch_size):
+    device = next(model.parameters()).device
+
+    def loss_of(part: list[int]) -> tuple[Tensor, int]:
         batch = collate_rows([asked[i] for i in part], base)
-        loss, tokens = answer_loss(model, {name: value.to(device) for name, value in batch.items()}, 0.0)
-        sums[part[0]] = (loss.item(), tokens)
-    total_loss, total_tokens = np.sum(list(merged_over_ranks(sums).values()), axis=0)
-    return float(total_loss / total_tokens)
+        return answer_loss(model, {name: value.to(device) for name, value in batch.items()}, 0.0)
+
+    return mean_loss(len(asked), cfg.batch_size, loss_of)
 
 
 def answer_loss(model: nn.Module, batch: dict[str, Tensor], smoothing: float) -> tuple[Tensor, int]:
@@ -653,7 +596,8 @@ def plan_of(cfg: Config, base: Base, data: Data, device: torch.device) -> Layout
     parameters, trained, frozen, kept = sizes_of(base, cfg, source, target)
     layouts = memory_layouts(trained, frozen, kept, cfg.dtype, world_size())
     size = TORCH_DTYPES[cfg.dtype].itemsize
-    disk = (cfg.keep + 1) * trained * (12 + size) + (trained if cfg.lora_r else parameters) * size
+    disk = (cfg.keep + 1) * trained * (12 + size) + (trained if cfg.lora_r else 0) * size
+    disk += 0 if cfg.adapter_only else parameters * size
     pairs = collections.Counter((row.example.src_lang, row.example.tgt_lang) for row in data.train)
     same = " (the same: there is one video)" if data.held_out is data.train else ""
     tokens = np.array([(len(row.source), len(row.labels)) for row in data.train])
@@ -663,9 +607,10 @@ def plan_of(cfg: Config, base: Base, data: Data, device: torch.device) -> Layout
         (
             "data",
             f"{data_name(cfg)}: {len(data.train)} questions to train on, {len(data.held_out)} held "
-            f"out{same}, {len(data.bad)} left out as bad, {data.cut} sources cut to {base.longest} tokens",
+            f"out{same}, {len(data.bad)} left out as bad, {data.cut[0]} sources and {data.cut[1]} answers "
+            f"cut to {base.longest} tokens",
         ),
-        *([("", f"{stages} stages by answer length")] if cfg.curriculum else []),
+        *([("", f"{stages} stages by answer length, each with those before it")] if cfg.curriculum else []),
         ("langs", ", ".join(f"{a} -> {b} ({count})" for (a, b), count in pairs.most_common(4))),
         (
             "tokens",
@@ -700,22 +645,14 @@ def make_optimizer(model: nn.Module, cfg: Config) -> torch.optim.Optimizer:
 
 
 def open_model(cfg: Config, run: Run, base: Base, checkpointing: bool) -> nn.Module:
-    """Every rank: the model in training mode; under ZeRO-3 each rank has its part of the weights."""
-    from transformers.integrations import HfDeepSpeedConfig
-
-    folder = on_rank0(fetch_model)(cfg.model, "*")
-    torch.manual_seed(cfg.seed)
-    # from_pretrained looks whether one that says ZeRO-3 is alive
-    alive = HfDeepSpeedConfig(run.config) if run.facts["zero_stage"] == 3 else None
-    model = load_weights(folder, base, cfg)
-    del alive
+    """Every rank: the model in training mode."""
+    model = load_pretrained(partial(load_weights, base=base, cfg=cfg), cfg, run, checkpointing)
     if cfg.lora_r:
         from peft import get_peft_model
 
-        model = get_peft_model(model, lora_config(cfg), autocast_adapter_dtype=run.facts["zero_stage"] != 3)
-    if checkpointing:
-        model.enable_input_require_grads()  # frozen embeddings give none
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(cfg.seed)  # LoRA begins the same, whatever loading took of the random numbers
+        # DeepSpeed keeps fp32 weights of what it trains
+        model = get_peft_model(model, lora_config(cfg), autocast_adapter_dtype=False)
     return model.train()
 
 
@@ -725,10 +662,8 @@ def train_steps(cfg: Config, run: Run, engine: Any, base: Base, data: Data) -> N
     stages, collate = curriculum(data.train, cfg.curriculum), partial(collate_rows, base=base)
     save = partial(save_run, run, engine, frozen_left_out=True)
     evaluation = partial(evaluate_at, cfg, engine.module, base, data)
-    pool = ThreadPoolExecutor(1)  # prepares the next step's batches while the GPU works
-    ahead = pool.submit(get_batches, stages, collate, cfg, run.step)
-    for step, row in training_steps(run, engine, save, evaluation):
-        batches, ahead = ahead.result(), pool.submit(get_batches, stages, collate, cfg, step + 1)
+    ahead = batches_ahead(partial(get_batch, stages, collate, cfg), cfg, run.step)
+    for (_, row), batches in zip(training_steps(run, engine, save, evaluation), ahead):
         tokens = over_ranks(sum(int((batch["labels"] != -100).sum()) for batch in batches), "mean")
         row["loss"] = 0.0
         for batch in batches:
@@ -791,18 +726,12 @@ def train(cfg: Config) -> None:
 
 
 def export(cfg: Config, model: nn.Module, base: Base, target: Path) -> None:
-    """Every rank: model/ with everything that was trained (with LoRA the adapter, else the model whole), the
-    tokenizer with its languages, and the scripts that ask it."""
-    weights = full_weights(model, TORCH_DTYPES[cfg.dtype], lambda p: p.requires_grad or not cfg.lora_r)
+    """Every rank: model/ as export_pretrained makes it, its tokenizer with the languages, and the scripts
+    that ask it."""
+    load = partial(load_weights, base=base, cfg=cfg)
+    base.tokenizer.src_lang, base.tokenizer.tgt_lang = cfg.src_lang, cfg.tgt_lang
+    export_pretrained(model, load, cfg, TORCH_DTYPES[cfg.dtype], base.tokenizer, target)
     if rank() == 0:
-        target.mkdir(exist_ok=True)
-        # loaded under ZeRO-3 it would save other names (transformers 5.23)
-        vars(model).pop("_weight_conversions", None)
-        model.save_pretrained(target, state_dict=weights)
-        base.tokenizer.src_lang, base.tokenizer.tgt_lang = cfg.src_lang, cfg.tgt_lang
-        base.tokenizer.save_pretrained(target)
-        if cfg.lora_r:
-            model.generation_config.save_pretrained(target)
         kept = ("source_fields", "src_lang", "tgt_lang", "num_beams", "max_new_tokens", "dtype")
         write_json(target / "nllb_vtt.json", {name: getattr(cfg, name) for name in kept})
         copy_code(target, __file__)
@@ -810,16 +739,19 @@ def export(cfg: Config, model: nn.Module, base: Base, target: Path) -> None:
 
 
 def final_results(cfg: Config, model: nn.Module, base: Base, data: Data) -> dict:
-    """Every rank: what results.json says of the finished model"""
+    """Every rank: what results.json says of the finished model. The score is BLEU, or chrF where words are
+    not divided."""
     result = evaluate(model, base, data, cfg)
     if rank() == 0:
         write_lines(cfg.output_dir / "samples" / "answers.jsonl", result["answers"])
+    undivided = is_undivided(row["answer"] for row in result["answers"])
+    metric, name = ("chrf", "chrF") if undivided else ("bleu", "BLEU / 100")
     which = "training" if data.held_out is data.train else "held-out"
-    table = {metric: {who: result[who][metric] for who in ANSWERERS} for metric in METRICS}
+    table = {metric: {who: result[who][metric] for who in ANSWERERS} for metric in result["model"]}
     return {
-        "score": result["model"]["bleu"],
-        "score_is": f"BLEU / 100 of {len(result['answers'])} {which} answers",
-        "controls": {who: result[who]["bleu"] for who in ANSWERERS[1:]},
+        "score": result["model"][metric],
+        "score_is": f"{name} of {len(result['answers'])} {which} answers",
+        "controls": {who: result[who][metric] for who in ANSWERERS[1:]},
         "held_out_loss": result["held_out_loss"],
         "tables": {"answers": table},
     }
@@ -847,14 +779,19 @@ def card_of(cfg: Config, base: Base, results: dict) -> dict:
     fields = {name: "..." for name in cfg.source_fields.split(",") if f"| {name}: " in first}
     asked = json.dumps({"question": cfg.question or DEFAULT_QUESTION} | fields)
     local = Path(base.source).exists()
-    what = "is a LoRA adapter" if cfg.lora_r else "are all weights"
+    what = "is a LoRA adapter" if cfg.adapter_only else "are all weights"
+    what += (
+        ", LoRA merged into them; `adapter/` is the adapter alone"
+        if not cfg.adapter_only and cfg.lora_r
+        else ""
+    )
     return {
         "about": f"`{Path(base.source).name if local else base.source}`, fine-tuned to answer questions "
         f"about videos from what is known of them as text, on `{Path(data_name(cfg)).name}` by "
         f"`nllb_vtt.py`, which lies in this repository. Here {what}. It answers in {cfg.tgt_lang}.",
         "usage": f"from nllb_vtt import answer\n\nprint(answer([{asked}], folder))",
         "data": Path(data_name(cfg)).name,
-        "library_name": "peft" if cfg.lora_r else "transformers",
+        "library_name": "peft" if cfg.adapter_only else "transformers",
         "pipeline_tag": "translation",
         "base_model": "" if local else base.source,
         "license": "cc-by-nc-4.0" if base.source == BASE_MODEL else "",
@@ -870,17 +807,13 @@ def answer(rows: list[dict], model: str | Path, **asking: Any) -> list[str]:
     asking: num_beams, max_new_tokens, src_lang, tgt_lang; what the model was trained with by default; a row's
     own src_lang and tgt_lang win. Exit 2 when the model cannot be found, or does not know a language.
     """
-    folder = fetch_model(str(model), "*")
-    saved = read_json(path) if (path := folder / "nllb_vtt.json").exists() else {}
-    adapter = folder / "adapter_config.json"
-    below = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else str(folder)
+    folder, below, saved = finished_model(str(model), "nllb_vtt.json")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = saved.get("dtype")
-    saved["dtype"] = pick_dtype("fp32" if dtype == "fp16" and device.type == "cpu" else dtype)
-    cfg = Config(report_to="none", **(saved | asking))
+    dtype = "fp32" if saved.get("dtype") == "fp16" and device.type == "cpu" else saved.get("dtype")
+    cfg = Config(report_to="none", **(saved | asking | {"dtype": pick_dtype(dtype)}))
     base = open_base(below)
     net = load_weights(fetch_model(below, "*"), base, cfg)
-    if adapter.exists():
+    if below != str(folder):
         from peft import PeftModel
 
         net = PeftModel.from_pretrained(net, folder)
@@ -891,8 +824,8 @@ def answer(rows: list[dict], model: str | Path, **asking: Any) -> list[str]:
             check_language(code, base)
         examples.append(Example(source_of(row["question"], row, fields), "", *langs, "", "", row))
     encoded, cut = encode(examples, base)
-    if cut:
-        log.warning(f"warning: {cut} of {len(rows)} sources are cut to {base.longest} tokens")
+    if cut[0]:
+        log.warning(f"warning: {cut[0]} of {len(rows)} sources are cut to {base.longest} tokens")
     order, answers = sorted(range(len(rows)), key=lambda i: len(encoded[i].source)), {}
     for start in range(0, len(rows), cfg.batch_size):  # of about one length
         part = order[start : start + cfg.batch_size]

@@ -23,7 +23,7 @@
 [ -n "${BASH_VERSION:-}" ] || { command -v bash >/dev/null && exec bash "$0" "$@"; echo "run.sh: install bash" >&2; exit 2; }  # sh run.sh
 set +o posix -euo pipefail
 
-TORCH=2.13.0  # for machines that bring no CUDA torch of their own
+TORCH=2.13.0 TORCHVISION=0.28.0  # for machines that bring no CUDA torch of their own
 GRACE=${GRACE:-60}
 here=$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")
 venv=$here/.venv warnings=''
@@ -59,7 +59,7 @@ find_python() {  # sets base: one with a CUDA torch (rented images bring it), el
   [[ -n $base ]] || die "Python 3.11 or newer is needed, and none is in PATH; install one, or PYTHON=/path/to/python ./run.sh ..."
 }
 
-stamp() { { cat "$here/requirements.txt"; echo "$TORCH"; readlink -f "$venv/bin/python"; } | sha256sum; }  # what .venv was made from
+stamp() { { cat "$here/requirements.txt"; echo "$TORCH" "$TORCHVISION"; readlink -f "$venv/bin/python"; } | sha256sum; }  # what .venv was made from
 is_ready() { [[ -f $venv/.ready && $(<"$venv/.ready") == "$(stamp)" ]]; }
 
 make_venv() {
@@ -76,7 +76,7 @@ install_packages() {  # DeepSpeed comes as source; without its operators, in an 
   local index=() pip=(env DS_BUILD_OPS=0 "$venv/bin/python" -m pip install --disable-pip-version-check --use-pep517)
   list_gpus  # without a GPU PyPI's build would pull gigabytes of CUDA; few retries, for machines that reach a mirror only
   [[ -n $gpu_table ]] || index=(--retries 2 --extra-index-url https://download.pytorch.org/whl/cpu)
-  grep -q 'include-system-site-packages = true' "$venv/pyvenv.cfg" || "${pip[@]}" --no-deps "torch==$TORCH" "${index[@]}"
+  grep -q 'include-system-site-packages = true' "$venv/pyvenv.cfg" || "${pip[@]}" --no-deps "torch==$TORCH" "torchvision==$TORCHVISION" "${index[@]}"
   "$venv/bin/python" -c 'from importlib.metadata import distributions
 print(*{f"{d.name}=={d.version}" for d in distributions() if d.name.startswith("torch")}, sep="\n")' >"$venv/constraints.txt"
   "${pip[@]}" -r "$here/requirements.txt" -c "$venv/constraints.txt"

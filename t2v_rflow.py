@@ -62,76 +62,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+# isort: off
 from common import (
-    CHECKPOINTING,
-    GB,
-    PICTURES,
-    BadSample,
-    Free,
-    Layout,
-    Lower,
-    Row,
-    Run,
-    append_json,
-    brief,
-    check_settings,
-    check_weights,
-    copy_code,
-    data_name,
-    decoded_frames,
-    demo_module,
-    digest_of,
-    disk_free,
-    epoch_order,
-    extract_frames,
-    fetch_model,
-    fingerprint,
-    finish_run,
-    from_all_ranks,
-    gathered,
-    identity_of,
-    in_threads,
-    leave_out,
-    local_file,
-    log,
-    memory_layouts,
-    merged_over_ranks,
-    number_of,
-    numbered,
-    on_rank0,
-    open_engine,
-    open_media,
-    open_run,
-    out_of_memory,
-    over_ranks,
-    packet_times,
-    part_of,
-    pick_dtype,
-    rank,
-    read_data,
-    read_flags,
-    read_json,
-    refuse,
-    rounds,
-    row_lines,
-    run,
-    save_array,
-    save_run,
-    saved_bytes,
-    seed_of,
-    show_plan,
-    split_clips,
-    start_run,
-    stop_if_asked,
-    tracker,
-    training_steps,
-    usable_cores,
-    with_steps,
-    world_size,
-    write_json,
-    write_samples,
-    write_whole,
-)
+    CHECKPOINTING, GB, PICTURES, BadSample, Free, Layout, Lower, Row, Run, append_json, brief, check_settings,
+    check_weights, copy_code, data_name, decoded_frames, demo_module, digest_of, disk_free, epoch_order,
+    fetch_model, fingerprint, finish_run, from_all_ranks, gathered, identity_of, in_threads, leave_out,
+    local_file, log, memory_layouts, merged_over_ranks, number_of, numbered, on_rank0, open_engine,
+    open_media, open_run, out_of_memory, over_ranks, packet_times, part_of, pick_dtype, rank, read_data,
+    read_flags, read_json, refuse, rounds, row_lines, run, save_array, save_run, saved_bytes, seed_of,
+    show_plan, split_clips, start_run, stop_if_asked, timed_frames, tracker, training_steps, usable_cores,
+    with_steps, world_size, write_json, write_samples, write_whole,
+)  # fmt: skip
 
 PUBLISHED = "hpcai-tech/OpenSora-STDiT-v3"
 VAES = {"opensora": "hpcai-tech/OpenSora-VAE-v1.2", "wan": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"}
@@ -1518,7 +1459,7 @@ class Source:
         clip = self.rows[row]
         with local_file(clip.video, self.cfg) as path:
             frames = self.frames(row, bucket, epoch)
-            return extract_frames(path, frames, bucket.size, True, clip.start, clip.end)
+            return timed_frames(path, frames, bucket.size, True, clip.start, clip.end)[0]
 
     def decode(self, clips: list[tuple[Bucket, int]], epoch: int) -> list[np.ndarray | None]:
         """uint8 (F, h, w, 3) each, in threads; None for a clip that cannot be read, which is noted"""
@@ -2490,9 +2431,9 @@ def condition(file: Path, extend: bool, bucket: Bucket, codec: Any, seed: int) -
                 "longer clip"
             )
     try:
-        clip = extract_frames(file, range(count - head, count), bucket.size)
+        clip, _ = timed_frames(file, range(count - head, count), bucket.size)
     except BadSample:  # headers often count one too many
-        clip = extract_frames(file, range(max(0, count - 1 - head), count - 1), bucket.size)
+        clip, _ = timed_frames(file, range(max(0, count - 1 - head), count - 1), bucket.size)
     start = codec.encode(torch.from_numpy(clip[None]), torch.Generator().manual_seed(seed))
     known = torch.zeros(1, codec.channels, codec.latent_frames(bucket.frames), *start.shape[3:])
     known[:, :, : start.shape[2]] = start.cpu()

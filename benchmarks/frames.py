@@ -1,4 +1,4 @@
-"""CPU time of common.extract_frames against other ways to read K frames of a clip, and which of them are right.
+"""CPU time of common.timed_frames against other ways to read K frames of a clip, and which of them are right.
 
     python benchmarks/frames.py [FOLDER] [ROUNDS]     # default ../shared/clips, 7 rounds
 
@@ -28,7 +28,7 @@ import av  # noqa: E402
 import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 
-from common import extract_frames, frame_indices  # noqa: E402
+from common import frame_indices, timed_frames  # noqa: E402
 
 SUFFIXES = (".mp4", ".mkv", ".avi", ".webm", ".mov", ".ts")
 BEFORE = "e5a967f"
@@ -55,7 +55,7 @@ def start_to_end(path: Path, k: int) -> list[np.ndarray]:
 
 
 def reader_before() -> Callable | None:
-    """extract_frames of that revision, if this is a clone that has it."""
+    """The reader of that revision, if this is a clone that has it."""
     show = subprocess.run(["git", "-C", ROOT, "show", f"{BEFORE}:common.py"], capture_output=True)
     if show.returncode:
         return None
@@ -65,7 +65,7 @@ def reader_before() -> Callable | None:
         spec = importlib.util.spec_from_file_location(path.stem, path)
         module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-    return module.extract_frames
+    return getattr(module, "timed_frames", None) or module.extract_frames
 
 
 def torchcodec_reader() -> Callable | None:
@@ -100,7 +100,7 @@ READERS = {
     f"before ({BEFORE})": reader_before(),
     "torchcodec": torchcodec_reader(),
     "decord2": decord_reader(),
-    "extract_frames": extract_frames,
+    "timed_frames": timed_frames,
 }
 READERS = {name: read for name, read in READERS.items() if read}
 

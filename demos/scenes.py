@@ -88,14 +88,87 @@ def outline(centres: np.ndarray, radius: float, shape: str, size: int) -> np.nda
     return (np.minimum(dx, dy) < 0.3 * radius) & (np.maximum(dx, dy) < radius)
 
 
-def build_tiny(folder: Path, seed: int, template: str) -> None:
-    """A LLaVA of the real classes (SigLIP, projector, Qwen2) with 0.5 M random weights, and its processor
-    with this chat template, saved as the real one is: 16 tokens a frame, byte-level BPE trained on what the
-    demo asks and answers."""
+def build_tiny(folder: Path, seed: int, kind: str, template: str) -> None:
+    """A VLM of the real classes with 0.5 M random weights, and its processor, saved as the real one is:
+    byte-level BPE trained on what the demo asks and answers. kind: llava (SigLIP, projector, Qwen2, with this
+    chat template; 16 tokens a frame) or qwen3_vl (16 tokens for two frames, which are one patch in time)."""
     import torch
     import transformers
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from torch import nn
+
+    marks = ["<image>"] if kind == "llava" else QWEN_MARKS
+    tokenizer = train_tokenizer(marks)
+    token = tokenizer.convert_tokens_to_ids
+    # mean and deviation of the generated clips
+    colours = {"image_mean": [0.16] * 3, "image_std": [0.25] * 3}
+    language = dict(
+        vocab_size=512, hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=6,
+        num_key_value_heads=6, max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    if kind == "llava":
+        size = {"height": DEMO_SIZE, "width": DEMO_SIZE}
+        processor = transformers.LlavaProcessor(
+            image_processor=transformers.SiglipImageProcessor(size=size, **colours), tokenizer=tokenizer,
+            patch_size=8, vision_feature_select_strategy="full", num_additional_image_tokens=0,
+            chat_template=template,
+        )  # fmt: skip
+        vision = transformers.SiglipVisionConfig(
+            hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+            image_size=DEMO_SIZE, patch_size=8, vision_use_head=False,
+        )  # fmt: skip
+        config = transformers.LlavaConfig(
+            vision_config=vision, text_config=transformers.Qwen2Config(**language),
+            image_token_index=token("<image>"), image_seq_length=16, vision_feature_select_strategy="full",
+            vision_feature_layer=-1, tie_word_embeddings=True,
+        )  # fmt: skip
+        model_class = transformers.LlavaForConditionalGeneration
+    else:
+        patches = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2, **colours}
+        pixels = {"shortest_edge": 2 * 16**2, "longest_edge": 64 * 64**2}
+        processor = transformers.Qwen3VLProcessor(
+            image_processor=transformers.Qwen2VLImageProcessor(size=pixels, **patches), tokenizer=tokenizer,
+            video_processor=transformers.Qwen3VLVideoProcessor(size=pixels, **patches),
+            chat_template=QWEN_TEMPLATE,
+        )  # fmt: skip
+        vision = dict(
+            depth=2, hidden_size=64, intermediate_size=256, num_heads=4, patch_size=4, spatial_merge_size=2,
+            temporal_patch_size=2, out_hidden_size=96, num_position_embeddings=64,
+            deepstack_visual_indexes=[0],
+        )  # fmt: skip
+        turning = {"rope_type": "default", "mrope_section": [4, 2, 2], "mrope_interleaved": True}
+        config = transformers.Qwen3VLConfig(
+            vision_config=vision, text_config=language | {"head_dim": 16, "rope_parameters": turning},
+            image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
+            vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"),
+            tie_word_embeddings=True,
+        )  # fmt: skip
+        model_class = transformers.Qwen3VLForConditionalGeneration
+    torch.manual_seed(seed)
+    model = model_class(config)
+    for name, weight in model.named_parameters():
+        # 0.02, the default, is of models that are ten times as wide
+        if weight.ndim == 2 and "embed" not in name:
+            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+QWEN_MARKS = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+# ChatML, as Qwen's own has it for what is asked here
+QWEN_TEMPLATE = """\
+{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' }}
+{%- for part in message.content %}
+{%- if part.type == 'text' %}{{ part.text }}
+{%- else %}{{ '<|vision_start|><|' + part.type + '_pad|><|vision_end|>' }}{% endif %}
+{%- endfor %}{{ '<|im_end|>\\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+
+
+def train_tokenizer(marks: list[str]):
+    """Byte-level BPE trained on what the demo asks and answers, ChatML's tokens and these"""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
 
     texts = set()
     for scene in draw_scenes(0, 500):
@@ -105,41 +178,12 @@ def build_tiny(folder: Path, seed: int, template: str) -> None:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=512, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"],
+        vocab_size=512, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", *marks],
         show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
     bpe.train_from_iterator(sorted(texts), trainer)
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-        extra_special_tokens={"image_token": "<image>"},
-    )  # fmt: skip
-    # mean and deviation of the generated clips
-    pictures = transformers.SiglipImageProcessor(
-        size={"height": DEMO_SIZE, "width": DEMO_SIZE}, image_mean=[0.16] * 3, image_std=[0.25] * 3
+    image = {"image_token": marks[0]} if len(marks) == 1 else {}
+    extra = image or {f"mark_{i}": mark for i, mark in enumerate(marks)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=extra
     )
-    processor = transformers.LlavaProcessor(
-        image_processor=pictures, tokenizer=tokenizer, patch_size=8, vision_feature_select_strategy="full",
-        num_additional_image_tokens=0, chat_template=template,
-    )  # fmt: skip
-    vision = transformers.SiglipVisionConfig(
-        hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        image_size=DEMO_SIZE, patch_size=8, vision_use_head=False,
-    )  # fmt: skip
-    text = transformers.Qwen2Config(
-        vocab_size=512, hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=6,
-        num_key_value_heads=6, max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    config = transformers.LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=processor.image_token_id,
-        image_seq_length=16, vision_feature_select_strategy="full", vision_feature_layer=-1,
-        tie_word_embeddings=True,
-    )  # fmt: skip
-    torch.manual_seed(seed)
-    model = transformers.LlavaForConditionalGeneration(config)
-    for name, weight in model.named_parameters():
-        # 0.02, the default, is of models that are ten times as wide
-        if weight.ndim == 2 and "embed" not in name:
-            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)

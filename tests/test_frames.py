@@ -1,4 +1,4 @@
-"""extract_frames against a full sequential PyAV decode, on generated traps and on real clips."""
+"""timed_frames against a full sequential PyAV decode, on generated traps and on real clips."""
 
 import functools
 import math
@@ -10,7 +10,12 @@ import pytest
 from clips import GOOD, MATRICES, UPRIGHT, draw, irregular, make_bad, read_number, turned, write, write_hdr
 
 import common
-from common import BadSample, extract_frames, frame_indices, open_media
+from common import AtMost, BadSample, Pace, frame_indices, open_media, timed_frames
+
+
+def extract_frames(*args, **kwargs) -> np.ndarray:
+    return timed_frames(*args, **kwargs)[0]
+
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 CASES = SHARED / "cases/video"
@@ -339,3 +344,31 @@ def test_sound(good, bad):
         assert stream.type == "audio" and sum(frame.samples for frame in container.decode(stream)) >= 8 * 1024
     with pytest.raises(BadSample, match="no audio stream"), open_media(good("three"), "audio"):
         pass
+
+
+# --- By pace, with times, and as large as they are
+
+
+def test_a_pace_takes_so_many_a_second_and_no_more_than_its_most(good):
+    every, times = timed_frames(good("h264_gop12"), 300)
+    assert times[0] == 0 and (np.diff(times) > 0).all()
+    for pace in (Pace(2.0, 64), Pace(0.01, 64), Pace(5.0, 7)):
+        frames, shown = timed_frames(good("h264_gop12"), pace)
+        wanted = min(pace.most, len(every), int(times[-1] * pace.fps) + 1)
+        assert len(frames) == len(shown) == wanted
+        index = frame_indices(len(every), wanted)
+        assert numbers(frames) == index and np.allclose(shown, times[index])
+
+
+def test_times_are_after_the_first_of_the_part(good):
+    _, times = timed_frames(good("h264_gop12"), 3)
+    _, part = timed_frames(good("h264_gop12"), 3, start=float(times[-1] / 2))
+    assert part[0] == 0 and part[-1] < times[-1]
+
+
+def test_as_large_as_it_is_but_for_so_many_pixels(good):
+    whole = extract_frames(good("h264_gop12"), 1)
+    height, width = whole.shape[1:3]
+    assert extract_frames(good("h264_gop12"), 1, AtMost(10**9)).shape == whole.shape
+    h, w = extract_frames(good("h264_gop12"), 1, AtMost(height * width // 4)).shape[1:3]
+    assert h * w <= height * width // 4 and abs(h / w - height / width) < 0.1

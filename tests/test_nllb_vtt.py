@@ -124,6 +124,8 @@ def test_sources_have_the_question_and_the_named_columns_and_never_the_answer():
         ("question: a? | title: a red ball", "a red ball rolls", False),
         ("question: a? | tags: red, ball", "red", False),
         ("question: a? | title: not a red ball rolls on", "A red ball rolls!", True),
+        ("question: 这是什么? | title: 一个红色的球在地上滚动。", "红色的球在地上滚动", True),
+        ("question: 这是什么? | tags: 红色的球", "红色的球", False),
     ],
 )
 def test_leaks(source, target, leak):
@@ -157,10 +159,30 @@ def test_ranks_share_a_batch_and_curriculum_goes_by_words(base, monkeypatch):
     assert sorted(seen) == [3, 9, 10, 19, 20, 25], "the last stage has all, each once over the ranks"
 
 
-def test_scores():
-    table = nllb_vtt.scores(["A red ball.", "zwei"], ["a red ball", "drei"])
-    assert table["exact"] == 0.5 and 0 < table["chrf"] < 1 and table["rouge_l"] == pytest.approx(0.5)
-    assert nllb_vtt.scores(["красный мяч"], ["красный мяч"])["rouge_l"] == 1.0, "not only the Latin alphabet"
+def test_sources_with_several_answers_are_counted_in_one_language():
+    rows = [
+        example(target="red"),
+        example(target="red"),
+        example(target="blue"),
+        example(target="rouge", tgt="fra_Latn"),
+    ]
+    assert [e.target for e in nllb_vtt.contradicting(rows)] == ["blue"]
+
+
+def test_answers_that_are_too_long_are_cut_and_counted_as_sources_are(base):
+    rows, cut = nllb_vtt.encode([example(), example("word " * 400), example(target="word " * 400)], base)
+    assert cut == (1, 1) and len(rows[2].labels) == len(rows[1].source) == base.longest
+    assert rows[2].labels[-1] == rows[0].labels[-1] == base.tokenizer.eos_token_id
+
+
+def test_the_majority_is_that_of_the_language(base, tiny):
+    rows = [example(target="a red ball")] * 3 + [example(target="une balle", tgt="fra_Latn")] * 2
+    train, _ = nllb_vtt.encode(rows, base)
+    held_out, _ = nllb_vtt.encode([example(target="une balle", tgt="fra_Latn")], base)
+    cfg = asked_cfg(max_new_tokens=2, num_beams=1)
+    model = nllb_vtt.load_weights(tiny, base, cfg)
+    result = nllb_vtt.evaluate(model, base, nllb_vtt.Data(train, held_out, [], (0, 0)), cfg)
+    assert result["majority"]["exact"] == 1.0
 
 
 # --- Languages
@@ -227,9 +249,9 @@ def test_run_folder_and_output(unbroken):
     assert "18 questions to train on, 6 held out" in output and "eng_Latn -> eng_Latn (18)" in output
     assert output.count("  ->  ") == 3, "three real examples"
     results = json.loads((folder / "results.json").read_text())
-    assert set(results["controls"]) == {"majority", "source_copied"} and set(
-        results["tables"]["answers"]
-    ) == set(nllb_vtt.METRICS)
+    metrics = {"exact", "bleu", "chrf", "rouge_1", "rouge_2", "rouge_l"}
+    assert set(results["controls"]) == {"majority", "source_copied"}
+    assert set(results["tables"]["answers"]) == metrics
     steps = losses(folder)
     assert [step for step, *_ in steps] == list(range(1, 7)) and steps[-1][1] < steps[0][1]
     made = json.loads((folder / "model" / "generation_config.json").read_text())
@@ -271,6 +293,79 @@ def test_two_ranks_with_lora_and_zero3_give_the_losses_of_one(tmp_path, tiny, ma
     ):
         assert a == pytest.approx(b, rel=1e-4) and norm_a == pytest.approx(norm_b, rel=1e-3)
     assert run(SCRIPT, "--predict", "--question", "What is in this video?", cwd=tmp_path).count("\n") == 1
+
+
+FRESH = """
+import sys, torch
+for name in ("nms", "qnms"):  # torchvision here is of another torch
+    torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
+model = AutoModelForSeq2SeqLM.from_pretrained(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[2])
+if len(sys.argv) > 3:
+    from peft import PeftModel
+    model = PeftModel.from_pretrained(model, sys.argv[3])
+    model.generation_config = model.get_base_model().generation_config = GenerationConfig.from_pretrained(sys.argv[3])
+assert not {"common", "nllb_vtt"} & set(sys.modules)
+source = "question: What is it? | tags: red"
+print(tokenizer.batch_decode(model.generate(**tokenizer([source], return_tensors="pt")), skip_special_tokens=True)[0])
+"""
+
+
+def test_what_lora_exports_answers_in_its_language_in_a_fresh_process(tmp_path, tiny):
+    """Merged, by from_pretrained and a plain generate(); and the adapter with its generation config"""
+    rows = [
+        {"question": "What is it?", "tags": ["red"], "answer": "ball blue", "video": str(i)}
+        for i in range(12)
+    ]
+    manifest = llava.write_rows(tmp_path / "rows.jsonl", rows)
+    flags = [
+        "--model",
+        tiny,
+        "--manifest",
+        manifest,
+        "--steps",
+        60,
+        "--batch_size",
+        12,
+        "--lr",
+        1e-2,
+        "--warmup_steps",
+        5,
+    ]
+    flags += [
+        "--label_smoothing",
+        0,
+        "--num_beams",
+        1,
+        "--max_new_tokens",
+        8,
+        "--tgt_lang",
+        "fra_Latn",
+        "--lora_r",
+        16,
+    ]
+    run(SCRIPT, *flags, cwd=tmp_path)
+    model = tmp_path / "runs/nllb_vtt/model"
+    wanted = nllb_vtt.answer([{"question": "What is it?", "tags": ["red"]}], model)
+    assert wanted == ["ball blue"]
+    code = tmp_path / "fresh.py"
+    code.write_text(FRESH)
+    for arguments in ([model, model], [tiny, model, model / "adapter"]):
+        done = subprocess.run(
+            [sys.executable, code, *arguments],
+            cwd=tmp_path,
+            env=environment(),
+            capture_output=True,
+            text=True,
+        )
+        assert done.stdout.strip() == wanted[0], done.stderr
+    config = json.loads((model / "generation_config.json").read_text())
+    assert config["forced_bos_token_id"] == nllb_vtt.open_base(str(model)).tokenizer.convert_tokens_to_ids(
+        "fra_Latn"
+    )
+    again = ["--model", model / "adapter", *flags[2:], "--output_dir", "other"]
+    assert f"is a LoRA adapter of {tiny}" in run(SCRIPT, *again, cwd=tmp_path, expect=2)
 
 
 def test_the_whole_pipeline_pushes_data_and_model_and_takes_them_back(tmp_path, tiny, manifest, hub):
@@ -321,7 +416,7 @@ def test_the_whole_pipeline_pushes_data_and_model_and_takes_them_back(tmp_path, 
 
 @pytest.mark.parametrize(
     "case",
-    ["no answer", "leak", "language", "column language", "too long", "decoder", "field"],
+    ["no answer", "leak", "language", "column language", "too long", "long answers", "decoder", "field"],
 )
 def test_bad_input_is_found_before_the_model_is_loaded(case, tmp_path, tiny, capsys, monkeypatch):
     rows = [
@@ -344,6 +439,9 @@ def test_bad_input_is_found_before_the_model_is_loaded(case, tmp_path, tiny, cap
             [row | {"title": "word " * 400} for row in rows],
             "6 of 6 sources are longer than the 256 tokens",
         )
+    elif case == "long answers":
+        rows = [row | {"answer": "word " * 400} for row in rows]
+        told = "6 of 6 answers are longer than the 256 tokens"
     elif case == "field":
         flags, told = {"source_fields": "title,taggs"}, "--source_fields taggs: in none of 6 rows"
     else:

@@ -1095,8 +1095,8 @@ def test_an_extension_begins_with_the_frames_that_its_latents_show(tmp_path, mon
     vae, read = rflow.OpenSoraVAE(32, 1, (32, 32, 32, 32), 1), []
     monkeypatch.setattr(
         rflow,
-        "extract_frames",
-        lambda path, run, size: read.append(run) or np.zeros((len(run), *size, 3), np.uint8),
+        "timed_frames",
+        lambda path, run, size: (read.append(run) or np.zeros((len(run), *size, 3), np.uint8), None),
     )
     _, made = rflow.condition(
         numbered_clip(tmp_path, 24), True, rflow.Bucket("16p", frames, "1:1", 1), vae, 0

@@ -259,8 +259,39 @@ def test_multiple_choice(row, answer):
         with pytest.raises(BadSample, match="options"):
             common.pairs_of(row, "", {})
     else:
-        ((question, said, _),) = common.pairs_of(row, "", {})
-        assert said == answer and question.startswith("Which?\nA. red\nB. blue")
+        (qa,) = common.pairs_of(row, "", {})
+        assert qa.answer == answer and qa.question.startswith("Which?\nA. red\nB. blue")
+        assert not qa.follows
+
+
+SAID = ["What is it?", "a cat", "And then?", "it sleeps", "Why?", "it is late"]
+CONVERSATIONS = {
+    "messages": {"messages": chat(*SAID[:2]) + chat(*SAID[2:4]) + chat(*SAID[4:])},
+    "conversations": {"conversations": turns(*SAID[:2]) + turns(*SAID[2:4]) + turns(*SAID[4:])},
+    "with a system turn": {
+        "messages": [{"role": "system", "content": "Be brief."}]
+        + [turn for i in (0, 2, 4) for turn in chat(*SAID[i : i + 2])]
+    },
+    "prompt and completion": {
+        "prompt": [*chat(*SAID[:2]), *chat(*SAID[2:4]), chat(*SAID[4:])[0]],
+        "completion": chat(*SAID[4:])[1:],
+    },
+}
+
+
+@pytest.mark.parametrize("form", CONVERSATIONS)
+def test_turns_of_a_conversation_follow_each_other_and_rows_do_not(folder, form):
+    """Whoever asks them may show what was said before, of this conversation and of no other"""
+    alone = {"question": "Alone?", "answer": "yes"}
+    several = {"qa": [{"question": "One?", "answer": "1"}, {"question": "Two?", "answer": "2"}]}
+    rows = [alone, CONVERSATIONS[form], several, CONVERSATIONS[form]]
+    (folder / "rows.jsonl").write_text(lines(*({"video": "a.mp4"} | row for row in rows)))
+    (row,), bad = read_data(settings(folder / "rows.jsonl"), "answer")
+    turn = [False, True, True]
+    assert not bad and [qa.follows for qa in row.texts] == [False, *turn, False, False, *turn]
+    found = [[qa[:2] for qa in talk] for talk in llava.talks_of(row.texts)]
+    whole = list(zip(SAID[::2], SAID[1::2]))
+    assert found == [[("Alone?", "yes")], whole, [("One?", "1")], [("Two?", "2")], whole]
 
 
 def test_turns_are_left_out_by_name_and_never_in_silence(folder, caplog):
@@ -440,8 +471,12 @@ def test_parts_of_a_video(folder):
     _, files, bad = common.decode_rows(rows, 4, 32, cfg)
     clips = [np.load(file) for file in files]
     assert not bad and not (clips[0] == clips[1]).all() and len(set(files)) == 3
-    every = common.extract_frames(folder / "a.mp4", 25, (32, 32))
+    every, _ = common.timed_frames(folder / "a.mp4", 25, (32, 32))
     assert (clips[1] == every[[10, 13, 16, 19]]).all(), "frames 10 to 19 of 25 a second"
+    for path, shown in zip(files, ([0, 0.12, 0.24, 0.36], [0, 0.12, 0.24, 0.36], [0, 0.32, 0.64, 0.96])):
+        with path.open("rb") as file:  # two arrays: the frames, and when each is shown, after the first
+            assert np.load(file).shape == (4, 32, 32, 3) and np.load(file) == pytest.approx(shown, abs=1e-3)
+            assert not file.read()
 
 
 def test_many_rows_of_one_video_take_no_longer_each(folder):
@@ -491,7 +526,7 @@ def test_videos_inside_of_parquet_are_fetched_one_by_one(folder, monkeypatch):
     assert len(set(files)) == 5 and not bad and not list((folder / "cache" / "downloads").iterdir()), (
         "streamed"
     )
-    monkeypatch.setattr(common, "extract_frames", None)
+    monkeypatch.setattr(common, "timed_frames", None)
     assert common.decode_rows(rows, 3, 32, cfg)[1] == files, "what is there is not decoded again"
 
 
@@ -551,7 +586,8 @@ def all_of(script, source, cache):
     """What the script makes of it: [video, question, answer] or [video, [captions]]"""
     flags = {"manifest": source, "report_to": "none", "cache_dir": cache, "max_bad": 0.99}
     if script is llava:
-        rows, bad = llava.read_clips(llava.Config(**flags))
+        special = ["<image>", "<|im_start|>", "<|im_end|>"]  # of LLaVA-interleave's tokenizer
+        rows, bad = llava.read_clips(llava.Config(**flags), special)
         return [[Path(row.video).name, qa.question, qa.answer] for row in rows for qa in row.texts], bad
     if script is nllb:
         examples, _, bad = nllb.read_examples(nllb.Config(**flags))

@@ -378,18 +378,42 @@ BAD_JSON = {
     ),
     "stage 0": ({"zero_optimization": {"stage": 0}}, "stage 0"),
     "unknown key": ({"zero_optimization": {"stage": 2, "overlap_com": True}}, "overlap_com"),
-    "other precision": (
-        {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}},
-        "bf16.enabled is True",
+    "auto inside of an offload": (
+        {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "auto"}}},
+        '"device": "auto" has no value here',
     ),
-    "other global batch": (
-        {"zero_optimization": {"stage": 2}, "train_batch_size": 7},
-        "train_batch_size is 7",
+    "auto of fp16": (
+        {"zero_optimization": {"stage": 2}, "fp16": {"enabled": "auto", "loss_scale": "auto"}},
+        '"loss_scale": "auto" has no value here',
     ),
-    "contradiction": (
-        {"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 7},
-        "gradient_accumulation_steps is 7",
+    "auto stage": ({"zero_optimization": {"stage": "auto"}}, "stage auto; take 1, 2 or 3"),
+    "no section of ZeRO": ({}, "zero_optimization.stage None; take 1, 2 or 3"),
+    "unknown section": (
+        {"zero_optimization": {"stage": 2}, "gradient_cliping": 1},
+        "does not know gradient_cliping",
     ),
+    # DeepSpeed knows the word, in another place: here it would be ignored
+    "section's key outside of it": (
+        {"zero_optimization": {"stage": 2}, "loss_scale": 128},
+        "does not know loss_scale",
+    ),
+    "unknown key of fp16": ({"zero_optimization": {"stage": 2}, "fp16": {"enabld": True}}, "enabld"),
+    "unknown key of an offload": (
+        {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "pin": True}}},
+        "offload_optimizer.pin",
+    ),
+    "no object": ({"zero_optimization": [2]}, "a JSON object is wanted"),
+    "no object in a section": ({"zero_optimization": {"stage": 2}, "bf16": True}, "bf16"),
+    "no object for an offload": (
+        {"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}},
+        "offload_optimizer",
+    ),
+    "no number": ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "many"}}, "reduce_bucket_size"),
+    "no such device": (
+        {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "disk"}}},
+        "DeepSpeed cannot read it",
+    ),
+    "what DeepSpeed has no more": ({"zero_optimization": {"stage": 2}, "amp": {"enabled": True}}, "Apex AMP"),
 }
 
 
@@ -401,6 +425,155 @@ def test_deepspeed_json_that_would_mislead_is_refused(case, capsys):
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert word in error and "ds.json" in error
+
+
+# What a JSON says against the flags -> what is said of it, once
+NOTED = {
+    "precision": ({"bf16": {"enabled": True}}, "bf16.enabled True: the flags say False, which counts"),
+    "other precision": ({"fp16": {"enabled": True}}, "fp16.enabled True: the flags say False, which counts"),
+    "global batch": ({"train_batch_size": 7}, "train_batch_size 7: the flags say 8, which counts"),
+    "batch": (
+        {"train_micro_batch_size_per_gpu": 3},
+        "train_micro_batch_size_per_gpu 3: the flags say 4, which counts",
+    ),
+    "accumulation": (
+        {"gradient_accumulation_steps": 7},
+        "gradient_accumulation_steps 7: the flags say 2, which counts",
+    ),
+    "clipping": ({"gradient_clipping": 0.5}, "gradient_clipping 0.5: the flags say 1.0, which counts"),
+    "optimizer": (
+        {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}},
+        "optimizer AdamW: this script has its own, --lr, --beta2 and --weight_decay count",
+    ),
+    "scheduler": (
+        {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5}}},
+        "scheduler WarmupLR: this script has its own, --warmup_steps count",
+    ),
+    "auto of ZeRO": (
+        {"zero_optimization": {"stage": 2, "stage3_prefetch_bucket_size": "auto"}},
+        "zero_optimization.stage3_prefetch_bucket_size auto: DeepSpeed's default counts",
+    ),
+}
+FROM_FLAGS = {
+    "train_micro_batch_size_per_gpu": 4,
+    "gradient_accumulation_steps": 2,
+    "train_batch_size": 8,
+    "gradient_clipping": 1.0,
+    "bf16": {"enabled": False},
+    "fp16": {"enabled": False},
+    "zero_optimization": {"stage": 2},
+    "zero_force_ds_cpu_optimizer": False,
+}
+
+
+@pytest.mark.parametrize("case", NOTED)
+def test_keys_of_a_deepspeed_json_that_do_not_count_are_named(case, caplog):
+    caplog.set_level("INFO", "video")
+    config, told = NOTED[case]
+    source = {"zero_optimization": {"stage": 2}} | config
+    before = json.dumps(source)
+    made = common.ds_config(source, "ds.json", 4, 2, 1.0, "fp32")
+    assert caplog.messages == [f"note: ds.json: {told}"]
+    assert made == FROM_FLAGS and json.dumps(source) == before
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_a_json_that_agrees_with_the_flags_is_taken_without_a_word(dtype, caplog):
+    caplog.set_level("INFO", "video")
+    filled = FROM_FLAGS | {kind: {"enabled": dtype == kind} for kind in ("bf16", "fp16")}
+    agreed = filled | {"steps_per_print": 2000, "gradient_clipping": 1}  # which is 1.0
+    assert common.ds_config(agreed, "ds.json", 4, 2, 1.0, dtype) == agreed
+    assert common.ds_config({"zero_optimization": {"stage": 2}}, "ds.json", 4, 2, 1.0, dtype) == filled
+    for ours in (ZERO2, ZERO3):
+        common.ds_config(json.loads(ours.read_text()), ours.name, 4, 2, 1.0, dtype)
+    assert not caplog.messages
+
+
+# As Hugging Face's documentation of transformers and DeepSpeed has it: ZeRO-3 with everything on the CPU
+HUGGING_FACE = {
+    "fp16": {
+        "enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16, "hysteresis": 2,
+        "min_loss_scale": 1,
+    },
+    "bf16": {"enabled": "auto"},
+    "optimizer": {
+        "type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
+    },
+    "scheduler": {
+        "type": "WarmupLR",
+        "params": {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto"},
+    },
+    "zero_optimization": {
+        "stage": 3, "offload_optimizer": {"device": "cpu", "pin_memory": True},
+        "offload_param": {"device": "cpu", "pin_memory": True}, "overlap_comm": True, "contiguous_gradients": True,
+        "sub_group_size": 1e9, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto",
+        "stage3_param_persistence_threshold": "auto", "stage3_max_live_parameters": 1e9,
+        "stage3_max_reuse_distance": 1e9, "stage3_gather_16bit_weights_on_model_save": True,
+    },
+    "gradient_accumulation_steps": "auto", "gradient_clipping": "auto", "steps_per_print": 2000,
+    "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "wall_clock_breakdown": False,
+}  # fmt: skip
+
+
+def test_a_json_as_hugging_faces_documentation_has_it_is_taken(caplog):
+    caplog.set_level("INFO", "video")
+    made = common.ds_config(HUGGING_FACE, "ds.json", 4, 2, 0.3, "bf16")
+    zero = HUGGING_FACE["zero_optimization"]
+    autos = [key for key, value in zero.items() if value == "auto"]
+    assert caplog.messages == [
+        "note: ds.json: optimizer AdamW: this script has its own, --lr, --beta2 and --weight_decay count",
+        "note: ds.json: scheduler WarmupLR: this script has its own, --warmup_steps count",
+        *[f"note: ds.json: zero_optimization.{key} auto: DeepSpeed's default counts" for key in autos],
+    ]
+    numbers = FROM_FLAGS | {"gradient_clipping": 0.3, "bf16": {"enabled": True}}
+    numbers |= {"fp16": HUGGING_FACE["fp16"] | {"enabled": False}}
+    numbers |= {"zero_optimization": {key: value for key, value in zero.items() if key not in autos}}
+    assert made == numbers | {"steps_per_print": 2000, "wall_clock_breakdown": False}
+
+
+def test_a_run_takes_hugging_faces_json_and_says_what_does_not_count(tmp_path):
+    (tmp_path / "ds.json").write_text(json.dumps(HUGGING_FACE | {"gradient_clipping": 0.5}))
+    flags = [*TINY, "--output_dir", "run", "--steps", 2, "--deepspeed", "ds.json"]
+    output = run(SCRIPT, *flags, cwd=tmp_path)
+    assert "note: ds.json: gradient_clipping 0.5: the flags say 1.0, which counts" in output
+    assert "note: ds.json: optimizer AdamW: this script has its own" in output
+    assert re.search("ZeRO-3, all on CPU .*<- ds.json takes this", output)
+    assert [step for step, *_ in losses(tmp_path / "run")] == [1, 2]
+    (tmp_path / "ds.json").write_text(json.dumps(HUGGING_FACE | {"gradient_cliping": 0.5}))
+    output = run(SCRIPT, *flags, "--output_dir", "other", cwd=tmp_path, expect=2)
+    assert "ds.json: this DeepSpeed does not know gradient_cliping and would ignore it" in output
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("zero, offload, name", [
+    ({"stage": 2, "cpu_offload": True}, "optimizer", "ZeRO-2, optimizer on CPU"),
+    ({"stage": 2, "cpu_offload": False}, "", "ZeRO-2"),
+    ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, "optimizer", "ZeRO-2, optimizer on CPU"),
+    ({"stage": 2, "offload_optimizer": {"device": "none"}}, "", "ZeRO-2"),
+    ({"stage": 2, "offload_optimizer": None}, "", "ZeRO-2"),
+    ({"stage": 3, "offload_param": {"device": "none"}, "offload_optimizer": {"device": "none"}}, "", "ZeRO-3"),
+    ({"stage": 3, "offload_param": {"device": "none"}, "offload_optimizer": {"device": "cpu"}}, "optimizer",
+     "ZeRO-3, optimizer on CPU"),
+    ({"stage": 3, "cpu_offload": True}, "optimizer", "ZeRO-3, optimizer on CPU"),
+    ({"stage": 3, "cpu_offload_param": True, "cpu_offload": True}, "all", "ZeRO-3, all on CPU"),
+])  # fmt: skip
+def test_offloading_is_planned_as_what_a_json_does(tmp_path, zero, offload, name):
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": zero}))
+    layouts = common.memory_layouts(10**6, 0, {False: 0}, "bf16", 1)
+    table, taken = common.choose_layout(layouts, str(tmp_path / "ds.json"), "")
+    assert (taken.stage, taken.offload, taken.name) == (zero["stage"], offload, name)
+    (line,) = [line for line in table.splitlines() if "takes this" in line]
+    assert line.split("  ")[1] == name
+    made = common.ds_config(taken.config, "ds.json", 1, 1, 1.0, "bf16")["zero_optimization"]
+    wanted = {"": set(), "optimizer": {"offload_optimizer"}, "all": {"offload_optimizer", "offload_param"}}
+    assert {key for key in made if "offload" in key} == wanted[offload]
+    assert all(made[key]["device"] == "cpu" for key in wanted[offload])
+    # and DeepSpeed reads it so
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    read_by_it = DeepSpeedZeroConfig(**made)
+    assert (read_by_it.offload_optimizer is not None) == bool(offload)
+    assert (read_by_it.offload_param is not None) == (offload == "all")
 
 
 # --- Real videos
