@@ -822,6 +822,8 @@ def load_vlm(folder: Path, base: Base, cfg: Config):
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     model.generation_config.eos_token_id = ends + [end] if end not in ends else ends
+    if not model.generation_config.do_sample:  # saving refuses what only sampling has
+        model.generation_config.update(temperature=None, top_p=None, top_k=None)
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model
