@@ -3244,7 +3244,8 @@ def row_lines(rows: list[T], told: Callable[[T], str]) -> list[tuple[str, str]]:
     """The plan's lines about three of the rows, as the model will see them"""
     shown = (told(row).replace("\n", "\\n") for row in rows[:: max(1, len(rows) // 3)][:3])
     return [
-        ("" if i else "rows", text if len(text) < 240 else f"{text[:240]}...") for i, text in enumerate(shown)
+        ("" if i else "rows", text if len(text) < 240 else f"{text[:110]} ... {text[-125:]}")
+        for i, text in enumerate(shown)
     ]
 
 
