@@ -143,15 +143,18 @@ def check_settings(
         raise ValueError(f"--report_to {cfg.report_to}: pip install {cfg.report_to}, or --report_to none")
 
 
-def run(main: Callable[[], Any]) -> NoReturn:
+def run(main: Callable[[], Any], torchvision: bool = False) -> NoReturn:
     """Run `main`, then end with the exit code that all scripts share (see README.md) and leave no process
     group behind.
 
     Under run.sh, rank 0 also writes the code to the file $PYTHON_RUN_STATUS: launchers do not hand codes on
-    reliably.
+    reliably. torchvision: whether the script's processors need it.
     """
     quiet_libraries()
-    mend_torchvision()
+    if torchvision:
+        mend_torchvision()
+    else:  # transformers would import it, a second of each start
+        sys.modules.setdefault("torchvision", None)
     for number in SIGNALS:
         signal.signal(number, lambda n, _: sys.exit(128 + n))  # inside signals_wait it only takes note
     code = 1

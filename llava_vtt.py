@@ -1619,4 +1619,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, torchvision=True)
