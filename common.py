@@ -698,8 +698,8 @@ UNDIVIDED = tuple("CJK HIRAGANA KATAKANA THAI LAO KHMER MYANMAR TIBETAN".split()
 
 @functools.lru_cache(maxsize=1 << 16)
 def kind_of(letter: str) -> str:
-    """ "word" for letters and digits, "alone" for those of scripts without blanks between words, where each
-    counts as one, "mark" for what belongs to the letter before it, "" for all else"""
+    """What a letter is to `words`: "word" for letters and digits, "alone" for those of scripts without blanks
+    between words, where each counts as one, "mark" for what belongs to the letter before it, else nothing"""
     category, name = unicodedata.category(letter)[0], unicodedata.name(letter, "")
     if category in "LN" or letter == "_":
         return "alone" if name.startswith(UNDIVIDED) else "word"
@@ -3620,6 +3620,18 @@ def mean_loss(count: int, size: int, loss_of: Callable[[list[int]], tuple[Any, i
     return float(total_loss / total_tokens)
 
 
+@contextlib.contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Inside, the model is in the mode of use; afterwards each of its modules is in the mode that it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def load_pretrained(load: Callable[[Path], Any], cfg: Any, run: Run, checkpointing: bool) -> Any:
     """Every rank: the model that load(folder) makes of cfg.model; under ZeRO-3 each rank has its part of the
     weights."""
@@ -3669,10 +3681,26 @@ def export_pretrained(
 
 def finished_model(source: str, settings_file: str) -> tuple[Path, str, dict]:
     """-> (folder of a finished model, the model itself or, of an adapter, its base model; what the script
-    wrote beside it)"""
+    wrote beside it, with a dtype of this machine)"""
+    import torch
+
     folder = fetch_model(source, "*")
     saved = read_json(path) if (path := folder / settings_file).exists() else {}
+    dtype = saved.get("dtype")
+    saved["dtype"] = pick_dtype("fp32" if dtype == "fp16" and not torch.cuda.is_available() else dtype)
     return folder, adapter_of(folder) or str(folder), saved
+
+
+def ready(net: Any, folder: Path) -> Any:
+    """A loaded model, with the adapter if that is what lies in `folder`, on this machine's device and in the
+    mode of use"""
+    import torch
+
+    if adapter_of(folder):
+        from peft import PeftModel
+
+        net = PeftModel.from_pretrained(net, folder)
+    return net.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def adapter_of(folder: Path) -> str:

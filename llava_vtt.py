@@ -63,11 +63,11 @@ from torch.utils._pytree import tree_map
 from common import (
     CHECKPOINTING, DEFAULT_QUESTION, GB, QA, AtMost, BadSample, Free, Layout, Lower, Pace, Row, Run,
     answer_scores, barrier, batches_ahead, brief, check_loaded, check_settings, check_weights, copy_code,
-    data_name, decode_rows, demo_module, digest_of, disk_free, epoch_order, export_pretrained, fetch_model,
-    fingerprint, finish_run, finished_model, fitted, frame_indices, gathered, is_undivided, is_url,
-    load_pretrained, local_file, log, mean_loss, memory_layouts, merged_over_ranks, normalized, on_rank0,
-    open_engine, open_run, out_of_memory, over_ranks, pad, pick_dtype, push_rows, pushes_data, rank,
-    read_data, read_flags, read_json_lines, refuse, refuse_adapter, rounds, row_lines, run, save_run,
+    data_name, decode_rows, demo_module, digest_of, disk_free, epoch_order, evaluating, export_pretrained,
+    fetch_model, fingerprint, finish_run, finished_model, fitted, frame_indices, gathered, is_undivided,
+    is_url, load_pretrained, local_file, log, mean_loss, memory_layouts, merged_over_ranks, normalized,
+    on_rank0, open_engine, open_run, out_of_memory, over_ranks, pad, pick_dtype, push_rows, pushes_data, rank,
+    read_data, read_flags, read_json_lines, ready, refuse, refuse_adapter, rounds, row_lines, run, save_run,
     saved_bytes, show_plan, split_clips, start_run, steps_line, timed_frames, tiny_model, training_steps,
     with_steps, words, world_size, write_grid, write_json, write_lines, write_whole,
 )  # fmt: skip
@@ -88,6 +88,9 @@ TEMPLATE = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 WARMUP = 10  # steps, when --warmup_steps is not given
+QUESTIONS = (".jsonl", ".ndjson")  # files of them that --predict takes
+# settings of the training that --predict goes by, unless they are given
+ASKED_WITH = ("frames", "fps", "max_frames", "max_pixels", "max_new_tokens")
 SHUFFLES = ("in order", "shuffled", "reversed", "blanked")  # how frames are shown in an evaluation
 # wrong in a mirror
 SIDES = set("left right leftwards rightwards clockwise counterclockwise anticlockwise".split())
@@ -224,7 +227,6 @@ class Config:
         return Pace(self.fps, self.max_frames) if self.fps else self.frames
 
 
-QUESTIONS = (".jsonl", ".ndjson")
 # A preset: the same code with other numbers. Recipe and scores: README.md and benchmarks/RESULTS.md.
 DEMO = dict(
     demo=True, output_dir=Path("runs/llava_vtt_demo"), report_to="none", lora_r=0, train_vision=True,
@@ -243,7 +245,9 @@ def talks_of(texts: list[QA]) -> list[Talk]:
     """The questions of a clip, those of one conversation together and in their order"""
     talks: list[list[QA]] = []
     for qa in texts:
-        talks[-1].append(qa) if qa.follows and talks else talks.append([qa])
+        if not (qa.follows and talks):
+            talks.append([])
+        talks[-1].append(qa)
     return [tuple(talk) for talk in talks]
 
 
@@ -276,9 +280,8 @@ class Footage(NamedTuple):
 class Sample:
     """One training sequence: the frames once, then conversations about them."""
 
-    frames: (
-        Path | Any
-    )  # a .npy file of uint8 (F, H, W, 3) and its times, or a Scene of demos/scenes.py to draw
+    # a .npy file of uint8 (F, H, W, 3) and its times, or a Scene of demos/scenes.py to draw
+    frames: Path | Any
     talks: tuple[Talk, ...]
     where: str = ""
     features: Path | None = None  # with --cache_features
@@ -497,10 +500,16 @@ def spoken_to(base: Base) -> Base:
 
 def last_place(ids: list[int], base: Base) -> int:
     """The index of the last token that stands for a part of the frames. Raises ValueError without one."""
-    places = [i for i, token in enumerate(ids) if token in base.marks]
-    if not places:
-        raise ValueError(f"{type(base.processor).__name__} made no image tokens of the frames")
-    return places[-1]
+    marks = base.marks
+    for i in reversed(range(len(ids))):  # from the end, where it is
+        if ids[i] in marks:
+            return i
+    raise ValueError(f"{type(base.processor).__name__} made no image tokens of the frames")
+
+
+def end_of_answer(base: Base) -> int:
+    """The token that the loss teaches to end an answer with"""
+    return encode_talk((QA("What?", "This."),), 1, base).labels[-1]
 
 
 def around_answers(base: Base, asked: list[str], frames: int) -> list[str]:
@@ -692,29 +701,32 @@ class VideoCollator:
 
     def lengths(self, sample: Sample) -> tuple[int, int, int]:
         """Tokens of its sequence, those supervised, and those of the frames, without a look at the frames"""
-        head, own = self.seen(sample)
-        visual = sum((head == mark).sum().item() for mark in self.base.marks)
+        head, own = self.seen(sample, self.shape_of(sample))
+        visual = sum(map(head.count, self.base.marks))
         supervised = sum(label >= 0 for one in own for label in one.labels)
         return len(head) + sum(len(one.ids) for one in own), supervised, visual
 
-    def seen(self, sample: Sample) -> tuple[Tensor, list[Tokens]]:
-        """-> (the tokens up to the frames, its conversations)"""
+    def shape_of(self, sample: Sample) -> tuple[int, ...]:
+        """(F, H, W, 3) of its frames, which are read only where they may differ from clip to clip"""
         if isinstance(sample.frames, Path) and (self.cfg.fps or not isinstance(self.base.size, int)):
-            shape = np.load(sample.frames, mmap_mode="r").shape
-        elif isinstance(sample.frames, Path):
-            shape = (self.cfg.frames, self.base.size, self.base.size, 3)
-        else:
-            shape = sample.frames.draw(self.cfg.frames).shape
+            return np.load(sample.frames, mmap_mode="r").shape
+        if isinstance(sample.frames, Path):
+            return self.cfg.frames, self.base.size, self.base.size, 3
+        return sample.frames.draw(self.cfg.frames).shape
+
+    def seen(
+        self, sample: Sample, shape: tuple[int, ...], times: tuple[float, ...] = ()
+    ) -> tuple[list[int], list[Tokens]]:
+        """-> (the tokens up to the frames, its conversations)"""
         own = [self.talk(talk, shape[0]) for talk in sample.talks]
-        head = self.blank(own[0].head, shape)["input_ids"][0]
-        return head[: last_place(head.tolist(), self.base) + 1], own
+        head = self.blank(own[0].head, shape, times)["input_ids"][0].tolist()
+        return head[: last_place(head, self.base) + 1], own
 
     def told(self, sample: Sample) -> str:
         """For people: the text of its sequence, with the tokens of the frames counted"""
         clip = sample.load(self.cfg.frames)
-        own = [self.talk(talk, len(clip.frames)) for talk in sample.talks]
-        head = self.look(own[0].head, clip.frames.shape, tuple(clip.times))["input_ids"][0].tolist()
-        head, decode = head[: last_place(head, self.base) + 1], self.base.processor.tokenizer.decode
+        head, own = self.seen(sample, clip.frames.shape, tuple(clip.times))
+        decode = self.base.processor.tokenizer.decode
         text = decode(head) + "  |  ".join(decode(one.ids) for one in own)
         for mark in map(decode, self.base.marks):
             text = re.sub(f"({re.escape(mark)})+", lambda r, m=mark: f"{m} x {len(r[0]) // len(m)}", text)
@@ -731,10 +743,7 @@ def get_batch(stages: Stages, collate: VideoCollator, cfg: Config, micro_step: i
     for place in range(first, first + cfg.batch_size):
         epoch, i = divmod(place, len(samples))
         sample = samples[epoch_order(len(samples), cfg.seed + stage, epoch)[i]]
-        if sample.features:
-            clip = cached_clip(sample)
-        else:
-            clip = sample.load(cfg.frames)
+        clip = cached_clip(sample) if sample.features else sample.load(cfg.frames)
         if cfg.augment:
             rng = np.random.default_rng([cfg.seed, stage, place])
             clip = clip._replace(frames=augmented(clip.frames, rng, cfg.augment_flip))
@@ -763,9 +772,16 @@ def module_names(model: nn.Module) -> Parts:
     projector = [name for name in beside if name not in (language, tower)]
     if not projector:  # Qwen's tower ends in it, and has more of them on its way (deepstack)
         inside = [name for name in names.values() if name.startswith(f"{tower}.")]
-        merger = [name for name in inside if re.search(r"\.(merger|deepstack_merger_list\.\d+)$", name)]
-        projector = merger
+        projector = [name for name in inside if re.search(r"\.(merger|deepstack_merger_list\.\d+)$", name)]
     return Parts(language, tower, projector)
+
+
+def trained_whole(parts: Parts, cfg: Config) -> list[str]:
+    """What is trained without LoRA beside it; what lies inside another is part of that."""
+    projector = parts.projector if cfg.train_projector else []
+    if not cfg.train_vision:
+        return projector
+    return [parts.tower, *(name for name in projector if not name.startswith(f"{parts.tower}."))]
 
 
 def adapter_config(model: nn.Module, cfg: Config):
@@ -780,16 +796,13 @@ def adapter_config(model: nn.Module, cfg: Config):
         refuse(
             f"--lora_targets {wrong[0]}: no such layer; the language model has {', '.join(sorted(linear))}"
         )
-    whole = ([parts.tower] if cfg.train_vision else []) + (parts.projector if cfg.train_projector else [])
     return LoraConfig(
         r=cfg.lora_r,
         lora_alpha=cfg.lora_alpha,
         lora_dropout=cfg.lora_dropout,
         task_type="CAUSAL_LM",
         target_modules=rf"{re.escape(parts.language)}\..*\.({'|'.join(targets)})",
-        # one that lies inside another is saved with it
-        modules_to_save=[name for name in whole if not (cfg.train_vision and f"{parts.tower}." in name)]
-        or None,
+        modules_to_save=trained_whole(parts, cfg) or None,
     )
 
 
@@ -820,7 +833,7 @@ def load_vlm(folder: Path, base: Base, cfg: Config):
     check_loaded(loading, folder)
     tokenizer = base.processor.tokenizer
     # what the loss teaches to end an answer with must end it everywhere
-    end = encode_talk((QA("What?", "This."),), 1, base).labels[-1]
+    end = end_of_answer(base)
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     model.generation_config.eos_token_id = ends + [end] if end not in ends else ends
@@ -896,9 +909,8 @@ def supervised_loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor,
         inputs["attention_mask"] = branch_mask(batch["branch"], attn, inner.dtype)
     known = fed(inner, batch["features"]) if "features" in batch else contextlib.nullcontext()
     with known:
-        logits = model(
-            **inputs, logits_to_keep=positions, use_cache=False
-        ).logits  # (B, positions, vocabulary)
+        # (B, positions, vocabulary)
+        logits = model(**inputs, logits_to_keep=positions, use_cache=False).logits
     wanted = labels[:, positions].flatten()
     loss = F.cross_entropy(logits.float().flatten(0, 1), wanted, ignore_index=-100, reduction="sum")
     return loss, int((labels != -100).sum())
@@ -938,16 +950,13 @@ def keep_features(model: nn.Module, collate: VideoCollator, samples: list[Sample
     paths = {sample.features: sample for sample in samples}
     todo = [sample for path, sample in paths.items() if not path.exists()]
     todo = on_rank0(lambda: todo)()  # of one disk, or of rank 0's: made by all in step
-    modes = [(module, module.training) for module in inner.modules()]
-    inner.eval()
-    for (i,) in rounds(max(1, len(todo)), 1):
-        sample = todo[i] if todo else samples[0]
-        features = tower_output(inner, collate, sample.load(collate.cfg.frames))
-        if not sample.features.exists():
-            sample.features.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(sample.features, lambda aside, t=features: save_file({"features": t}, aside))
-    for module, mode in modes:
-        module.training = mode
+    with evaluating(inner):
+        for (i,) in rounds(max(1, len(todo)), 1):
+            sample = todo[i] if todo else samples[0]
+            features = tower_output(inner, collate, sample.load(collate.cfg.frames))
+            if not sample.features.exists():
+                sample.features.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(sample.features, lambda aside, t=features: save_file({"features": t}, aside))
     barrier()
 
 
@@ -984,8 +993,8 @@ def cached_clip(sample: Sample) -> Footage:
     from safetensors.torch import load_file
 
     with sample.frames.open("rb") as file:
-        pixels = np.load(sample.frames, mmap_mode="r")  # for its shape
-        np.load(file)
+        pixels = np.load(sample.frames, mmap_mode="r")  # for its shape: the pixels are not read
+        file.seek(pixels.offset + pixels.nbytes)
         return Footage(pixels, np.load(file), load_file(sample.features)["features"])
 
 
@@ -1053,36 +1062,38 @@ def chosen_questions(held_out: list[Sample], count: int) -> list[tuple[int, QA]]
     return [every[i * len(every) // min(count, len(every))] for i in range(min(count, len(every)))]
 
 
+def asked_about(
+    model: nn.Module, collate: VideoCollator, data: Data, chosen: list[tuple[int, QA]], how: str
+) -> list[str]:
+    """Every rank: the answers to the chosen questions, with the frames shown in this way"""
+    cfg, answers = collate.cfg, {}
+    # a sequence's cache of keys and values is about its training memory
+    for part in rounds(len(chosen), cfg.batch_size):
+        items = []
+        for i in part:
+            number, qa = chosen[i]
+            clip = data.held_out[number].load(cfg.frames)
+            items.append((clip._replace(frames=rearrange_frames(clip.frames, how, i)), qa.question))
+        answers |= dict(zip(part, greedy_answers(model, collate, items, cfg.max_new_tokens)))
+    return list(merged_over_ranks(answers).values())
+
+
 def evaluate(model: nn.Module, collate: VideoCollator, data: Data) -> dict:
     """Every rank: the fixed questions of the held-out part, asked with the frames in order, shuffled,
     reversed and blanked, and the loss there. -> {"held_out_loss", "in order": answer_scores, ..., "kinds":
     {"in order": {kind: exact}, ...}, "answers": [{"question", "answer", "said", "sample"}]}"""
-    cfg, modes = collate.cfg, [(module, module.training) for module in model.modules()]
-    model.eval()
-    chosen = chosen_questions(data.held_out, cfg.eval_questions)
+    chosen = chosen_questions(data.held_out, collate.cfg.eval_questions)
     asked = [qa for _, qa in chosen]
-    result: dict[str, Any] = {"held_out_loss": held_out_loss(model, collate, data), "kinds": {}}
-    for how in SHUFFLES:
-        answers: dict[int, str] = {}
-        # a sequence's cache of keys and values is about its training memory
-        for part in rounds(len(chosen), cfg.batch_size):
-            items = []
-            for i in part:
-                clip = data.held_out[chosen[i][0]].load(cfg.frames)
-                frames = rearrange_frames(clip.frames, how, i)
-                items.append((clip._replace(frames=frames), asked[i].question))
-            answers |= dict(zip(part, greedy_answers(model, collate, items, cfg.max_new_tokens)))
-        said = list(merged_over_ranks(answers).values())
-        result[how] = answer_scores(said, [qa.answer for qa in asked])
-        result["kinds"][how] = exact_by_kind(said, asked)
-        if how == "in order":
-            result["answers"] = [
-                {"question": qa.question, "answer": qa.answer, "said": text, "sample": i}
-                for (i, qa), text in zip(chosen, said)
-            ]
-    for module, mode in modes:
-        module.training = mode
-    return result
+    with evaluating(model):
+        loss = held_out_loss(model, collate, data)
+        said = {how: asked_about(model, collate, data, chosen, how) for how in SHUFFLES}
+    answers = [
+        {"question": qa.question, "answer": qa.answer, "said": text, "sample": i}
+        for (i, qa), text in zip(chosen, said["in order"])
+    ]
+    scores = {how: answer_scores(said[how], [qa.answer for qa in asked]) for how in SHUFFLES}
+    kinds = {how: exact_by_kind(said[how], asked) for how in SHUFFLES}
+    return {"held_out_loss": loss, "kinds": kinds, "answers": answers} | scores
 
 
 @torch.no_grad()
@@ -1222,8 +1233,8 @@ def longest_of(collate: VideoCollator, samples: list[Sample]) -> tuple[Longest, 
         moves = f"lower --{fewer}, --max_pixels or --max_turns, or shorten its texts"
         refuse(f"{where}: a sequence of {tokens} tokens, {base.source} takes {limit}: {moves}")
     most = samples[int(np.argmax([length[2] for length in lengths]))]
-    head = collate.talk(most.talks[0], len(most.load(cfg.frames).frames)).head
-    seen = collate.blank(head, most.load(cfg.frames).frames.shape)
+    shape = collate.shape_of(most)
+    seen = collate.blank(collate.talk(most.talks[0], shape[0]).head, shape)
     patches = patches_of(seen, base.config.vision_config)
     return Longest(tokens, supervised, visual, patches), int(all_tokens), int(all_supervised)
 
@@ -1253,7 +1264,7 @@ def plan_of(cfg: Config, base: Base, data: Data, device: torch.device) -> Layout
     seen = f"on {supervised} of {tokens} tokens in {len(different)} sequences"
     size = f"{base.size}x{base.size}" if isinstance(base.size, int) else f"at most {base.size.pixels} pixels"
     pace = f"{cfg.fps:g} a second, at most {cfg.max_frames}," if cfg.fps else cfg.frames
-    ends = base.processor.tokenizer.decode(encode_talk((QA("What?", "This."),), 1, base).labels[-1])
+    ends = base.processor.tokenizer.decode(end_of_answer(base))
     lines = [
         ("data", f"{data_name(cfg)}: {sequences}"),
         (
@@ -1413,7 +1424,7 @@ def export(cfg: Config, model: nn.Module, base: Base, target: Path) -> None:
     load = partial(load_vlm, base=base, cfg=dataclasses.replace(cfg, load_in_4bit=False))
     export_pretrained(model, load, cfg, TORCH_DTYPES[cfg.dtype], base.processor, target)
     if rank() == 0:
-        write_json(target / "llava_vtt.json", {name: getattr(cfg, name) for name in ASKED_WITH})
+        write_json(target / "llava_vtt.json", {name: getattr(cfg, name) for name in (*ASKED_WITH, "dtype")})
         copy_code(target, __file__)
     barrier()
 
@@ -1516,7 +1527,8 @@ def card_of(cfg: Config, base: Base, results: dict) -> dict:
     local, original = Path(base.source).exists(), base.source == BASE_MODEL
     weights = f"LoRA (r {cfg.lora_r})" if cfg.lora_r else "all weights"
     question = json.dumps(cfg.question or DEFAULT_QUESTION)
-    lines.append(PLAIN_USE.format(cls=type(base.skeleton).__name__)) if not cfg.adapter_only else None
+    if not cfg.adapter_only:
+        lines.append(PLAIN_USE.format(cls=type(base.skeleton).__name__))
     return {
         "about": f"`{Path(base.source).name if local else base.source}`, fine-tuned to answer questions "
         f"about videos ({cfg.frames} frames, evenly spread) on `{Path(data_name(cfg)).name}` by "
@@ -1539,19 +1551,13 @@ def served(cfg: Config, base: Base, weights: str) -> str:
     """Of what model/ is, and who takes it"""
     if not cfg.lora_r:
         return f"Here are {weights}."
-    whole = [module_names(base.skeleton).projector] if cfg.train_projector else []
-    whole += [[module_names(base.skeleton).tower]] if cfg.train_vision else []
-    names = ", ".join(name for part in whole for name in part)
-    refused = f"It has {names} whole (modules_to_save), which vLLM does not serve as an adapter"
-    where = (
-        "Here is the adapter alone"
-        if cfg.adapter_only
-        else "It is merged here; `adapter/` is the adapter alone"
-    )
-    return f"{weights}. {where}. " + (f"{refused}." if names else "vLLM and PEFT serve it.")
-
-
-ASKED_WITH = ("frames", "fps", "max_frames", "max_pixels", "max_new_tokens", "dtype")
+    where = "Here is the adapter alone." if cfg.adapter_only else "It is merged here; `adapter/` is it alone."
+    names, served_by = trained_whole(module_names(base.skeleton), cfg), "vLLM and PEFT serve it."
+    if names:
+        served_by = (
+            f"It has {', '.join(names)} whole (modules_to_save), which vLLM does not serve as an adapter."
+        )
+    return f"{weights}. {where} {served_by}"
 
 
 def ask(video: str | Path, question: str, model: str | Path, **asking: Any) -> str:
@@ -1566,16 +1572,9 @@ def ask(video: str | Path, question: str, model: str | Path, **asking: Any) -> s
 def answers(asked: list[tuple[str, str]], model: str | Path, **asking: Any) -> Iterator[str]:
     """To [(video, question)], one after the other, by `ask`'s rules; the model is loaded once."""
     folder, below, saved = finished_model(str(model), "llava_vtt.json")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = "fp32" if saved.get("dtype") == "fp16" and device.type == "cpu" else saved.get("dtype")
-    cfg = Config(report_to="none", **(saved | asking | {"dtype": pick_dtype(dtype)}))
+    cfg = Config(report_to="none", **(saved | asking))
     base = open_base(below, cfg.max_pixels)
-    net = load_vlm(fetch_model(below, "*"), base, cfg)
-    if below != str(folder):
-        from peft import PeftModel
-
-        net = PeftModel.from_pretrained(net, folder)
-    net, collate = net.to(device).eval(), VideoCollator(base, cfg)
+    net, collate = ready(load_vlm(fetch_model(below, "*"), base, cfg), folder), VideoCollator(base, cfg)
     size = base.size if isinstance(base.size, AtMost) else (base.size, base.size)
 
     @lru_cache(maxsize=1)  # several questions about one clip

@@ -55,12 +55,13 @@ from torch import Tensor, nn
 # isort: off
 from common import (
     CHECKPOINTING, DEFAULT_QUESTION, Free, Layout, Lower, Run, answer_scores, barrier, batches_ahead, brief,
-    check_loaded, check_settings, check_weights, copy_code, data_name, demo_module, export_pretrained,
-    fetch_model, fingerprint, finish_run, finished_model, is_undivided, is_url, load_pretrained, log,
-    mean_loss, memory_layouts, merged_over_ranks, on_rank0, open_engine, open_run, out_of_memory, over_ranks,
-    pad, pick_dtype, push_rows, pushes_data, rank, read_data, read_flags, read_json_lines, refuse,
-    refuse_adapter, rounds, row_lines, run, save_run, saved_bytes, show_plan, split_clips, start_run,
-    steps_line, tiny_model, training_steps, with_steps, words, world_size, write_json, write_lines,
+    check_loaded, check_settings, check_weights, copy_code, data_name, demo_module, evaluating,
+    export_pretrained, fetch_model, fingerprint, finish_run, finished_model, is_undivided, is_url,
+    load_pretrained, log, mean_loss, memory_layouts, merged_over_ranks, on_rank0, open_engine, open_run,
+    out_of_memory, over_ranks, pad, pick_dtype, push_rows, pushes_data, rank, read_data, read_flags,
+    read_json_lines, ready, refuse, refuse_adapter, rounds, row_lines, run, save_run, saved_bytes, show_plan,
+    split_clips, start_run, steps_line, tiny_model, training_steps, with_steps, words, world_size, write_json,
+    write_lines,
 )  # fmt: skip
 
 BASE_MODEL = "facebook/nllb-200-distilled-600M"
@@ -498,18 +499,16 @@ def evaluate(model: nn.Module, base: Base, data: Data, cfg: Config) -> dict:
     """Every rank: the fixed questions of the held-out part, and the loss there. -> {"held_out_loss", "model":
     answer_scores, "majority": the most frequent training answer of the language instead, "source_copied",
     "answers"}"""
-    was_training = model.training
-    model.eval()
     count = min(cfg.eval_questions, len(data.held_out))
     asked = [data.held_out[i * len(data.held_out) // count] for i in range(count)]
-    loss = held_out_loss(model, base, asked, cfg)
     answers: dict[int, str] = {}
     by_length = sorted(range(count), key=lambda i: len(asked[i].source))  # batches of about one length
-    for places in rounds(count, cfg.batch_size):
-        part = [by_length[place] for place in places]
-        answers |= dict(zip(part, generate_answers(model, base, [asked[i] for i in part], cfg)))
+    with evaluating(model):
+        loss = held_out_loss(model, base, asked, cfg)
+        for places in rounds(count, cfg.batch_size):
+            part = [by_length[place] for place in places]
+            answers |= dict(zip(part, generate_answers(model, base, [asked[i] for i in part], cfg)))
     answers = merged_over_ranks(answers)
-    model.train(was_training)
     said, references = list(answers.values()), [row.example.target for row in asked]
     frequent: dict[str, collections.Counter] = {}
     for row in data.train:
@@ -780,11 +779,8 @@ def card_of(cfg: Config, base: Base, results: dict) -> dict:
     asked = json.dumps({"question": cfg.question or DEFAULT_QUESTION} | fields)
     local = Path(base.source).exists()
     what = "is a LoRA adapter" if cfg.adapter_only else "are all weights"
-    what += (
-        ", LoRA merged into them; `adapter/` is the adapter alone"
-        if not cfg.adapter_only and cfg.lora_r
-        else ""
-    )
+    if cfg.lora_r and not cfg.adapter_only:
+        what += ", LoRA merged into them; `adapter/` is the adapter alone"
     return {
         "about": f"`{Path(base.source).name if local else base.source}`, fine-tuned to answer questions "
         f"about videos from what is known of them as text, on `{Path(data_name(cfg)).name}` by "
@@ -808,16 +804,10 @@ def answer(rows: list[dict], model: str | Path, **asking: Any) -> list[str]:
     own src_lang and tgt_lang win. Exit 2 when the model cannot be found, or does not know a language.
     """
     folder, below, saved = finished_model(str(model), "nllb_vtt.json")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = "fp32" if saved.get("dtype") == "fp16" and device.type == "cpu" else saved.get("dtype")
-    cfg = Config(report_to="none", **(saved | asking | {"dtype": pick_dtype(dtype)}))
+    cfg = Config(report_to="none", **(saved | asking))
     base = open_base(below)
-    net = load_weights(fetch_model(below, "*"), base, cfg)
-    if below != str(folder):
-        from peft import PeftModel
-
-        net = PeftModel.from_pretrained(net, folder)
-    net, fields, examples = net.to(device).eval(), cfg.source_fields.split(","), []
+    net = ready(load_weights(fetch_model(below, "*"), base, cfg), folder)
+    fields, examples = cfg.source_fields.split(","), []
     for row in rows:
         langs = [str(row.get(column) or getattr(cfg, column)) for column in ("src_lang", "tgt_lang")]
         for code in langs:

@@ -15,6 +15,7 @@ from demos.shapes import COLOURS, MOVES
 DEMO_SIZE = 32
 SHAPES = ("square", "ring", "cross")
 NUM_HELD_OUT = 400
+KINDS = ("llava", "qwen3_vl")  # of tiny models
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,9 @@ def outline(centres: np.ndarray, radius: float, shape: str, size: int) -> np.nda
 
 def build_tiny(folder: Path, seed: int, kind: str, template: str) -> None:
     """A VLM of the real classes with 0.5 M random weights, and its processor, saved as the real one is:
-    byte-level BPE trained on what the demo asks and answers. kind: llava (SigLIP, projector, Qwen2, with this
-    chat template; 16 tokens a frame) or qwen3_vl (16 tokens for two frames, which are one patch in time)."""
+    byte-level BPE trained on what the demo asks and answers. kind, of KINDS: llava (SigLIP, projector, Qwen2,
+    with this chat template; 16 tokens a frame) or qwen3_vl (16 tokens for two frames, which are one patch in
+    time)."""
     import torch
     import transformers
     from torch import nn
