@@ -1,10 +1,11 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#   "av==18.1.0", "datasets==5.2.0", "deepspeed==0.19.8", "huggingface_hub==2.4.0", "matplotlib==3.11.2",
-#   "num2words==0.5.14", "numpy==2.4.6", "opencv-python-headless==5.0.0.93", "peft==0.21.2", "pillow==13.0.0",
-#   "requests==2.34.2", "rouge-score==0.1.2", "sacrebleu==2.6.0", "safetensors==0.8.0", "torch>=2.6",
-#   "torchvision>=0.21", "tqdm==4.70.1", "transformers==5.23.0", "tyro==1.0.17",
+#   "av==18.1.0", "datasets==5.2.0", "deepspeed==0.19.8", "huggingface_hub==2.4.0", "jinja2==3.1.6",
+#   "matplotlib==3.11.2", "num2words==0.5.14", "numpy==2.4.6", "opencv-python-headless==5.0.0.93",
+#   "peft==0.21.2", "pillow==13.0.0", "requests==2.34.2", "rouge-score==0.1.2", "sacrebleu==2.6.0",
+#   "safetensors==0.8.0", "torch>=2.6", "torchvision>=0.21", "tqdm==4.70.1", "transformers==5.23.0",
+#   "tyro==1.0.17",
 # ]
 # ///
 """Video and question to text: LLaVA-interleave 7B or any VLM of today, with a proof that it sees the video.
@@ -474,10 +475,13 @@ def chat_text(base: Base, asked: list[str], said: list[str], frames: int) -> str
 def spoken_to(base: Base) -> Base:
     """Base with `gap`, `after` and `frame`. Exit 2 for a template that does not show the frames and each
     answer once, or puts something else before one that is there than before one to come (thinking)."""
+    from jinja2 import TemplateError
+
     try:
         pieces = around_answers(base, ["What?", "Why?"], 2)
         prompt = chat_text(base, ["What?"], [], 2)
-    except Exception as error:  # of Jinja, by the template's own words
+    # what its expressions may raise
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
         refuse(f"--model {base.source}: its chat template cannot be used: {brief(error)}")
     if len(pieces) != 3 or base.mark not in pieces[0]:
         refuse(f"--model {base.source}: its chat template does not show the frames and every answer")
@@ -1378,8 +1382,10 @@ def train(cfg: Config) -> None:
     device = open_run(cfg, cfg.hub_dataset_id if pushes_data(cfg) else "")
     cfg = dataclasses.replace(cfg, dtype=pick_dtype(cfg.dtype), model=cfg.model or BASE_MODEL)
     if cfg.demo:
-        kind = from_flags.model or "llava"
-        build = partial(demo_module("scenes").build_tiny, kind=kind, template=TEMPLATE)
+        kind, scenes = from_flags.model or "llava", demo_module("scenes")
+        if kind not in scenes.KINDS:
+            refuse(f"--demo --model {kind}: no such tiny model; there are {', '.join(scenes.KINDS)}")
+        build = partial(scenes.build_tiny, kind=kind, template=TEMPLATE)
         cfg = dataclasses.replace(cfg, model=on_rank0(tiny_model)(cfg, __file__, build, kind))
     base = open_base(cfg.model, cfg.max_pixels, cfg.attn)
     data = load_data(cfg, base)

@@ -622,6 +622,12 @@ def test_a_file_of_questions_is_answered_line_by_line_by_one_model(models, manif
     assert "nowhere.mp4: No such file" in run(SCRIPT, "--predict", asked, *more, cwd=tmp_path, expect=2)
 
 
+def test_a_demo_of_a_class_that_there_is_not_is_refused(tmp_path):
+    output = run(SCRIPT, "--demo", "--model", "qwen4_vl", cwd=tmp_path, expect=2)
+    assert "--demo --model qwen4_vl: no such tiny model; there are llava, qwen3_vl" in output
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.demo
 def test_the_demo_of_another_class_learns_to_see_motion(tmp_path):
     flags = ["--demo", "--model", "qwen3_vl", "--output_dir", "run"]
