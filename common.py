@@ -92,14 +92,18 @@ def refuse(message: str) -> NoReturn:
 
 
 def read_flags(
-    config: type[T], doc: str, demo: dict, variables: dict[str, str], preset: dict | None = None
+    config: type[T],
+    doc: str,
+    demo: dict,
+    variables: dict[str, str],
+    bare: dict[str, str] = MappingProxyType({}),
+    preset: dict = MappingProxyType({}),
 ) -> T:
-    """The command line as a `config` dataclass: defaults < `preset` or --demo < environment variables <
-    flags.
+    """The command line as a `config` dataclass: defaults < --demo < `preset` < environment variables < flags.
 
     `demo` holds the fields that --demo sets, `variables` maps an environment variable to the flag it stands
-    for. Accepts the --local_rank=N that the deepspeed launcher adds. A bad value or flag ends the process
-    with exit code 2.
+    for, `bare` a flag to the value that it has when it stands by itself. Accepts the --local_rank=N that the
+    deepspeed launcher adds. A bad value or flag ends the process with exit code 2.
     """
     import tyro
 
@@ -108,11 +112,15 @@ def read_flags(
         if launcher := re.match(r"--(?:num[_-]gpus|nproc[_-]per[_-]node)(?:=(.*))?$", flag):
             count, script = launcher[1] or "".join(flags[i + 1 : i + 2]) or "N", Path(sys.argv[0]).name
             refuse(f"{flag} is for a launcher, this is one process: ./run.sh {script} {count} starts {count}")
+    for flag in bare.keys() & set(flags):
+        place = flags.index(flag) + 1
+        if place == len(flags) or flags[place].startswith("-"):
+            flags.insert(place, bare[flag])
     from_environment = []
     for name, flag in variables.items():
         if os.environ.get(name):
             from_environment += [flag, os.environ[name]]
-    default = config(**demo) if "--demo" in flags else config(**preset or {})
+    default = config(**(demo if "--demo" in flags else {}) | dict(preset))
     return tyro.cli(
         config, args=from_environment + flags, default=default, description=doc, use_underscores=True
     )
@@ -811,13 +819,14 @@ def tiny_model(cfg: Any, script: str, build: Callable[[Path, int], None], kind: 
 # Rows: whatever form the data have
 # ---------------------------------------------------------------------------
 
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".gif")
 TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 # What columns are called, in any case; the first that has something in it counts. The next data set that
 # calls a thing otherwise is a word here.
 NAMES = {
     "video": "video videos video_path video_file file_name path file media_path file_path media video_url "
-    "contenturl url clip_id video_id videoid video_name vid youtubeid image_id",
+    "contenturl url clip_id video_id videoid video_name vid youtubeid image image_path image_url image_id",
     "caption": "caption captions text description dense_caption short_caption sentence sentences",
     "question": "question query prompt instruction q",
     "answer": "answer response completion output a correct_answer correct_choice",
@@ -903,11 +912,12 @@ def without_query(video: str) -> str:
 # Files to records
 
 
-def records_of(source: Path, flag: str = "--manifest") -> Records:
-    """The rows of a file or folder. Exit 2 if there is none, or it is of no known form."""
+def records_of(source: Path, flag: str = "--manifest", bare: bool = False) -> Records:
+    """The rows of a file or folder, with `bare` also of one that has videos alone. Exit 2 if there is none,
+    or it is of no known form."""
     suffix = source.suffix.lower()
     if source.is_dir():
-        return folder_records(source, flag)
+        return folder_records(source, flag, bare)
     if not source.is_file():
         refuse(f"{flag} {source}: no such file or folder (looked in {Path.cwd()})")
     if source.name.lower() in ("prompts.txt", "videos.txt"):
@@ -1153,12 +1163,16 @@ def files_below(folder: Path) -> Iterator[Path]:
         seen.add(real)
 
 
-def folder_records(folder: Path, flag: str) -> Records:
+def folder_records(folder: Path, flag: str, bare: bool = False) -> Records:
     """videofolder's metadata.csv or .jsonl (also one for each split), prompts.txt with videos.txt, videos
-    beside x.json or x.txt, or tables named by their split; below it too."""
+    beside x.json or x.txt, or tables named by their split; below it too. Where there is no video, pictures
+    are."""
     files = list(files_below(folder))
-    tables = [path for path in files if path.suffix.lower() in TABLES]
-    videos = [path for path in files if path.suffix.lower() in VIDEO_SUFFIXES]
+    tables, videos, pictures = (
+        [path for path in files if path.suffix.lower() in suffixes]
+        for suffixes in (TABLES, VIDEO_SUFFIXES, PICTURE_SUFFIXES)
+    )
+    videos = videos or pictures
     beside: dict[Path, dict[str, Path]] = {}
     for path in files:
         beside.setdefault(path.with_suffix(""), {})[path.suffix.lower()] = path
@@ -1181,12 +1195,14 @@ def folder_records(folder: Path, flag: str) -> Records:
                     if inside.name and isinstance(name := row.get("file_name"), str):
                         row["file_name"] = str(inside / name)
                 yield place, number, row
+    elif bare and videos:
+        yield from ((str(video), 0, {"video": str(video.relative_to(folder))}) for video in videos)
     else:
         kinds = ", ".join(sorted({path.suffix.lower() or path.name for path in files})[:8]) or "nothing"
         refuse(
             f"{flag} {folder}: no videos beside x.json or x.txt, no metadata.csv or .jsonl, no prompts.txt "
             f"with videos.txt, no table; {len(files)} files in it and below ({kinds}), {len(videos)} of them "
-            "videos"
+            f"videos{' (t2v_ddpm.py --caption_dropout 1 needs no texts)' if videos else ''}"
         )
 
 
@@ -1240,7 +1256,8 @@ def cell_of(row: dict, columns: dict[str, list[str]], what: str) -> Any:
 
 
 def is_empty(value: Any) -> bool:
-    return value is None or value == "" or value == [] or value != value
+    """Also what pandas makes of a cell without anything in it"""
+    return value is None or value == "" or value == [] or value != value or value == "nan"
 
 
 def text_of(value: Any, what: str) -> str:
@@ -1395,9 +1412,12 @@ def pairs_of(row: dict, default: str, notes: collections.Counter) -> list[QA]:
 
 
 def texts_of(record: Any, wants: str, default: str, notes: collections.Counter) -> list:
-    """The captions of a record, or its QA. BadSample when it has none, and for a record that is no row."""
+    """The captions of a record, or its QA; "" where its video is all that is wanted. BadSample when it has
+    none, and for a record that is no row."""
     if not isinstance(record, dict):
         raise BadSample(record if isinstance(record, str) else "a JSON object is wanted")
+    if wants == "video":
+        return [""]
     if wants == "caption":
         return captions_of(record)
     pairs = pairs_of(record, default, notes)
@@ -1412,8 +1432,9 @@ def captions_of(row: dict) -> list[str]:
     value = cell_of(row, columns, "caption")
     if value is None and "answer" not in columns:
         value = cell_of(row, columns, "question")
-    captions = [text_of(caption, "the caption") for caption in items_of(value)] if value is not None else []
-    if not captions or not all(captions):
+    captions = [text_of(caption, "the caption") for caption in items_of(value) if not is_empty(caption)]
+    captions = [caption for caption in captions if caption]
+    if not captions:
         raise BadSample(f"no caption {looked_for(row, 'caption')}")
     return captions
 
@@ -1476,8 +1497,8 @@ class Finder:
         for folder in self.folders:
             files = itertools.islice(files_below(Path(folder)), None if self.everywhere else 10**6)
             for path in files if not paths else ():
-                if path.suffix.lower() in VIDEO_SUFFIXES:
-                    for name in (path.name, path.stem):
+                if (suffix := path.suffix.lower()) in VIDEO_SUFFIXES + PICTURE_SUFFIXES:
+                    for name in (path.name, path.stem) if suffix in VIDEO_SUFFIXES else (path.name,):
                         paths.setdefault(name, []).append(str(path))
         return paths
 
@@ -1551,7 +1572,7 @@ def without_gc(call: Callable[..., T]) -> Callable[..., T]:
 @without_gc
 def read_data(
     cfg: Any,
-    wants: Literal["caption", "answer"],
+    wants: Literal["caption", "answer", "video"],
     keep: dict[str, str] = MappingProxyType({}),
     videos: bool = True,
     check: Callable[[list], Any] = len,
@@ -1560,14 +1581,18 @@ def read_data(
     """Rank 0: the rows of --manifest, of --dataset or, with neither, of the public samples. -> (rows, bad
     samples). Exit 2 when too many are bad.
 
-    wants: what a row must have, captions or answers; a caption answers cfg.question, or what happens. keep:
-    {column that the script wants as it is: the flag by which the user named it, or ""}. videos: whether their
-    files are wanted: then rows of one file (and part of it) are one row, whichever way it is written. check:
-    raises BadSample for texts that the script cannot use. records: those of a demo.
+    wants: what a row must have, captions or answers, or nothing but its video; a caption answers
+    cfg.question, or what happens. keep: {column that the script wants as it is: the flag by which the user
+    named it, or ""}. videos: whether their files are wanted: then rows of one file (and part of it) are one
+    row, whichever way it is written. check: raises BadSample for texts that the script cannot use. records:
+    those of a demo.
     """
     source = cfg.manifest or Path(cfg.dataset.partition(":")[0])
     if not records:
-        known = records_of(source) if cfg.manifest else dataset_records(cfg) if cfg.dataset else None
+        bare = wants == "video"
+        known = (
+            records_of(source, bare=bare) if cfg.manifest else dataset_records(cfg) if cfg.dataset else None
+        )
         records = known or sample_records()
     folder = (source if source.is_dir() else source.parent).absolute()
     folders = [cfg.videos] if cfg.videos else [folder, folder.parent]
@@ -2065,21 +2090,21 @@ def save_array(target: Path, *arrays: np.ndarray) -> None:
 
 
 def encode_clip(
-    clip: np.ndarray, path: Path, fps: int, codec: str, pix_fmt: str, options: dict, container: dict
+    clip: np.ndarray, path: Path, fps: float, codec: str, pix_fmt: str, options: dict, container: dict
 ) -> None:
     """uint8 (F, H, W, 3) -> a video without sound; options: the codec's and the container's, as ffmpeg names
     them"""
     import av
 
     with av.open(str(path), "w", options=container) as file:
-        stream = file.add_stream(codec, rate=fps, options=options)
+        stream = file.add_stream(codec, rate=Fraction(fps).limit_denominator(1000), options=options)
         stream.height, stream.width, stream.pix_fmt = clip.shape[1], clip.shape[2], pix_fmt
         for picture in clip:
             file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         file.mux(stream.encode())
 
 
-def write_mp4(clip: np.ndarray, path: Path, fps: int) -> None:
+def write_mp4(clip: np.ndarray, path: Path, fps: float) -> None:
     """uint8 (F, H, W, 3), sides even -> H.264 in yuv420p, which every browser plays"""
     encode_clip(clip, path, fps, "libx264", "yuv420p", {"crf": "18"}, {"movflags": "+faststart"})
 
@@ -2092,14 +2117,16 @@ def enlarge(clip: np.ndarray, least: int = 256) -> np.ndarray:
     return clip[:, : clip.shape[1] // 2 * 2, : clip.shape[2] // 2 * 2]
 
 
-def write_video(clip: np.ndarray, path: Path | str, fps: int = 8) -> None:
+def write_video(clip: np.ndarray, path: Path | str, fps: float = 8) -> None:
     """uint8 (F, H, W, 3) -> path.mp4 and path.gif"""
     from PIL import Image
 
     clip, path = enlarge(clip), Path(path)
     write_mp4(clip, path.with_suffix(".mp4"), fps)
     first, *rest = (Image.fromarray(picture) for picture in clip)
-    first.save(path.with_suffix(".gif"), save_all=True, append_images=rest, duration=1000 // fps, loop=0)
+    first.save(
+        path.with_suffix(".gif"), save_all=True, append_images=rest, duration=round(1000 / fps), loop=0
+    )
 
 
 def write_grid(clips: np.ndarray, captions: list[str], path: Path) -> None:
@@ -2121,7 +2148,17 @@ def write_grid(clips: np.ndarray, captions: list[str], path: Path) -> None:
         figure.savefig(path, dpi=100)
 
 
-def write_samples(clips: np.ndarray, captions: list[str], path: Path, fps: int = 8, every: int = 1) -> None:
+def sample_path(cfg: Any, prompt: str) -> Path:
+    """<output_dir>/samples/a_dog_runs_seed0, for what is made of a prompt; other prompts have other names"""
+    name = re.sub(r"\W+", "_", prompt.lower()).strip("_")
+    if not name or len(name) > 60:
+        name = f"{name[:50]}_{digest_of(prompt)[:8]}".strip("_")
+    folder = cfg.output_dir / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{name}_seed{cfg.seed}"
+
+
+def write_samples(clips: np.ndarray, captions: list[str], path: Path, fps: float = 8, every: int = 1) -> None:
     """uint8 (N, F, H, W, 3) -> path.png, a row a clip, one of `every` frames; path.mp4 and path.gif, the
     clips side by side"""
     write_grid(clips[:, ::every], captions, path.with_suffix(".png"))
@@ -3034,15 +3071,38 @@ def check_weights(source: str) -> None:
 
 
 def check_loaded(loading_info: dict, folder: Path) -> None:
-    """End the run when from_pretrained left weights at random, or had some that fit nowhere."""
+    """Exit 2 when from_pretrained left weights at random, or had some that fit nowhere."""
     names = [
         *loading_info["missing_keys"],
         *loading_info["unexpected_keys"],
         *loading_info["mismatched_keys"],
     ]
     if wrong := sorted(map(str, names)):
-        which = f"{len(wrong)} weights are missing or do not fit, {wrong[0]} among them"
-        raise SystemExit(f"error: {folder}: {which}")
+        refuse(f"{folder}: {len(wrong)} weights are missing or do not fit, {wrong[0]} among them")
+
+
+def weights_key(folder: Path) -> str:
+    """Of a folder: other weights have another one. Those in the Hub's cache are links to files named by their
+    content."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in {".safetensors", ".bin"}):
+        file, stat = path.resolve(), path.stat()
+        content = file.name if file.parent.name == "blobs" else stat.st_mtime_ns
+        digest.update(f"{path.name}|{content}|{stat.st_size}".encode())
+    return digest.hexdigest()[:16]
+
+
+def fill(model: Any, weights: dict[str, Any], where: str) -> None:
+    """A model gets these weights, also one on the meta device. Exit 2 unless just these fit, each in its
+    shape."""
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    loaded = {name: tuple(value.shape) for name, value in weights.items()}
+    if wrong := sorted({name for name, _ in wanted.items() ^ loaded.items()}):
+        first = wrong[0]
+        what = "has another shape" if first in wanted else "has no place"
+        what = what if first in loaded else "is missing"
+        refuse(f"{where}: {len(wrong)} weights are missing or do not fit; {first} {what}")
+    model.load_state_dict(weights, assign=True)
 
 
 @functools.cache  # asked before each of config, weights' sizes and weights

@@ -66,12 +66,12 @@ from tqdm import tqdm
 from common import (
     CHECKPOINTING, GB, PICTURES, BadSample, Free, Layout, Lower, Row, Run, append_json, brief, check_settings,
     check_weights, copy_code, data_name, decoded_frames, demo_module, digest_of, disk_free, epoch_order,
-    fetch_model, fingerprint, finish_run, from_all_ranks, gathered, identity_of, in_threads, leave_out,
+    fetch_model, fill, fingerprint, finish_run, from_all_ranks, gathered, identity_of, in_threads, leave_out,
     local_file, log, memory_layouts, merged_over_ranks, number_of, numbered, on_rank0, open_engine,
     open_media, open_run, out_of_memory, over_ranks, packet_times, part_of, pick_dtype, rank, read_data,
-    read_flags, read_json, refuse, rounds, row_lines, run, save_array, save_run, saved_bytes, seed_of,
-    show_plan, split_clips, start_run, stop_if_asked, timed_frames, tracker, training_steps, usable_cores,
-    with_steps, world_size, write_json, write_samples, write_whole,
+    read_flags, read_json, refuse, rounds, row_lines, run, sample_path, save_array, save_run, saved_bytes,
+    seed_of, show_plan, split_clips, start_run, stop_if_asked, timed_frames, tracker, training_steps,
+    usable_cores, weights_key, with_steps, world_size, write_json, write_samples, write_whole,
 )  # fmt: skip
 
 PUBLISHED = "hpcai-tech/OpenSora-STDiT-v3"
@@ -719,16 +719,6 @@ def plan_epoch(
 # ---------------------------------------------------------------------------
 
 
-def weights_key(folder: Path) -> str:
-    """Other weights have another one. Those in the Hub's cache are links to files named by their content."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.suffix in {".safetensors", ".bin"}):
-        file, stat = path.resolve(), path.stat()
-        content = file.name if file.parent.name == "blobs" else stat.st_mtime_ns
-        digest.update(f"{path.name}|{content}|{stat.st_size}".encode())
-    return digest.hexdigest()[:16]
-
-
 def config_and_weights(
     source: str, check: bool, flag: str, hint: str, file: str = "model.safetensors", below: str = ""
 ) -> tuple[Path, dict, dict[str, Tensor]]:
@@ -744,18 +734,6 @@ def config_and_weights(
         return folder, read_json(folder / "config.json"), {} if check else load_file(folder / file)
     except (OSError, SafetensorError) as error:
         refuse(f"{flag} {source}: {brief(error)}; {hint}")
-
-
-def fill(model: nn.Module, weights: dict[str, Tensor], where: str) -> None:
-    """A model on the meta device gets these weights. Exit 2 unless just these fit, each in its shape."""
-    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    loaded = {name: tuple(value.shape) for name, value in weights.items()}
-    if wrong := sorted({name for name, _ in wanted.items() ^ loaded.items()}):
-        first = wrong[0]
-        what = "has another shape" if first in wanted else "has no place"
-        what = what if first in loaded else "is missing"
-        refuse(f"{where}: {len(wrong)} weights are missing or do not fit; {first} {what}")
-    model.load_state_dict(weights, assign=True)
 
 
 def signed(clips: Tensor) -> Tensor:
@@ -2449,8 +2427,7 @@ def sample_prompt(cfg: Config) -> None:
         clip = generate(cfg.prompt, model, cfg.seed, cfg.image, cfg.extend, **flags)
     except BadSample as error:
         refuse(f"{cfg.image or cfg.extend} {error}")
-    path = cfg.output_dir / "samples" / re.sub(r"\W+", "_", cfg.prompt.lower()).strip("_")[:60]
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = sample_path(cfg, cfg.prompt)
     write_samples(clip[None], [cfg.prompt], path, settings_of(model, flags).fps, max(1, len(clip) // 8))
     log.info(f"{path}.mp4, .gif, .png")
 
@@ -2503,8 +2480,8 @@ def watch(cfg: Config) -> None:
 
 def main() -> None:
     cfg = read_flags(Config, __doc__, DEMO, {})
-    if cfg.recipe != "none":
-        cfg = read_flags(Config, __doc__, DEMO, {}, RECIPES[cfg.recipe].get(cfg.stage, {}))
+    if cfg.recipe != "none" and not cfg.demo:
+        cfg = read_flags(Config, __doc__, DEMO, {}, preset=RECIPES[cfg.recipe].get(cfg.stage, {}))
     watch(cfg) if cfg.watch else sample_prompt(cfg) if cfg.prompt else train(cfg)
 
 

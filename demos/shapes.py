@@ -187,3 +187,58 @@ def make_data(cfg: Any) -> Path:
 
     # the last 2: version of what is made
     return made_once(cfg.cache_dir / f"t2v_rflow_demo_{cfg.seed}_{count}_2", make) / "clips.csv"
+
+
+def build_text_encoder(folder: Path, seed: int) -> None:
+    """For t2v_ddpm.py: a CLIP text encoder of the real class with random weights, and a tokenizer that knows
+    the captions' words, saved as the real ones are"""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
+
+    words = sorted({word for a in all_captions(DDPM_SHAPES) for word in caption_of(a).split()})
+    known = {word: i for i, word in enumerate(["<pad>", "<start>", "<end>", "<unk>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(known, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<start> $A <end>", special_tokens=[("<start>", 1), ("<end>", 2)]
+    )
+    torch.manual_seed(seed)
+    config = CLIPTextConfig(
+        vocab_size=len(known), hidden_size=128, intermediate_size=256, num_hidden_layers=1,
+        num_attention_heads=4, max_position_embeddings=32, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    CLIPTextModel(config).save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="<end>"
+    ).save_pretrained(folder)
+
+
+def build_vae(folder: Path, seed: int) -> None:
+    """For t2v_ddpm.py: diffusers' AutoencoderKL, 2 x 2 pixels to a latent of 4 channels, taught to draw the
+    shapes in half a minute, and scaled as the published ones are"""
+    import torch
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(seed)
+    vae = AutoencoderKL(
+        block_out_channels=(16, 32), layers_per_block=1, latent_channels=4, norm_num_groups=8,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        mid_block_add_attention=False,
+    )  # fmt: skip
+    rng = np.random.default_rng(seed)
+    clips = [draw_clip(a, 4, 16, rng) for a in all_captions(DDPM_SHAPES)]
+    pictures = torch.from_numpy(np.concatenate(clips)).permute(0, 3, 1, 2) / 127.5 - 1
+    optimizer, steps = torch.optim.AdamW(vae.parameters(), 3e-3), 600
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
+    for _ in range(steps):
+        x = pictures[torch.from_numpy(rng.integers(len(pictures), size=16))]
+        posterior = vae.encode(x).latent_dist
+        error = (vae.decode(posterior.sample()).sample - x).square().mean()
+        (error + 1e-4 * posterior.kl().mean() / x[0].numel()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    with torch.no_grad():
+        vae.register_to_config(scaling_factor=1 / vae.encode(pictures).latent_dist.mean.std().item())
+    vae.save_pretrained(folder)

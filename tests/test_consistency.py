@@ -15,7 +15,7 @@ SCRIPTS = sorted(path for path in ROOT.glob("*_*.py") if path.read_text().starts
 # The parts of a script: every one has its own. Any other name that two scripts define is the same code in both.
 ROLES = set(
     "Config Data Base Sizes load_data open_base open_model open_codec get_batch sizes_of plan_of advice "
-    "evaluate evaluate_at held_out_loss final_results train train_steps save export card_of sample generate predict "
+    "evaluate evaluate_at held_out_loss final_results train train_steps save export card_of sample sample_clips generate predict "
     "sample_prompt main".split()
 )
 PACKAGES = {

@@ -657,3 +657,29 @@ def test_rows_as_the_model_sees_them_are_in_the_plan(script):
     shown = common.row_lines(list("abcdefghi"), lambda row: f"{row}\n" * 200)
     assert [label for label, _ in shown] == ["rows", "", ""] and all(len(text) < 250 for _, text in shown)
     assert "row_lines(" in Path(script.__file__).read_text()
+
+
+def test_of_several_captions_those_without_a_word_are_left_out():
+    row = {"captions": ["a dog", "", None, float("nan"), "nan", "it runs"]}
+    assert common.captions_of(row) == ["a dog", "it runs"]
+    for nothing in ("nan", float("nan"), ["", None], []):
+        with pytest.raises(common.BadSample, match="no caption"):
+            common.captions_of({"caption": nothing})
+
+
+def test_pictures_are_found_where_there_are_no_videos(tmp_path):
+    for name in ("a.jpg", "below/b.PNG"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+        (tmp_path / name).with_suffix(".txt").write_text(f"picture {name}")
+    rows, _ = read_data(ddpm.Config(manifest=tmp_path), "caption")
+    assert [Path(row.video).name for row in rows] == ["a.jpg", "b.PNG"]
+    (tmp_path / "rows.jsonl").write_text(
+        '{"image": "a.jpg", "text": "one"}\n{"image_path": "b.PNG", "text": "two"}\n'
+    )
+    cfg = ddpm.Config(manifest=tmp_path / "rows.jsonl", videos=tmp_path)
+    rows, _ = read_data(cfg, "caption")
+    assert [row.texts for row in rows] == [["one"], ["two"]]
+    (tmp_path / "a.mp4").write_bytes(b"x")  # a.jpg is its cover then
+    rows, _ = read_data(ddpm.Config(manifest=tmp_path, max_bad=0.9), "video")
+    assert [Path(row.video).name for row in rows] == ["a.mp4"]
