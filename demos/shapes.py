@@ -205,8 +205,8 @@ def build_text_encoder(folder: Path, seed: int) -> None:
     )
     torch.manual_seed(seed)
     config = CLIPTextConfig(
-        vocab_size=len(known), hidden_size=128, intermediate_size=256, num_hidden_layers=1,
-        num_attention_heads=4, max_position_embeddings=32, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        vocab_size=len(known), hidden_size=512, intermediate_size=512, num_hidden_layers=1,
+        num_attention_heads=8, max_position_embeddings=32, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     CLIPTextModel(config).save_pretrained(folder)
     PreTrainedTokenizerFast(
