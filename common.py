@@ -1589,11 +1589,10 @@ def read_data(
     """
     source = cfg.manifest or Path(cfg.dataset.partition(":")[0])
     if not records:
-        bare = wants == "video"
-        known = (
-            records_of(source, bare=bare) if cfg.manifest else dataset_records(cfg) if cfg.dataset else None
-        )
-        records = known or sample_records()
+        if cfg.manifest:
+            records = records_of(source, bare=wants == "video")
+        else:
+            records = dataset_records(cfg) if cfg.dataset else sample_records()
     folder = (source if source.is_dir() else source.parent).absolute()
     folders = [cfg.videos] if cfg.videos else [folder, folder.parent]
     find = Finder(folders, everywhere=bool(cfg.videos)) if videos else None

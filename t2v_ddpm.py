@@ -42,7 +42,7 @@ import os
 import zipfile
 import zlib
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Annotated, Any, Literal, NamedTuple
@@ -472,6 +472,14 @@ class Data:
     fps: float  # of the clips
     bad: list[dict]  # samples that were left out, and why
 
+    @cached_property
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean (C, H, W) and variance () of some training clips' pixels or latents"""
+        count = len(self.train.frames)
+        x = to_unit(self.train.batch(list(range(count))[:: max(1, count // 256)]))
+        mean = x.mean((0, 1))
+        return mean, (x - mean).square().mean()
+
 
 def with_encoders(cfg: Config) -> Config:
     """Every rank: what --text_encoder and --vae of auto stand for; for generated clips both are made on the
@@ -869,13 +877,6 @@ def sample_clips(model: UNet3DCond, text: Text, rows: list[int], vae: Any, cfg: 
     return np.stack(list(merged_over_ranks(done).values()))
 
 
-def moments_of(clips: Clips) -> tuple[Tensor, Tensor]:
-    """Mean (C, H, W) and variance () of some clips' pixels or latents"""
-    x = to_unit(clips.batch(list(range(len(clips.frames)))[:: max(1, len(clips.frames) // 256)]))
-    mean = x.mean((0, 1))
-    return mean, (x - mean).square().mean()
-
-
 def blind_guess(noisy: Tensor, alpha_bar: Tensor, moments: tuple[Tensor, Tensor], prediction: str) -> Tensor:
     """The best that can be predicted from mean and variance alone, by what does not look at the clip: x_0's
     conditional mean, were all pixels independent and normal. Most of the target is noise, and known by it."""
@@ -885,13 +886,11 @@ def blind_guess(noisy: Tensor, alpha_bar: Tensor, moments: tuple[Tensor, Tensor]
     return diffusion_target(clean, (noisy - a.sqrt() * clean) / (1 - a).sqrt(), alpha_bar, prediction)
 
 
-def held_out_loss(
-    model: UNet3DCond, clips: Clips, moments: tuple[Tensor, Tensor], cfg: Config
-) -> dict[str, float]:
+def held_out_loss(model: UNet3DCond, data: Data, cfg: Config) -> dict[str, float]:
     """Every rank its share: the loss at 8 fixed timesteps with fixed noise, on up to 64 clips; the same with
     each clip's caption replaced by another's, and of what does not look at the clip."""
     device, alpha_bar, done = next(model.parameters()).device, cosine_alpha_bar(cfg.shift), {}
-    count = min(64, len(clips.frames))
+    clips, count = data.held_out, min(64, len(data.held_out.frames))
     first = [numbers[0] for numbers in clips.rows]
     for part in rounds(count, cfg.batch_size):
         x = to_unit(clips.batch(part))
@@ -909,7 +908,7 @@ def held_out_loss(
                     model(noisy.to(device), when, text.to(device), mask.to(device), drop).cpu()
                     for text, mask in captions
                 ]
-            guesses.append(blind_guess(noisy, a, moments, cfg.prediction))
+            guesses.append(blind_guess(noisy, a, data.moments, cfg.prediction))
             weight = loss_weight(a, cfg.prediction, cfg.min_snr)
             errors = [(guess - target).square().mean((1, 2, 3, 4)) * weight for guess in guesses]
             sums += torch.stack(errors, 1) / 8
@@ -922,7 +921,7 @@ def evaluate(model: UNet3DCond, data: Data, cfg: Config) -> dict:
     """Every rank: the score of results.json. Generated clips: asked = made on held-out captions, read back
     from the sampled pixels, next to the same clips held against each other's captions. Videos: how much of
     the loss that remains without a look at the clip the model takes away, on held-out videos."""
-    held_out, losses = data.held_out, held_out_loss(model, data.held_out, moments_of(data.train), cfg)
+    held_out, losses = data.held_out, held_out_loss(model, data, cfg)
     names = {"as captioned": "loss", "captions swapped": "captions_swapped", "blind to the clip": "blind"}
     loss_table = {"loss": {name: losses[key] for name, key in names.items()}}
     results = {"held_out_loss": losses["loss"], "controls": {}, "tables": {"held out": loss_table}}
@@ -1036,12 +1035,15 @@ def update_ema(ema: dict[str, Tensor], module: nn.Module, decay: float) -> None:
         torch._foreach_lerp_([ema[name] for name in names], list(weights), 1 - decay)
 
 
+def unet_of(cfg: Config, text: Text, vae: Any) -> UNet3DCond:
+    sizes = cfg.base, cfg.levels, cfg.blocks, cfg.patch_size, cfg.text_mode, text.states.shape[1]
+    return UNet3DCond(*sizes, vae.config.latent_channels if vae else 3)
+
+
 def new_model(cfg: Config, data: Data) -> UNet3DCond:
     """With the weights of --init_from, if given; the same on every rank"""
     torch.manual_seed(cfg.seed)
-    text, channels = data.train.text, data.vae.config.latent_channels if data.vae else 3
-    sizes = cfg.base, cfg.levels, cfg.blocks, cfg.patch_size, cfg.text_mode
-    model = UNet3DCond(*sizes, text.states.shape[1], channels)
+    text, model = data.train.text, unet_of(cfg, data.train.text, data.vae)
     # of the captions that are trained on, some if there are many
     seen = sorted(set(itertools.chain.from_iterable(data.train.rows)))
     model.standardise(np.concatenate([text.of(row) for row in seen[:: max(1, len(seen) // 4096)]]))
@@ -1094,7 +1096,7 @@ def train_steps(cfg: Config, run: Run, engine: Any, ema: dict[str, Tensor], data
         run,
         engine,
         save=partial(save, cfg, run, engine, ema, data),
-        evaluate=partial(evaluate_at, cfg, engine.module, ema, data, moments_of(data.train)),
+        evaluate=partial(evaluate_at, cfg, engine.module, ema, data),
     )
     batches = batches_ahead(partial(get_batch, data.train, cfg), cfg, run.step)
     for (step, row), micro_batches in zip(steps, batches):
@@ -1111,10 +1113,10 @@ def train_steps(cfg: Config, run: Run, engine: Any, ema: dict[str, Tensor], data
 
 
 def evaluate_at(
-    cfg: Config, model: UNet3DCond, ema: dict[str, Tensor], data: Data, moments: tuple, step: int
+    cfg: Config, model: UNet3DCond, ema: dict[str, Tensor], data: Data, step: int
 ) -> dict[str, float]:
     """Every rank, in the middle of the run. -> what goes into metrics.jsonl"""
-    losses = held_out_loss(averaged(model, ema), data.held_out, moments, cfg)
+    losses = held_out_loss(averaged(model, ema), data, cfg)
     swapped, blind = losses["captions_swapped"], losses["blind"]
     told = f"held-out loss {losses['loss']:.4f} | swapped {swapped:.4f} | blind {blind:.4f}"
     log.info(f"eval step {step:06d} | {told}")
@@ -1203,7 +1205,10 @@ def card_of(cfg: Config, data: Data, results: dict) -> dict:
         f"latents of `{Path(cfg.vae).name if Path(cfg.vae).is_dir() else cfg.vae}`" if cfg.vae else "pixels"
     )
     encoder = f"`{cfg.text_encoder}`" if not Path(cfg.text_encoder).is_dir() else "a CLIP that lies here too"
-    how = {"film": f"with FiLM on the text features of {encoder}", "cross": f"cross-attention to {encoder}"}
+    how = {
+        "film": f"with FiLM on the text features of {encoder}",
+        "cross": f"with cross-attention to {encoder}",
+    }
     return {
         "about": f"A text-to-video diffusion model on {space}, {cfg.frames} frames of {cfg.size}x{cfg.size}: "
         f"a 3-D U-Net, {how[cfg.text_mode] if cfg.conditional else 'without captions'}, trained on {clips} "
@@ -1218,9 +1223,13 @@ def card_of(cfg: Config, data: Data, results: dict) -> dict:
     }
 
 
+def kept_of(saved: dict) -> dict:
+    return {name: saved[name] for name in KEPT if name in saved}
+
+
 def trained_weights(source: str, flag: str) -> tuple[dict, dict[str, Tensor]]:
     """Of a run folder, finished or not, one of its checkpoints or ckpt_000200.pt, a model folder or a Hub id:
-    (the settings that it was trained with, its averaged weights). Exit 2 when they cannot be read."""
+    (what of KEPT it was trained with, its averaged weights). Exit 2 when they cannot be read."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -1236,13 +1245,13 @@ def trained_weights(source: str, flag: str) -> tuple[dict, dict[str, Tensor]]:
             if saved.get("manifest") or saved.get("dataset"):
                 auto = {"text_encoder": CLIP, "vae": VAE}
                 saved |= {name: value for name, value in auto.items() if saved.get(name) == "auto"}
-            return saved, weights.get("ema", weights)
+            return kept_of(saved), weights.get("ema", weights)
         folder = fetch_model(str(path), "*.json", "*.safetensors", "*.txt", flag=flag)
         saved = read_json(folder / "config.json")
         for name in ("text_encoder", "vae"):  # that lie in it
             inside = folder / str(saved.get(name))
             saved[name] = str(inside) if saved.get(name) and inside.is_dir() else saved.get(name, "")
-        return saved, load_file(folder / "model.safetensors")
+        return kept_of(saved), load_file(folder / "model.safetensors")
     except (OSError, RuntimeError, ValueError, UnpicklingError, SafetensorError) as error:
         hint = "give the --output_dir of a run that has saved, a ckpt_*.pt, or a folder or Hub id of a model"
         refuse(f"{flag} {source}: {brief(error)}; {hint}")
@@ -1253,8 +1262,7 @@ def sample_model(prompts: list[str], weights: dict[str, Tensor], cfg: Config) ->
     cfg, device = with_shift(with_encoders(cfg)), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vae = open_vae(cfg.vae, device)[0] if cfg.vae else None
     text = clip_text(prompts, cfg.text_encoder, cfg.text_mode, device) if cfg.conditional else NO_CAPTION
-    sizes = cfg.base, cfg.levels, cfg.blocks, cfg.patch_size, cfg.text_mode, text.states.shape[1]
-    net = UNet3DCond(*sizes, vae.config.latent_channels if vae else 3)
+    net = unet_of(cfg, text, vae)
     fill(net, weights, "the model, with these flags")
     rows = list(range(len(prompts))) if cfg.conditional else [0] * len(prompts)
     return sample_clips(net.to(device).eval(), text, rows, vae, cfg)
@@ -1266,15 +1274,13 @@ def generate(prompt: str, model: str | Path, seed: int = 0, **flags: Any) -> np.
     model: a run folder, a model folder, a ckpt_000200.pt or a Hub id. flags: those of Config; what the model
     was trained with by default.
     """
-    saved, weights = trained_weights(str(model), "model")
-    kept = {name: saved[name] for name in KEPT if name in saved}
+    kept, weights = trained_weights(str(model), "model")
     return sample_model([prompt], weights, Config(report_to="none", seed=seed, **(kept | flags)))[0]
 
 
 def sample_prompt(cfg: Config) -> None:
     """--prompt: <output_dir>/samples/<prompt>_seed0.mp4, .gif and .png, of each line if it is a file"""
-    saved, weights = trained_weights(cfg.model or str(cfg.output_dir), "--model")
-    kept = {name: saved[name] for name in KEPT if name in saved}
+    kept, weights = trained_weights(cfg.model or str(cfg.output_dir), "--model")
     cfg = read_flags(Config, __doc__, DEMO, VARIABLES, BARE, kept)  # flags win over what the model knows
     prompts = [cfg.prompt]
     if cfg.prompt.endswith(".txt"):
