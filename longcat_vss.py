@@ -1271,7 +1271,7 @@ def load_omni(base: Base, dtype: str) -> Omni:
             ignore_mismatched_sizes=True,  # check_loaded ends the run, and names them
         )  # fmt: skip
     except RuntimeError as error:  # an expert is missing: transformers puts them together
-        raise SystemExit(f"error: {folder}: {brief(error)}") from error
+        refuse(f"{folder}: {brief(error)}")
     own_file = "model.embed_tokens.weight"
     loaded["missing_keys"] = [name for name in loaded["missing_keys"] if name != own_file]
     check_loaded(loaded, folder)
@@ -1287,7 +1287,7 @@ def load_omni(base: Base, dtype: str) -> Omni:
         wanted = {(key, tuple(getattr(value, "ds_shape", value.shape))) for key, value in state.items()}
         if wrong := sorted(wanted ^ {(key, tuple(value.shape)) for key, value in weights.items()}):
             which = f"{len(wrong)} weights are missing or do not fit, {wrong[0][0]} among them"
-            raise SystemExit(f"error: {folder / name}: {which}")
+            refuse(f"{folder / name}: {which}")
         with gathered(list(part.parameters()), changed=True):
             for key, value in state.items():
                 value.data.copy_(weights[key])

@@ -89,7 +89,8 @@ def scripts_path() -> str:
 
 def command(script, *flags, ranks=1, launcher="torchrun") -> list[str]:
     """python for one rank, else torchrun or deepspeed, as a user types them."""
-    port = str(20_000 + (os.getpid() * 7 + time.time_ns() // 1000) % 20_000)
+    # below the ports that the kernel gives to outgoing connections
+    port = str(20_000 + (os.getpid() * 7 + time.time_ns() // 1000) % 12_000)
     start = {
         "python": [sys.executable],
         "torchrun": ["torchrun", "--nproc_per_node", str(ranks), "--master_port", port],

@@ -829,11 +829,12 @@ EXPERT = "model.layers.1.mlp.experts.5.up_proj.weight"
     ],
     ids="missing bias expert unexpected shape pt_missing pt_unexpected pt_shape pt_name".split(),
 )
-def test_weights_that_are_missing_or_do_not_fit_end_the_run(broken, file, how, named):
+def test_weights_that_are_missing_or_do_not_fit_end_the_run(broken, capsys, file, how, named):
     folder, change = broken
     change(file, how)
-    with pytest.raises(SystemExit, match=named):
+    with pytest.raises(SystemExit) as end:
         vss.load_omni(vss.open_base(str(folder)), "fp32")
+    assert end.value.code == 2 and re.search(named, capsys.readouterr().err)
 
 
 def test_the_head_for_several_tokens_at_once_is_passed_over(broken, net):
