@@ -801,12 +801,8 @@ def to_unit(frames: Tensor) -> Tensor:
 
 def to_pixels(clips: Tensor) -> np.ndarray:
     """float (B, F, 3, H, W) in [-1, 1] -> uint8 (B, F, H, W, 3)"""
-    return (
-        rearrange(((clips.clamp(-1, 1) + 1) * 127.5).round(), "b f c h w -> b f h w c")
-        .to(torch.uint8)
-        .cpu()
-        .numpy()
-    )
+    levels = ((clips.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return rearrange(levels, "b f c h w -> b f h w c").cpu().numpy()
 
 
 # ---------------------------------------------------------------------------
@@ -977,21 +973,9 @@ def kept_bytes(model: UNet3DCond, cfg: Config, vae: Any) -> dict[bool, int]:
 
 
 def memory_advice(model: UNet3DCond, vae: Any, cfg: Config) -> str:
-    now, multiple = activation_bytes(model, cfg, vae), cfg.multiple(scale_of(vae))
-    less = [
-        ("BS", "batch_size", cfg.batch_size // 2),
-        ("FRAMES", "frames", cfg.frames // 2),
-        ("SIZE", "size", cfg.size // 2 // multiple * multiple),
-    ]
-    lines = [
-        f"activations of a micro-batch: {now / GB:.2f} GB at BS={cfg.batch_size} FRAMES={cfg.frames} "
-        f"SIZE={cfg.size}"
-    ]
-    for name, field, value in less:
-        if value >= 1:
-            saved = now - activation_bytes(model, dataclasses.replace(cfg, **{field: value}), vae)
-            lines.append(f"  {name}={value} saves {saved / GB:.2f} GB")
-    return "\n".join(lines)
+    now = f"activations of a micro-batch: {activation_bytes(model, cfg, vae) / GB:.2f} GB at "
+    now += f"BS={cfg.batch_size} FRAMES={cfg.frames} SIZE={cfg.size}"
+    return f"{now}; half of BS or of FRAMES halves them, half of SIZE quarters them"
 
 
 def plan_of(cfg: Config, model: UNet3DCond, data: Data, device: torch.device) -> Layout:
@@ -1025,8 +1009,7 @@ def plan_of(cfg: Config, model: UNet3DCond, data: Data, device: torch.device) ->
          f"{text.nbytes / GB:.2f} of text"),
     ]  # fmt: skip
     disk = 28 * (cfg.keep + 2) * parameters  # 28: see save()
-    advice = memory_advice(model, data.vae, cfg)
-    return show_plan(cfg, device, lines, layouts, advice, disk)
+    return show_plan(cfg, device, lines, layouts, memory_advice(model, data.vae, cfg), disk)
 
 
 def update_ema(ema: dict[str, Tensor], module: nn.Module, decay: float) -> None:

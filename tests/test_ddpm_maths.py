@@ -397,9 +397,4 @@ def test_auto_takes_the_least_offloading_that_fits(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         t2v.plan_of(dataclasses.replace(cfg, batch_size=2), model, data, torch.device("cpu"))
     said = capsys.readouterr().err
-    assert (
-        stop.value.code == 2
-        and "no memory layout fits" in said
-        and "BS=1 saves" in said
-        and "FRAMES=1 saves" in said
-    )
+    assert stop.value.code == 2 and "no memory layout fits" in said and "half of BS" in said
