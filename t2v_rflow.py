@@ -1,10 +1,11 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#   "av==18.1.0", "datasets==5.2.0", "deepspeed==0.19.8", "diffusers==0.42.1", "einops==0.8.2",
-#   "huggingface_hub==2.4.0", "matplotlib==3.11.2", "numpy==2.4.6", "opencv-python-headless==5.0.0.93",
-#   "peft==0.21.2", "pillow==13.0.0", "requests==2.34.2", "safetensors==0.8.0", "sentencepiece==0.2.3",
-#   "torch>=2.6", "tqdm==4.70.1", "transformers==5.23.0", "tyro==1.0.17",
+#   "av==18.1.0", "beautifulsoup4==4.15.0", "datasets==5.2.0", "deepspeed==0.19.8", "diffusers==0.42.1",
+#   "einops==0.8.2", "ftfy==6.3.1", "huggingface_hub==2.4.0", "matplotlib==3.11.2", "numpy==2.4.6",
+#   "opencv-python-headless==5.0.0.93", "peft==0.21.2", "pillow==13.0.0", "requests==2.34.2",
+#   "safetensors==0.8.0", "sentencepiece==0.2.3", "torch>=2.6", "tqdm==4.70.1", "transformers==5.23.0",
+#   "tyro==1.0.17",
 # ]
 # ///
 """Text to video in latent space: Open-Sora 1.2 (ST-DiT, rectified flow, 3-D VAE, buckets) in one file.
@@ -43,7 +44,7 @@ import itertools
 import json
 import math
 import os
-import re
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -64,14 +65,15 @@ from tqdm import tqdm
 
 # isort: off
 from common import (
-    CHECKPOINTING, GB, PICTURES, BadSample, Free, Layout, Lower, Row, Run, append_json, brief, check_settings,
-    check_weights, copy_code, data_name, decoded_frames, demo_module, digest_of, disk_free, epoch_order,
-    fetch_model, fill, fingerprint, finish_run, from_all_ranks, gathered, identity_of, in_threads, leave_out,
-    local_file, log, memory_layouts, merged_over_ranks, number_of, numbered, on_rank0, open_engine,
-    open_media, open_run, out_of_memory, over_ranks, packet_times, part_of, pick_dtype, rank, read_data,
-    read_flags, read_json, refuse, rounds, row_lines, run, sample_path, save_array, save_run, saved_bytes,
-    seed_of, show_plan, split_clips, start_run, stop_if_asked, timed_frames, tracker, training_steps,
-    usable_cores, weights_key, with_steps, world_size, write_json, write_samples, write_whole,
+    CHECKPOINTING, GB, PICTURES, BadSample, Free, Layout, Lower, Row, Run, append_json, barrier,
+    batches_ahead, brief, check_settings, check_weights, copy_code, data_name, decoded_frames, demo_module,
+    digest_of, disk_free, epoch_order, fetch_model, fill, fingerprint, finish_run, from_all_ranks, gathered,
+    identity_of, in_threads, leave_out, local_file, local_ranks, log, made_once, memory_layouts,
+    merged_over_ranks, newest_checkpoint, number_of, numbered, on_rank0, open_engine, open_media, open_run,
+    out_of_memory, over_ranks, packet_times, part_of, pick_dtype, rank, read_data, read_flags, read_json,
+    refuse, rounds, row_lines, run, sample_path, save_array, save_run, saved_bytes, seed_of, show_plan,
+    split_clips, start_run, stop_if_asked, timed_frames, tracker, training_steps, usable_cores, weights_key,
+    with_steps, world_size, write_json, write_samples, write_whole,
 )  # fmt: skip
 
 PUBLISHED = "hpcai-tech/OpenSora-STDiT-v3"
@@ -264,47 +266,82 @@ PUBLISHED_SIZES = {
     "1080p": "882x2352 942x2198 998x2080 1018x2036 1048x1980 1058x1958 1080x1920 1138x1820 1176x1764 "
     "1248x1664 1440x1440 1662x1246 1764x1176 1920x1080 1980x1048 2036x1018 2078x998",
 }
-SIZES = {
-    name: dict(zip(RATIOS, (tuple(map(int, size.split("x"))) for size in sizes.split()), strict=True))
-    for name, sizes in PUBLISHED_SIZES.items()
-}
+# PixArt's, of about 1024 x 1024. The tall ones are the wide ones on their side, save for 704x1344.
+WIDE = (
+    "512x2048 512x1984 512x1920 512x1856 576x1792 576x1728 576x1664 640x1600 640x1536 704x1472 704x1408 "
+    "704x1344 768x1344 768x1280 832x1216 832x1152 896x1152 896x1088 960x1088 960x1024"
+)
+
+
+def sides(sizes: str) -> list[tuple[int, int]]:
+    """ "196x522 210x490" -> [(196, 522), (210, 490)]"""
+    return [tuple(map(int, size.split("x"))) for size in sizes.split()]
+
+
+def pixart_sizes(share: float) -> dict[str, tuple[int, int]]:
+    """{ratio: (height, width)} of 1024 * share pixels a side"""
+    wide = sides(WIDE)
+    tall = [(w, h) for h, w in reversed(wide) if (h, w) != (704, 1344)]
+    sizes = {}
+    for h, w in [*wide, (1024, 1024), *tall]:
+        part = math.gcd(h, w)
+        sizes[f"{h // part}:{w // part}"] = int(h * share), int(w * share)
+    return sizes
+
+
+SIZES = {name: dict(zip(RATIOS, sides(sizes), strict=True)) for name, sizes in PUBLISHED_SIZES.items()}
+SIZES |= {name: pixart_sizes(int(name) / 1024) for name in ("256", "512", "1024", "2048")}
 
 # {resolution: {frames: (keep, batch)}}: what a clip is resized to, with which probability, and how many to a
 # batch on 80 GB; keep may be (of the resolution, of the length); batch None: keeps longer clips out. From
-# configs/opensora-v1-2/train/stage{1,2,3}.py, without PixArt's squares (256, 512, 1024, 2048): their clips go
-# to the next lower resolution. One frame is an image.
+# configs/opensora-v1-2/train/stage{1,2,3}.py. One frame is an image.
 Buckets = dict[str, dict[int, tuple[Any, int | None]]]
 BUCKETS: dict[str, Buckets] = {
     "demo": {"12p": {4: (1.0, 12), 6: (1.0, 8)}, "16p": {4: (1.0, 7), 6: (1.0, 5)}},
     "1": {
         "144p": {1: (1.0, 475), 51: (1.0, 51), 102: ((1.0, 0.33), 27), 204: ((1.0, 0.1), 13),
                  408: ((1.0, 0.1), 6)},
+        "256": {1: (0.4, 297), 51: (0.5, 20), 102: ((0.5, 0.33), 10), 204: ((0.5, 0.1), 5),
+                408: ((0.5, 0.1), 2)},
         "240p": {1: (0.3, 297), 51: (0.4, 20), 102: ((0.4, 0.33), 10), 204: ((0.4, 0.1), 5),
                  408: ((0.4, 0.1), 2)},
         "360p": {1: (0.2, 141), 51: (0.15, 8), 102: ((0.15, 0.33), 4), 204: ((0.15, 0.1), 2),
                  408: ((0.15, 0.1), 1)},
+        "512": {1: (0.1, 141)},
         "480p": {1: (0.1, 89)},
         "720p": {1: (0.05, 36)},
+        "1024": {1: (0.05, 36)},
         "1080p": {1: (0.1, 5)},
+        "2048": {1: (0.1, 5)},
     },
     "2": {
         "144p": {1: (1.0, 475), 51: (1.0, 51), 102: ((1.0, 0.33), 27), 204: ((1.0, 0.1), 13),
                  408: ((1.0, 0.1), 6)},
+        "256": {1: (0.4, 297), 51: (0.5, 20), 102: ((0.5, 0.33), 10), 204: ((0.5, 1.0), 5),
+                408: ((0.5, 1.0), 2)},
         "240p": {1: (0.3, 297), 51: (0.4, 20), 102: ((0.4, 0.33), 10), 204: ((0.4, 1.0), 5),
                  408: ((0.4, 1.0), 2)},
         "360p": {1: (0.5, 141), 51: (0.15, 8), 102: ((0.3, 0.5), 4), 204: ((0.3, 1.0), 2),
                  408: ((0.5, 0.5), 1)},
+        "512": {1: (0.4, 141), 51: (0.15, 8), 102: ((0.2, 0.4), 4), 204: ((0.2, 1.0), 2),
+                408: ((0.4, 0.5), 1)},
         "480p": {1: (0.5, 89), 51: (0.2, 5), 102: (0.2, 2), 204: (0.1, 1)},
         "720p": {1: (0.1, 36), 51: (0.03, 1)},
+        "1024": {1: (0.1, 36), 51: (0.02, 1)},
         "1080p": {1: (0.01, 5)},
+        "2048": {1: (0.01, 5)},
     },
     "3": {
         "144p": {1: (1.0, 475), 51: (1.0, 51), 102: (1.0, 27), 204: (1.0, 13), 408: (1.0, 6)},
+        "256": {1: (1.0, 297), 51: (0.5, 20), 102: (0.5, 10), 204: (0.5, 5), 408: ((0.5, 0.5), 2)},
         "240p": {1: (1.0, 297), 51: (0.5, 20), 102: (0.5, 10), 204: (0.5, 5), 408: ((0.5, 0.4), 2)},
         "360p": {1: (1.0, 141), 51: (0.5, 8), 102: (0.5, 4), 204: (0.5, 2), 408: ((0.5, 0.3), 1)},
+        "512": {1: (1.0, 141), 51: (0.5, 8), 102: (0.5, 4), 204: (0.5, 2), 408: ((0.5, 0.2), 1)},
         "480p": {1: (1.0, 89), 51: (0.5, 5), 102: (0.5, 3), 204: ((0.5, 0.5), 1), 408: (0.0, None)},
         "720p": {1: (0.3, 36), 51: (0.2, 2), 102: (0.1, 1), 204: (0.0, None)},
+        "1024": {1: (0.3, 36), 51: (0.1, 2), 102: (0.1, 1), 204: (0.0, None)},
         "1080p": {1: (0.1, 5)},
+        "2048": {1: (0.05, 5)},
     },
 }  # fmt: skip
 PUBLISHED_TOKENS = 110_000  # of a batch on 80 GB: video rows of the tables hold 95,000 to 143,000
@@ -315,24 +352,31 @@ ENOUGH = 0.8  # of a resolution's area: bucket.py's `approx`
 
 def ratios_of(resolution: str) -> list[str]:
     """Its aspect ratios (H:W), wide to tall. Of a made-up one, as 16p, only 1:1."""
-    return RATIOS if resolution in SIZES else ["1:1"]
+    return list(SIZES.get(resolution, ["1:1"]))
+
+
+def typical_size(resolution: str) -> tuple[int, int]:
+    """(height, width) of 9:16, of a square of PixArt's or a made-up resolution of 1:1. Or ValueError."""
+    if resolution in SIZES:
+        return SIZES[resolution].get("9:16") or SIZES[resolution]["1:1"]
+    if resolution.endswith("p") and resolution[:-1].isdecimal() and int(resolution[:-1]):
+        return int(resolution[:-1]), int(resolution[:-1])
+    known = ", ".join(SIZES)
+    raise ValueError(f"resolution {resolution}: one of {known}, or a side in pixels and p, as 16p")
 
 
 def area_of(resolution: str) -> int:
-    """Pixels: H * W of 9:16 where published (240p: 102,240), else N * N of "Np". Or ValueError."""
-    if not (resolution.endswith("p") and resolution[:-1].isdecimal() and int(resolution[:-1])):
-        known = ", ".join(SIZES)
-        raise ValueError(f"resolution {resolution}: one of {known}, or a side in pixels and p, as 16p")
-    return math.prod(SIZES[resolution]["9:16"]) if resolution in SIZES else int(resolution[:-1]) ** 2
+    """Pixels: of 240p 102,240, of 512 262,144. Or ValueError."""
+    return math.prod(typical_size(resolution))
 
 
 def size_of(resolution: str, ratio: str) -> tuple[int, int]:
     """-> (height, width) in pixels; `ratio` is height:width, so 9:16 of 240p is (240, 426). Or ValueError."""
-    area = area_of(resolution)
+    typical = typical_size(resolution)
     if ratio not in ratios_of(resolution):
         known = ", ".join(ratios_of(resolution))
         raise ValueError(f"aspect ratio {ratio} (height:width) of {resolution}: one of {known}")
-    return SIZES[resolution][ratio] if resolution in SIZES else (math.isqrt(area), math.isqrt(area))
+    return SIZES[resolution][ratio] if resolution in SIZES else typical
 
 
 def tokens_of(codec: Any) -> Callable[[int, int, int], int]:
@@ -357,7 +401,7 @@ def scaled(buckets: Buckets, tokens_per_gpu: int, codec: Any) -> Buckets:
     resolutions. Lengths become those that the codec has."""
     adapted: Buckets = {}
     for resolution, lengths in buckets.items():
-        size = size_of(resolution, "9:16" if resolution in SIZES else "1:1")
+        size = typical_size(resolution)
         adapted[resolution] = {}
         for frames, (keep, batch) in lengths.items():
             tokens = tokens_of(codec)(codec.whole_length(frames), *size)
@@ -370,14 +414,6 @@ def scaled(buckets: Buckets, tokens_per_gpu: int, codec: Any) -> Buckets:
     return adapted
 
 
-def keeping_all(buckets: Buckets) -> Buckets:
-    """The same buckets for evaluation: they take every clip that fits"""
-    sure: Buckets = {}
-    for resolution, lengths in buckets.items():
-        sure[resolution] = {f: (1.0 if batch else keep, batch) for f, (keep, batch) in lengths.items()}
-    return sure
-
-
 def read_buckets(path: Path) -> Buckets:
     """A table like BUCKETS[stage] from JSON, {"240p": {"51": [0.4, 20]}}. Exit 2 for any other."""
     table: Buckets = {}
@@ -385,6 +421,8 @@ def read_buckets(path: Path) -> Buckets:
         for resolution, lengths in read_json(path).items():
             area_of(resolution)
             table[resolution] = {int(frames): (keep, batch) for frames, (keep, batch) in lengths.items()}
+            for frames, (keep, batch) in table[resolution].items():
+                chances(resolution, frames, keep, batch)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         form = '{"240p": {"51": [0.4, 20]}}: probability, clips in a batch'
         refuse(f"--buckets {path}: {error}; a table has the form {form}")
@@ -403,7 +441,7 @@ SCORES = {
     "camera motion": ("cmotion", "camera motion", "camera_motion"),
 }
 SCORE_COLUMNS = dict.fromkeys(itertools.chain.from_iterable(SCORES.values()), "")
-KEEP, SHUFFLE, CAPTION, FRAMES, MASKS = range(1, 6)  # what random numbers are for
+KEEP, SHUFFLE, CAPTION, FRAMES, MASKS, ENCODE, ORDER = range(1, 8)  # what random numbers are for
 
 
 @dataclass(frozen=True)
@@ -417,6 +455,31 @@ class Table:
 
     def part(self, keep: np.ndarray) -> Table:
         return Table(*(column[keep] for column in (self.num_frames, self.height, self.width, self.fps)))
+
+
+class Rows:
+    """Rows as JSON in one file that all ranks of a machine map: as Python's objects a million take 2.6 GB in
+    each of them."""
+
+    def __init__(self, folder: Path, numbers: np.ndarray) -> None:
+        """numbers: which of the folder's rows these are"""
+        self.folder, self.numbers = folder, numbers
+        self.ends = np.load(folder / "ends.npy", mmap_mode="r")
+        self.content = np.memmap(folder / "rows.json", np.uint8, "r")
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, i: int) -> Row:
+        return Row(*self.said(i)[1:])
+
+    def said(self, i: int) -> list:
+        at = int(self.numbers[i])
+        return json.loads(self.content[int(self.ends[at - 1]) if at else 0 : int(self.ends[at])].tobytes())
+
+    def identity(self, i: int) -> str:
+        """Of the file as it was when it was read: path, size and time of change, or URL"""
+        return self.said(i)[0]
 
 
 def rng_of(use: int, *parts: int) -> np.random.Generator:
@@ -491,25 +554,22 @@ def clip_table(rows: list[Row], cfg: Config) -> tuple[list[Row], Table, list[dic
 
 
 def scored_caption(text: str, scores: tuple[str, str, str], rng: np.random.Generator | None) -> str:
-    """The caption with its scores in the form that upstream's inference writes
-    (opensora/utils/inference_utils.py), "... aesthetic score: 5.5. motion score: 10. camera motion: pan
-    left." Each is left out one time in five (tools/datasets/datautil.py), so that the model is at home
-    without. `rng`: Source.rng; None leaves none out."""
+    """The caption with those of its scores that it does not name, as upstream's inference appends them
+    (append_score_to_prompts), "a dog runs aesthetic score: 5.5. motion score: 10.0. camera motion: pan left."
+    Each is left out one time in five (tools/datasets/datautil.py), so that the model is at home without.
+    `rng`: Source.rng; None leaves none out."""
     draws = rng.random(3) if rng else np.ones(3)
-    if "aesthetic score" in text:  # written there by who made the manifest
-        return text
-    named = zip(SCORES, scores, draws, strict=True)
-    parts = [f"{name}: {value}." for name, value, draw in named if value and draw >= 0.2]
-    if parts and not text.endswith((".", "!", "?")):
-        text = f"{text}."
-    return " ".join([text, *parts])
+    for name, value, draw in zip(SCORES, scores, draws, strict=True):
+        if value and draw >= 0.2 and f"{name}:" not in text:
+            text = f"{text} {name}: {value}."
+    return text
 
 
 def frames_of(num_frames: int, frames: int, rng: np.random.Generator) -> range:
     """The frames of a clip that a bucket takes: `frames` in a row from a random one on. The last of all is
     left: headers often count one too many. `rng`: Source.rng. BadSample when the clip is shorter."""
     if num_frames < frames:
-        raise BadSample(f"{num_frames} frames, {frames} needed")
+        raise BadSample(f"{num_frames} frames, at least {frames} needed")
     start = int(rng.integers(max(1, num_frames - frames)))
     return range(start, start + frames)
 
@@ -539,24 +599,24 @@ class Bucket:
 
 
 @dataclass(frozen=True)
-class Epoch:
-    """What each rank trains on in each step of an epoch. Ranks may hold different shapes in one step."""
+class Groups:
+    """Batches of clips of one shape each."""
 
     buckets: tuple[Bucket, ...]
     rows: np.ndarray  # int64 (N,), of the table: batch after batch
     starts: np.ndarray  # int64 (B + 1,): batch b is rows[starts[b]:starts[b + 1]]
     bucket_of: np.ndarray  # int64 (B,), of each batch
-    order: np.ndarray  # int64 (steps, world), numbers of batches
-    dropped: dict[str, int]  # clips that are not trained on in this epoch, by reason
-    imbalance: float  # mean over steps of the costliest rank / the mean rank: what waiting for it costs
-    imbalance_shuffled: float  # the same for upstream's order, a plain shuffle
+    dropped: dict[str, int]  # clips that are in none, by reason
 
-    def batch(self, b: int) -> tuple[Bucket, np.ndarray, np.ndarray]:
-        """-> (its shape, the rows of its clips, those of the next batches of the shape, to take the place of
-        bad clips)"""
-        end = np.searchsorted(self.bucket_of, self.bucket_of[b], "right")
-        first, after, last = self.starts[[b, b + 1, end]]
-        return self.buckets[self.bucket_of[b]], self.rows[first:after], self.rows[after:last]
+    def batch(self, b: int) -> tuple[Bucket, np.ndarray]:
+        """-> (its shape, the rows of its clips)"""
+        return self.buckets[self.bucket_of[b]], self.rows[self.starts[b] : self.starts[b + 1]]
+
+    def others(self, b: int) -> Iterator[int]:
+        """Rows of the other batches of its shape, the next ones first, to take the place of bad clips"""
+        begin, end = (np.searchsorted(self.bucket_of, self.bucket_of[b], side) for side in ("left", "right"))
+        before, first, after, last = self.starts[[begin, b, b + 1, end]]
+        return map(int, itertools.chain(self.rows[after:last], self.rows[before:first]))
 
     def first_of_each(self, most: int) -> list[int]:
         """The first `most` batches of each resolution and length"""
@@ -567,10 +627,14 @@ class Epoch:
                 batches.append(b)
         return list(itertools.chain.from_iterable(by_name.values()))
 
-    def clips(self, batches: Iterable[int] | None = None) -> list[tuple[Bucket, int]]:
-        """(shape, row) of every clip of these batches, by default of all"""
-        parts = map(self.batch, range(len(self.bucket_of)) if batches is None else batches)
-        return [(bucket, int(row)) for bucket, rows, _ in parts for row in rows]
+
+@dataclass(frozen=True)
+class Epoch(Groups):
+    """What each rank trains on in each step of an epoch. Ranks may hold different shapes in one step."""
+
+    order: np.ndarray  # int64 (steps, world), numbers of batches
+    imbalance: float  # mean over steps of the costliest rank / the mean rank: what waiting for it costs
+    imbalance_shuffled: float  # the same for upstream's order, a plain shuffle
 
     def table(self) -> str:
         """For people: clips and batches by resolution and length, then what is left out and why."""
@@ -629,7 +693,7 @@ def assign(
     unfit = {
         "cannot be read": ~readable,
         "too small": readable & ~large,
-        "too short" if videos else "not an image": readable & large & ~long,
+        "no longer than a bucket" if videos else "not an image": readable & large & ~long,
         "kept out by probability": long & (cell < 0),
     }
     return cell, cells, {reason: int(mask.sum()) for reason, mask in unfit.items()}
@@ -649,24 +713,14 @@ def imbalance(costs: np.ndarray, order: np.ndarray) -> float:
     return float((costs[order].max(1) / costs[order].mean(1)).mean())
 
 
-def plan_epoch(
-    table: Table,
-    buckets: Buckets,
-    seed: int,
-    epoch: int,
-    world: int,
-    cost: Callable[[int, int, int], float] = published_tokens,
-) -> Epoch:
-    """The epoch's batches in the order of training, a function of its arguments alone: (epoch, step) is all
-    that a resume needs. No clip comes twice. `cost` of one clip of (frames, height, width), in any unit.
+def group(table: Table, buckets: Buckets, seed: int, epoch: int) -> Groups:
+    """The clips that go to a bucket, in batches of one shape. No clip comes twice.
 
     A group of one shape drops the clips that do not fill its last batch: others are left out in the next
-    epoch. A group smaller than one batch is one smaller batch, for its clips would else never be seen. Exit 2
-    without a batch for each rank.
+    epoch. A group smaller than one batch is one smaller batch, for its clips would else never be seen.
     """
     cell, cells, dropped = assign(table, buckets, seed, epoch)
-    rng = rng_of(SHUFFLE, seed, epoch)
-    rows = rng.permutation(len(cell))
+    rows = rng_of(SHUFFLE, seed, epoch).permutation(len(cell))
     rows = rows[cell[rows] >= 0]
     # a radix sort: shuffled inside each cell
     rows = rows[np.argsort(cell[rows].astype(np.int16), kind="stable")]
@@ -677,25 +731,42 @@ def plan_epoch(
     used = np.flatnonzero(batches)
     place = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)  # of each row in its group
     whole = place < np.repeat(batches * sizes, counts)
-    rows, bucket_of = rows[whole], np.repeat(np.arange(len(used)), batches[used])
+    bucket_of = np.repeat(np.arange(len(used)), batches[used])
     starts = np.concatenate([[0], np.cumsum(sizes[used][bucket_of])])
     dropped["remainder of a batch"] = int((~whole).sum())
-    steps = len(bucket_of) // world
-    counted = f"of {len(cell):,} clips\n{dropped_text(dropped)}\n  {'trained on':27} {len(rows):12,}"
-    if not len(rows):
+    shapes = tuple(Bucket(*cells[i], int(sizes[i])) for i in used)
+    return Groups(shapes, rows[whole], starts, bucket_of, dropped)
+
+
+def plan_epoch(
+    table: Table,
+    buckets: Buckets,
+    seed: int,
+    epoch: int,
+    world: int,
+    cost: Callable[[int, int, int], float] = published_tokens,
+) -> Epoch:
+    """The epoch's batches in the order of training, a function of its arguments alone: (epoch, step) is all
+    that a resume needs. `cost` of one clip of (frames, height, width), in any unit. Exit 2 without a batch
+    for each rank."""
+    groups = group(table, buckets, seed, epoch)
+    count, dropped = len(groups.bucket_of), groups.dropped
+    steps, clips = count // world, len(groups.rows)
+    counted = f"of {len(table.fps):,} clips\n{dropped_text(dropped)}\n  {'trained on':27} {clips:12,}"
+    if not clips:
         refuse(
             f"no batch to train on: {counted}\n"
             "take buckets with smaller resolutions, shorter lengths or higher probabilities"
         )
     if not steps:
         refuse(
-            f"{len(bucket_of)} batches for {world} ranks, each needs one in a step: {counted}\n"
-            f"take {len(bucket_of)} GPUs at most, smaller batches (--tokens_per_gpu), or more clips"
+            f"{count} batches for {world} ranks, each needs one in a step: {counted}\n"
+            f"take {count} GPUs at most, smaller batches (--tokens_per_gpu), or more clips"
         )
-    shapes = tuple(Bucket(*cells[i], int(sizes[i])) for i in used)
-    costs = np.array([cost(b.frames, *b.size) * b.batch_size for b in shapes], np.float64)[bucket_of]
-    shuffled = rng.permutation(len(bucket_of))
-    dropped["remainder of a step"] = int(np.diff(starts)[shuffled[steps * world :]].sum())
+    costs = np.array([cost(b.frames, *b.size) * b.batch_size for b in groups.buckets], np.float64)
+    costs, rng = costs[groups.bucket_of], rng_of(ORDER, seed, epoch)
+    shuffled = rng.permutation(count)
+    dropped["remainder of a step"] = int(np.diff(groups.starts)[shuffled[steps * world :]].sum())
     shuffled = shuffled[: steps * world]
     # Ranks of a step are to cost the same: windows of batches are sorted by cost and cut into steps. These
     # are shuffled, or each window would go from cheap to dear, and so are the ranks in each, or the last
@@ -704,15 +775,16 @@ def plan_epoch(
     order = shuffled[np.lexsort((costs[shuffled], window))].reshape(steps, world)
     order = rng.permuted(order[rng.permutation(steps)], axis=1)
     ours, theirs = imbalance(costs, order), imbalance(costs, shuffled.reshape(steps, world))
-    return Epoch(shapes, rows, starts, bucket_of, order, dropped, ours, theirs)
+    return Epoch(*(getattr(groups, f.name) for f in dataclasses.fields(Groups)), order, ours, theirs)
 
 
 # ---------------------------------------------------------------------------
 # Codec: pictures <-> latents. OpenSoraVAE, WanVAE and Pixels have one interface:
 #   name, key (of its weights), channels (of the latents), space (pixels that a latent has in height and in
 #   width), latent_frames(n) -> T, whole_length(n): the longest length up to n that it has,
-#   encode(clips, generator=None): uint8 (B, F, H, W, 3) -> float32 (B, C, T, H // space, W // space),
-#     normalised for the transformer; the posterior's mean, or with a generator a sample. Rows and columns
+#   encode(clips, generators=None): uint8 (B, F, H, W, 3) -> float32 (B, C, T, H // space, W // space),
+#     normalised for the transformer; the posterior's mean, or with a generator (on the CPU) for each clip a
+#     sample, the same in any batch. Rows and columns
 #     beyond a multiple of `space` make no latent (as upstream, 240x426 has 30x53): nothing is padded or
 #     cropped, the last convolutions see what they reach.
 #   decode(latents, frames): the way back, uint8 (B, frames, h * space, w * space, 3).
@@ -736,6 +808,9 @@ def config_and_weights(
         refuse(f"{flag} {source}: {brief(error)}; {hint}")
 
 
+Generators = list[torch.Generator] | None
+
+
 def signed(clips: Tensor) -> Tensor:
     """uint8 (..., H, W, 3) in 0..255 -> float32 (..., 3, H, W) in [-1, 1]"""
     return clips.movedim(-1, -3).float() / 127.5 - 1
@@ -746,13 +821,14 @@ def unsigned(x: Tensor) -> Tensor:
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(-3, -1)
 
 
-def draw(moments: Tensor, generator: torch.Generator | None) -> Tensor:
-    """moments (B, 2C, ...), the posterior's mean and log variance -> (B, C, ...), the mean or a sample"""
+def draw(moments: Tensor, generators: Generators) -> Tensor:
+    """moments (B, 2C, ...), the posterior's mean and log variance -> (B, C, ...), the mean, or of each clip a
+    sample by its generator"""
     mean, logvar = moments.chunk(2, dim=1)
-    if generator is None:
+    if generators is None:
         return mean
-    noise = torch.randn(mean.shape, generator=generator, device=generator.device).to(mean)
-    return mean + noise * (logvar.clamp(-30, 20) / 2).exp()
+    noise = torch.stack([torch.randn(m.shape, generator=g) for m, g in zip(mean, generators, strict=True)])
+    return mean + noise.to(mean) * (logvar.clamp(-30, 20) / 2).exp()
 
 
 def check_length(codec: Any, latents: Tensor, frames: int) -> None:
@@ -903,18 +979,18 @@ class OpenSoraVAE(nn.Module):
         return n // PIECE * 5 + -(n % PIECE // -4)
 
     @torch.no_grad()
-    def encode(self, clips: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """See above. With a generator both posteriors are sampled, as upstream always does."""
+    def encode(self, clips: Tensor, generators: Generators = None) -> Tensor:
+        """See above. With generators both posteriors are sampled, as upstream always does."""
         image, like, pieces = self.spatial_vae["module"], self.temporal_vae.quant_conv.conv.weight, []
         for piece in clips.split(PIECE, dim=1):
-            latents = []
-            for pictures in piece.flatten(0, 1).split(MICRO):
-                posterior = image.encode(signed(pictures.to(like.device)).to(like)).latent_dist
-                latents.append(posterior.parameters)
-            x = torch.cat([draw(moments, generator) for moments in latents]) * SPATIAL_FACTOR
-            x = x.unflatten(0, piece.shape[:2]).transpose(1, 2)  # (B, 4, F, h, w)
-            parts = x.split(clips_at_once(x.shape[2]))
-            pieces.append(torch.cat([draw(self.temporal_vae.encode(part), generator) for part in parts]))
+            parts = [
+                image.encode(signed(pictures.to(like.device)).to(like)).latent_dist.parameters
+                for pictures in piece.flatten(0, 1).split(MICRO)
+            ]
+            moments = torch.cat(parts).unflatten(0, piece.shape[:2]).transpose(1, 2)  # (B, 8, F, h, w)
+            x = draw(moments, generators) * SPATIAL_FACTOR
+            halves = [self.temporal_vae.encode(part) for part in x.split(clips_at_once(x.shape[2]))]
+            pieces.append(draw(torch.cat(halves), generators))
         return (torch.cat(pieces, dim=2).float() - self.shift.float()) / self.scale.float()
 
     @torch.no_grad()
@@ -985,14 +1061,14 @@ class WanVAE(nn.Module):
         return n // 4 + 1
 
     @torch.no_grad()
-    def encode(self, clips: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def encode(self, clips: Tensor, generators: Generators = None) -> Tensor:
         """See above; diffusers takes 4 frames at a time and keeps what the convolutions remember."""
         self.latent_frames(clips.shape[1])
         like, z = next(self.vae.parameters()), []
         for rows in clips.split(max(1, MICRO // clips.shape[1])):
             x = signed(rows.to(like.device)).to(like).transpose(1, 2)
-            z.append(draw(self.vae.encode(x).latent_dist.parameters, generator))
-        return (torch.cat(z).float() - self.mean.float()) / self.std.float()
+            z.append(self.vae.encode(x).latent_dist.parameters)
+        return (draw(torch.cat(z), generators).float() - self.mean.float()) / self.std.float()
 
     @torch.no_grad()
     def decode(self, latents: Tensor, frames: int) -> Tensor:
@@ -1026,7 +1102,7 @@ class Pixels(nn.Module):
     name, key, channels, space = "pixels", "", 3, 1
     whole_length = latent_frames = staticmethod(int)  # any
 
-    def encode(self, clips: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def encode(self, clips: Tensor, generators: Generators = None) -> Tensor:
         return signed(clips).transpose(1, 2)
 
     def decode(self, latents: Tensor, frames: int) -> Tensor:
@@ -1056,6 +1132,18 @@ class HeadNorm(nn.Module):
         return self.weight * F.rms_norm(x.float(), (x.shape[-1],), eps=1e-6).to(x.dtype)
 
 
+MOST_SEQUENCES = 65_535  # in one call of the attention kernels: CUDA's limit on a grid's second dimension
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Of sequences (N, heads, L, D). Of one token each it is the value; queries and keys stay in the graph,
+    with gradients of 0, or ranks would reduce different ones."""
+    if q.shape[2] == 1:
+        return v + 0 * (q + k)
+    parts = zip(*(u.split(MOST_SEQUENCES) for u in (q, k, v)))
+    return torch.cat([F.scaled_dot_product_attention(*part) for part in parts])
+
+
 class SelfAttention(nn.Module):
     """Self-attention (N, L, C) with normalised queries and keys, turned by place in time with `rope`."""
 
@@ -1070,7 +1158,7 @@ class SelfAttention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = turn(q, rope), turn(k, rope)
-        return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "n h l d -> n l (h d)"))
+        return self.proj(rearrange(attention(q, k, v), "n h l d -> n l (h d)"))
 
 
 def turn(x: Tensor, angles: Tensor) -> Tensor:
@@ -1140,7 +1228,8 @@ class Block(nn.Module):
 
 
 class NumberEmbedder(nn.Module):
-    """A number -> (N, C): 256 cosines and sines (cosines first, period 10^4), then an MLP."""
+    """A number -> (N, C): 256 cosines and sines (cosines first, period 10^4), then an MLP. The number is
+    rounded to the weights' dtype, as upstream trained: in bf16 times above 512 are multiples of 4."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -1148,8 +1237,9 @@ class NumberEmbedder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rates = torch.exp(-math.log(10_000) * torch.arange(128, device=x.device) / 128)
-        angles = x.float()[:, None] * rates
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], 1).to(self.mlp[0].weight.dtype))
+        dtype = self.mlp[0].weight.dtype
+        angles = x.to(dtype).float()[:, None] * rates
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], 1).to(dtype))
 
 
 class STDiT3(nn.Module):
@@ -1243,9 +1333,10 @@ class STDiT3(nn.Module):
             x_mask = torch.ones(len(timesteps), frames, dtype=torch.bool, device=x.device)
         t = torch.where(x_mask[..., None], t[0][:, None], t[1][:, None])  # (B, T, C)
         t6 = torch.where(x_mask[..., None, None], t6[0][:, None], t6[1][:, None])
+        y = y.to(dtype)
         if drop is not None:
-            y = torch.where(drop[:, None, None], self.y_embedder.y_embedding[: y.shape[1]].to(y.dtype), y)
-        y, mask = self.y_embedder.y_proj(y.to(dtype)), mask[:, None, None]
+            y = torch.where(drop[:, None, None], self.y_embedder.y_embedding[: y.shape[1]].to(dtype), y)
+        y, mask = self.y_embedder.y_proj(y), mask[:, None, None]
         rope = torch.arange(frames, device=x.device)[:, None] * self.rope.freqs.float()
         for pair in zip(self.spatial_blocks, self.temporal_blocks):
             for block in pair:
@@ -1292,6 +1383,8 @@ class T5:
 
     def __init__(self, source: str, device: torch.device, check: bool = False) -> None:
         """`check`: its sizes alone, on the meta device. ValueError without a tokenizer of its size."""
+        import bs4  # noqa: F401  diffusers cleans captions with these two
+        import ftfy  # noqa: F401
         import sentencepiece  # noqa: F401  transformers reads the Hub's spiece.model with it
         from transformers import AutoConfig, AutoTokenizer, T5EncoderModel
 
@@ -1328,8 +1421,12 @@ class T5:
 
 
 def clean(caption: str) -> str:
-    """Without markup, links and blanks too many, in lower case."""
-    return " ".join(re.sub(r"<[^>]*>|https?://\S+", " ", caption).lower().split())
+    """As DeepFloyd, PixArt and Open-Sora (models/text_encoder/t5.py) clean what T5 reads: lower case, without
+    links, markup, brackets, Chinese characters, numbers of articles; twice, as upstream does."""
+    from diffusers import PixArtSigmaPipeline
+
+    once = partial(PixArtSigmaPipeline._clean_caption, PixArtSigmaPipeline)
+    return once(once(caption))
 
 
 def open_text(cfg: Config, device: torch.device) -> Words | T5:
@@ -1359,38 +1456,107 @@ def open_codec(cfg: Config, device: torch.device) -> OpenSoraVAE | WanVAE | Pixe
 
 @dataclass(frozen=True)
 class Data:
-    rows: list[Row]
+    rows: Rows
     table: Table
-    held_rows: list[Row]  # to evaluate on; the same as rows when there are fewer than 20
+    held_rows: Rows  # to evaluate on; the same as rows when there are fewer than 20
     held_table: Table
+    sums: np.ndarray  # uint64 (2, N) of all rows: of the video's name; of what is said of the clip
     source: str  # where they come from
-    digest: str  # of all good rows; "" for the demo, which makes as many clips as its steps take
     bad: list[dict]  # samples that were left out, and why
 
+    def digest(self, unread: list[int]) -> str:
+        """Of the rows, in any order and wherever they lie, without those of videos that are known not to be
+        readable: these may be removed or repaired later"""
+        names, sums = self.sums
+        return f"{int(sums[~np.isin(names, np.array(unread, np.uint64))].sum(dtype=np.uint64)):016x}"
 
-@on_rank0
+
 def load_data(cfg: Config) -> Data:
-    """Exit 2 when there is nothing to train on."""
-    if not (cfg.manifest or cfg.dataset or cfg.demo):
-        refuse("--manifest: a table of videos and captions, or a folder of them; or --dataset, or --demo")
-    made = {"demo": False, "manifest": demo_module("shapes").make_data(cfg)} if cfg.demo else {}
-    rows, bad = read_data(source := dataclasses.replace(cfg, **made), "caption", SCORE_COLUMNS)
-    rows, table, unread = clip_table(rows, cfg)
-    leave_out(name := data_name(source), len(rows), unread, cfg.max_bad)
-    if cfg.demo:  # combinations that are never trained on
+    """Every rank. Exit 2 when there is nothing to train on."""
+    folder, source, bad = on_rank0(stored_rows)(cfg)
+    if not folder.exists():  # another machine, whose cache is its own
+        if rank() % local_ranks() == 0:
+            stored_rows(cfg)
+        barrier()
+    numbers, held, sums = (np.load(folder / f"{name}.npy") for name in ("numbers", "held", "sums"))
+    table = Table(*numbers[:3].astype(np.int32), numbers[3].astype(np.float32))
+    train, held = np.flatnonzero(~held), np.flatnonzero(held)
+    to_train = Rows(folder, train), table.part(train)
+    to_evaluate = (Rows(folder, held), table.part(held)) if len(held) else to_train
+    return Data(*to_train, *to_evaluate, sums, source, bad)
+
+
+def stored_rows(cfg: Config) -> tuple[Path, str, list[dict]]:
+    """-> (the folder of the rows, below the latents' cache if there is one; where they come from; bad
+    samples)"""
+    home = (cfg.cache if cfg.cache and not cfg.check else cfg.cache_dir) / "rows"
+    if cfg.manifest or cfg.dataset or cfg.demo:
+        made = {"demo": False, "manifest": demo_module("shapes").make_data(cfg)} if cfg.demo else {}
+        rows, bad = read_data(source := dataclasses.replace(cfg, **made), "caption", SCORE_COLUMNS)
+        rows, table, unread = clip_table(rows, cfg)
+        leave_out(name := data_name(source), len(rows), unread, cfg.max_bad)
+        return store_rows(home, rows, table, held_out(rows, cfg), cfg), name, bad + unread
+    if cfg.cache and (cfg.cache / "rows" / "filled.json").exists():  # the videos may be gone
+        filled = read_json(cfg.cache / "rows" / "filled.json")
+        return cfg.cache / "rows" / filled["rows"], filled["source"], []
+    refuse(
+        "--manifest: a table of videos and captions, or a folder of them; or --dataset, or --demo, or the "
+        "--cache of a run whose videos are gone, which it has filled"
+    )
+
+
+def held_out(rows: list[Row], cfg: Config) -> np.ndarray:
+    """bool (N,): which are evaluated and not trained on"""
+    held = np.zeros(len(rows), bool)
+    if cfg.demo:  # combinations of what captions say
         shapes = demo_module("shapes")
-        held = [shapes.is_held_out(shapes.attributes_in(row.texts[0]), shapes.RFLOW_SHAPES) for row in rows]
-        train, held_out = np.flatnonzero(~np.array(held)), np.flatnonzero(held)
+        held[:] = [
+            shapes.is_held_out(shapes.attributes_in(row.texts[0]), shapes.RFLOW_SHAPES) for row in rows
+        ]
     else:
         fraction = cfg.val_fraction if len(rows) >= 20 else 0
-        videos, splits = [row.video for row in rows], [row.split for row in rows]
-        train, held_out = split_clips(videos, splits, fraction, cfg.seed)
-    numbers = zip(table.num_frames.tolist(), table.height.tolist(), table.width.tolist(), table.fps.tolist())
-    contents = ((clip_name(row), row.texts, scores_of(row), *seen) for row, seen in zip(rows, numbers))
-    digest = "" if cfg.demo else fingerprint(contents)
-    to_train = [rows[i] for i in train], table.part(train)
-    to_evaluate = ([rows[i] for i in held_out], table.part(held_out)) if len(held_out) else to_train
-    return Data(*to_train, *to_evaluate, name, digest, bad + unread)
+        _, these = split_clips([row.video for row in rows], [row.split for row in rows], fraction, cfg.seed)
+        held[these] = True
+    return held
+
+
+def store_rows(home: Path, rows: list[Row], table: Table, held: np.ndarray, cfg: Config) -> Path:
+    """-> a folder named by its content: rows.json, ends.npy (where each row's JSON ends), numbers.npy (as
+    Table, (4, N)), held.npy, sums.npy (as Data)"""
+    numbers = np.stack([table.num_frames, table.height, table.width, table.fps]).astype(np.float64)
+    sums, content = np.zeros((2, len(rows)), np.uint64), []
+    names = [field.name for field in dataclasses.fields(Row)]
+    for i, (row, seen) in enumerate(zip(rows, numbers.T.tolist())):
+        said = (clip_name(row), row.texts, scores_of(row), seen)
+        # the demo makes as many clips as its steps take
+        sums[:, i] = (
+            number_of_text(os.path.basename(row.video)),
+            0 if cfg.demo else number_of_text(repr(said)),
+        )
+        file = ""
+        with contextlib.suppress(BadSample):  # gone since it was looked at: whoever reads it says so
+            file = identity_of(row.video) if cfg.cache else ""
+        content.append(json.dumps([file, *(getattr(row, name) for name in names)], default=str).encode())
+    arrays = {
+        "ends": np.cumsum([len(part) for part in content]),
+        "numbers": numbers,
+        "held": held,
+        "sums": sums,
+    }
+    together = b"".join(content)
+
+    def write(folder: Path) -> None:
+        (folder / "rows.json").write_bytes(together)
+        for name, array in arrays.items():
+            np.save(folder / f"{name}.npy", array)
+
+    whole = hashlib.sha256(together + b"".join(array.tobytes() for array in arrays.values()))
+    return made_once(home / whole.hexdigest()[:32], write)
+
+
+def number_of_text(text: str) -> int:
+    """64 bits"""
+    return int.from_bytes(hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest(), "big")
 
 
 def clip_name(row: Row) -> str:
@@ -1398,22 +1564,26 @@ def clip_name(row: Row) -> str:
     return os.path.basename(row.video) + row.part
 
 
-class Source:
-    """Latents and caption states of rows: from the cache, where each is encoded once, or made in the step."""
+ENCODING = threading.Lock()  # evaluation and the thread that is a batch ahead share the encoders
 
-    def __init__(self, cfg: Config, rows: list[Row], table: Table, codec: Any, text: Any) -> None:
+
+class Source:
+    """Latents and caption states of rows: from the cache, or encoded, in which case a cache gets them. The
+    step's are encoded by a thread that is a batch ahead."""
+
+    def __init__(self, cfg: Config, rows: Rows, table: Table, codec: Any, text: Any) -> None:
         self.cfg, self.rows, self.table, self.codec, self.text = cfg, rows, table, codec, text
         self.bad: dict[int, dict] = {}  # rows whose clip could not be read, and why
-        self.workers = cfg.num_workers or usable_cores()
-        self.pool = ThreadPoolExecutor(self.workers)  # the decoders release the GIL
+        self.noted: set[int] = set()  # of these, in bad_samples.jsonl
+        self.pool = ThreadPoolExecutor(cfg.num_workers or usable_cores())  # the decoders release the GIL
+        self.stream = torch.cuda.Stream() if torch.cuda.is_available() else None  # beside the training's
 
     def files(self, row: int, bucket: Bucket) -> tuple[Path, Path]:
         """Where the cache has latents and caption of a row; another clip, crop, choice of frames or encoder
         has another name. Raises BadSample."""
-        file = f"{identity_of(self.rows[row].video)}{self.rows[row].part}"
-        # 3, 1: versions of what reads and encodes
-        frames = self.frames(row, bucket, 0)
-        latents = f"{file}|{bucket.size}|{frames}|{self.codec.name}|{self.codec.key}|3"
+        # 4, 1: versions of what reads and encodes
+        file, frames = f"{self.rows.identity(row)}{self.rows[row].part}", self.frames(row, bucket, 0)
+        latents = f"{file}|{bucket.size}|{frames}|{self.codec.name}|{self.codec.key}|{self.cfg.seed}|4"
         return self.file("latents", latents), self.file("text", f"{self.caption(row, 0)}|{self.text.name}|1")
 
     def file(self, kind: str, content: str) -> Path:
@@ -1432,116 +1602,109 @@ class Source:
     def frames(self, row: int, bucket: Bucket, epoch: int) -> range:
         return frames_of(int(self.table.num_frames[row]), bucket.frames, self.rng(FRAMES, row, epoch))
 
-    def pixels(self, row: int, bucket: Bucket, epoch: int) -> np.ndarray:
-        """uint8 (F, h, w, 3). Raises BadSample."""
+    def pixels(self, row: int, bucket: Bucket, epoch: int) -> np.ndarray | None:
+        """uint8 (F, h, w, 3); None for a clip that cannot be read, which is noted"""
         clip = self.rows[row]
-        with local_file(clip.video, self.cfg) as path:
-            frames = self.frames(row, bucket, epoch)
-            return timed_frames(path, frames, bucket.size, True, clip.start, clip.end)[0]
+        try:
+            with local_file(clip.video, self.cfg) as path:
+                frames = self.frames(row, bucket, epoch)
+                return timed_frames(path, frames, bucket.size, True, clip.start, clip.end)[0]
+        except BadSample as error:
+            self.bad[row] = clip.left_out(error)
+            return None
 
-    def decode(self, clips: list[tuple[Bucket, int]], epoch: int) -> list[np.ndarray | None]:
-        """uint8 (F, h, w, 3) each, in threads; None for a clip that cannot be read, which is noted"""
-
-        def one(clip: tuple[Bucket, int]) -> np.ndarray | None:
-            bucket, row = clip
+    def encoded(
+        self, bucket: Bucket, rows: list[int], epoch: int
+    ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """{row: (latents (C, T, h, w), states of the caption (L, D)), float16}, of those that can be read;
+        the latents drawn from the posterior, as the published weights were trained"""
+        latents, states, files = {}, {}, {}
+        for row in rows if self.cfg.cache else []:
             try:
-                return self.pixels(row, bucket, epoch)
-            except BadSample as error:
-                self.note(row, error)
-                return None
+                files[row] = self.files(row, bucket)
+                for kept, file in zip((latents, states), files[row]):
+                    if file.exists():
+                        kept[row] = np.load(file)
+            except (BadSample, OSError, ValueError, EOFError) as error:
+                self.bad[row] = self.rows[row].left_out(error)
+        decode = partial(self.pixels, bucket=bucket, epoch=epoch)
+        lacking = [row for row in rows if row not in latents and row not in self.bad]
+        clips = {row: clip for row, clip in zip(lacking, self.pool.map(decode, lacking)) if clip is not None}
+        good = [row for row in rows if row not in self.bad]
+        unsaid = [row for row in good if row not in states]
+        with ENCODING, torch.cuda.stream(self.stream):  # of None: nothing
+            if clips:
+                seeds = [int(self.rng(ENCODE, row, epoch).integers(2**62)) for row in clips]
+                generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+                encoded = self.codec.encode(torch.from_numpy(np.stack(list(clips.values()))), generators)
+                latents |= zip(clips, encoded.half().cpu().numpy())
+            states |= zip(unsaid, self.text.encode([self.caption(row, epoch) for row in unsaid]))
+        for row in files:
+            for file, part in zip(files[row], (latents.get(row), states.get(row))):
+                if part is not None and not file.exists():
+                    save_array(file, part)
+        return {row: (latents[row], states[row]) for row in good}
 
-        return list(self.pool.map(one, clips))
-
-    def note(self, row: int, error: BadSample) -> None:
-        self.bad[row] = self.rows[row].left_out(error)
-
-    def encode(self, clips: list[np.ndarray], seed: int) -> Tensor:
-        """uint8 (F, h, w, 3) clips of one shape -> float32 (B, C, T, h, w), on the codec's device; drawn from
-        the posterior, as the published weights were trained"""
-        return self.codec.encode(torch.from_numpy(np.stack(clips)), torch.Generator().manual_seed(seed))
+    def lacks(self, row: int, bucket: Bucket) -> bool:
+        """Whether the cache does. ValueError for a file that is broken, by its header and size."""
+        try:
+            for file in self.files(row, bucket):
+                np.load(file, mmap_mode="r")
+        except (FileNotFoundError, BadSample):
+            return True
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{file} is not what an earlier run wrote there: {error}") from error
+        return False
 
     def batch(
-        self, bucket: Bucket, rows: np.ndarray, spare: np.ndarray, epoch: int
-    ) -> tuple[Tensor | list[np.ndarray], list[np.ndarray], np.ndarray]:
-        """(latents (B, C, T, h, w) of the cache, or clips to be encoded; caption states; the rows). In the
-        place of a clip that cannot be read comes one of `spare`, rows of the same bucket: no rank skips a
-        step alone."""
-        if self.cfg.cache:
-            latents, text = zip(*(map(np.load, self.files(row, bucket)) for row in rows))
-            return torch.from_numpy(np.stack(latents)).float(), list(text), rows
-        known, clips = set(self.bad), {}
-        for part in itertools.chain([rows], spare[:, None]):
-            if len(clips) == len(rows):
-                break
-            decoded = self.decode([(bucket, row) for row in part], epoch)
-            clips |= {row: clip for row, clip in zip(part, decoded) if clip is not None}
-        for row in self.bad.keys() - known:
+        self, bucket: Bucket, rows: Iterable[int], others: Iterator[int], epoch: int
+    ) -> tuple[list[np.ndarray], list[np.ndarray], list[int]]:
+        """(latents, caption states, the rows). In the place of a clip that cannot be read comes one of
+        `others`, rows of the same shape; where they run out the batch is smaller, and may be empty."""
+        rows = list(map(int, rows))
+        done = self.encoded(bucket, rows, epoch)
+        while len(done) < len(rows) and (row := next(others, None)) is not None:
+            done |= self.encoded(bucket, [row], epoch)
+        for row in self.bad.keys() - self.noted:
+            self.noted.add(row)
             append_json(self.cfg.output_dir / "bad_samples.jsonl", self.bad[row])
             log.warning(f"warning: {' | '.join(self.bad[row].values())}: another clip takes its place")
-        if len(clips) < len(rows):
-            first = self.rows[rows[0]].video
-            raise SystemExit(f"error: too few clips of the bucket {bucket} can be read; {first} is one")
-        used = np.array(list(clips))
-        return list(clips.values()), self.text.encode([self.caption(row, epoch) for row in used]), used
+        latents, states = zip(*done.values()) if done else ((), ())
+        return list(latents), list(states), list(done)
 
 
-def fill_cache(source: Source, clips: list[tuple[Bucket, int]]) -> dict[int, dict]:
-    """Every rank: encode its share of these (bucket, row), those that the cache lacks. It may be stopped and
+def fill_cache(source: Source, groups: Groups, batches: Iterable[int]) -> dict[int, dict]:
+    """Every rank: encode its share of these batches, what the cache lacks of them. It may be stopped and
     started again. -> {row: what is wrong} of clips that cannot be read, the same on every rank. Exit 2 for a
     file of the cache that is broken."""
-    size, seed, broken = source.workers, source.cfg.seed, []
-    mine = clips[rank() :: world_size()]
-    with tqdm(total=len(mine), desc="encode", unit="clip", disable=None if rank() == 0 else True) as bar:
-        for start in range(0, len(mine), size):
-            lacking, targets = [], {}
-            for bucket, row in mine[start : start + size]:
-                bar.update()
-                try:
-                    latents, text = source.files(row, bucket)
-                except BadSample as error:  # the file is gone
-                    source.note(row, error)
-                    continue
-                broken += filter(None, map(what_is_broken, (latents, text)))
-                if not latents.exists():
-                    lacking.append((bucket, row))
-                    targets[row] = latents
-                if not text.exists():
-                    save_array(text, source.text.encode([source.caption(row, 0)])[0])
-            for (_, row), clip in zip(lacking, source.decode(lacking, 0)):
-                if clip is not None:
-                    encoded = source.encode([clip], seed_of(seed, row))
-                    save_array(targets[row], encoded[0].half().cpu().numpy())
+    mine, broken = list(batches)[rank() :: world_size()], []
+    for b in tqdm(mine, "encode", unit="batch", disable=None if rank() == 0 else True):
+        bucket, rows = groups.batch(b)
+        try:
+            if lacking := [row for row in map(int, rows) if source.lacks(row, bucket)]:
+                source.encoded(bucket, lacking, 0)
+        except ValueError as error:
+            broken.append(str(error))
     if broken := list(itertools.chain.from_iterable(from_all_ranks(broken))):
-        refuse(f"--cache: {len(broken)} files cannot be read; {broken[0]}")
+        refuse(f"--cache: {len(broken)} files cannot be read: {broken[0]}; remove them and run again")
     bad = merged_over_ranks(source.bad)
     source.bad.clear()
     return bad
-
-
-def what_is_broken(path: Path) -> str:
-    """A file of the cache, by its header and size; "" where nothing is, or no file"""
-    try:
-        if path.exists():
-            np.load(path, mmap_mode="r")
-    except (ValueError, EOFError) as error:
-        return f"{path} is not what an earlier run wrote there ({error}): remove it and run again"
-    return ""
 
 
 # ---------------------------------------------------------------------------
 # Batches
 # ---------------------------------------------------------------------------
 
-HELD_BATCHES = 2  # of each resolution and length, that the held-out loss is measured on
-
 
 class Batches:
     """The batch of each micro-step: a pure function of (seed, micro-step, rank), so that a resumed run
     repeats the order. With a cache each epoch has the buckets and frames of the first, in another order."""
 
-    def __init__(self, cfg: Config, source: Source, buckets: Buckets, ranks: int) -> None:
+    def __init__(self, cfg: Config, source: Source, buckets: Buckets) -> None:
         self.cfg, self.source = cfg, source
-        plan = partial(plan_epoch, source.table, buckets, cfg.seed, world=ranks, cost=tokens_of(source.codec))
+        cost = tokens_of(source.codec)
+        plan = partial(plan_epoch, source.table, buckets, cfg.seed, world=world_size(), cost=cost)
         self.plan = lru_cache(maxsize=2)(plan)
         self.length = cache(lambda number: len(self.epoch(number).order))
 
@@ -1562,59 +1725,106 @@ class Batches:
             micro_step = int(epoch_order(self.length(0), self.cfg.seed, epoch)[micro_step])
         return epoch, micro_step
 
-    def evaluated(self) -> list[int]:
-        """The batches of the first epoch that the held-out loss is measured on"""
-        return self.epoch(0).first_of_each(HELD_BATCHES)
-
     def __call__(self, micro_step: int) -> dict[str, Any]:
         number, step = self.place(micro_step)
         epoch, rng = self.epoch(number), rng_of(MASKS, self.cfg.seed, micro_step, rank())
-        bucket, rows, spare = epoch.batch(epoch.order[step, rank()])
-        clips, text, rows = self.source.batch(bucket, rows, spare, number)
-        predicted = np.ones((len(rows), self.source.codec.latent_frames(bucket.frames)), bool)
+        for b in np.roll(epoch.order[:, rank()], -step):  # the next batch, when no clip of one can be read
+            bucket, rows = epoch.batch(b)
+            latents, text, rows = self.source.batch(bucket, rows, epoch.others(b), number)
+            if rows:
+                break
+        else:
+            raise SystemExit(
+                f"error: no clip of {self.cfg.manifest or self.cfg.dataset} can be read any more"
+            )
+        predicted = np.ones((len(rows), latents[0].shape[1]), bool)
         for mask in predicted:
             if rng.random() < self.cfg.mask_share:
-                mask[:] = given_frames(len(mask), rng)
-        return batch_of(bucket, clips, text, self.source.table.fps[rows], predicted)
+                mask[:] = given_frames(len(mask), GIVEN[self.cfg.stage], rng)
+        return batch_of(bucket, latents, text, self.source.table.fps[rows], predicted)
+
+
+class HeldOut:
+    """What the held-out loss is measured on: for each resolution and length that training uses, up to two
+    batches of held-out clips that fit it. Their losses count as often as training takes such a batch."""
+
+    def __init__(self, cfg: Config, source: Source, buckets: Buckets, epoch: Epoch) -> None:
+        """epoch: the first one of the training"""
+        self.cfg, self.source, self.buckets = cfg, source, buckets
+        names = [epoch.buckets[i].name for i in epoch.bucket_of[epoch.order.ravel()]]
+        self.shares = {name: names.count(name) / len(names) for name in dict.fromkeys(names)}
+        self.forget()
+
+    def forget(self) -> None:
+        """The table has changed."""
+        self.groups = []
+        for resolution, lengths in self.buckets.items():
+            for frames, (_, batch) in lengths.items():
+                if f"{resolution}_{frames}" in self.shares:
+                    fitting = {resolution: {frames: (1.0, batch)}}
+                    self.groups.append(group(self.source.table, fitting, self.cfg.seed, 0))
+        largest = [np.argsort(-np.diff(part.starts), kind="stable")[:2] for part in self.groups]
+        self.places = [(part, int(b)) for part, batches in zip(self.groups, largest) for b in batches]
+
+    @property
+    def shapes(self) -> list[Bucket]:
+        """One of each resolution and length"""
+        shapes = {bucket.name: bucket for bucket in (part.batch(b)[0] for part, b in reversed(self.places))}
+        return list(shapes.values())[::-1]
 
 
 def batch_of(
-    bucket: Bucket, clips: Any, text: list[np.ndarray], fps: np.ndarray, predicted: np.ndarray
+    bucket: Bucket, latents: list[np.ndarray], text: list[np.ndarray], fps: np.ndarray, predicted: np.ndarray
 ) -> dict[str, Any]:
-    """clips: latents (B, C, T, h, w) or a list of uint8 (F, h, w, 3); text: caption states; fps (B,);
-    predicted: bool (B, T), of the latent frames, False where they are given"""
+    """latents (C, T, h, w) and caption states (L, D) of each clip; fps (B,), told to the model as whole
+    numbers, 29.97 as 29 (upstream's datasets.py takes int of it); predicted: bool (B, T), of the latent
+    frames, False where they are given"""
     y, mask = padded(text)
-    fps = np.full(len(text), IMAGE_FPS) if bucket.frames == 1 else fps
-    batch = {"bucket": bucket, "clips": clips, "y": y, "mask": mask}
+    fps = np.full(len(text), IMAGE_FPS) if bucket.frames == 1 else np.floor(fps)
+    batch = {"bucket": bucket, "x": torch.from_numpy(np.stack(latents)), "y": y, "mask": mask}
     return batch | {"fps": torch.as_tensor(fps).float(), "predicted": torch.from_numpy(predicted)}
 
 
 def padded(text: list[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """Caption states (L, D) of several lengths -> (B, longest, D), bool (B, longest)"""
-    y = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(row).float() for row in text], batch_first=True)
+    """Caption states (L, D) of several lengths -> float16 (B, longest, D), bool (B, longest)"""
+    y = nn.utils.rnn.pad_sequence([torch.from_numpy(row) for row in text], batch_first=True)
     return y, torch.arange(y.shape[1]) < torch.tensor([len(row) for row in text])[:, None]
 
 
-def given_frames(frames: int, rng: np.random.Generator) -> np.ndarray:
-    """Which of the latent frames of a clip are to be made, bool (T,): the others are given, clean. Most often
-    the first is (image to video), or a quarter at the head or the tail (extension), every other one, or some
-    at random: MaskGenerator, also for clips of few latent frames. At least one is made."""
+# Which frames of a clip are given, of 1,000 clips: stage{1,2,3}.py. A quarter is 1 to a quarter of the latent
+# frames, an image is one.
+EARLY = {
+    "random": 50, "interpolate": 5, "quarter_random": 5, "quarter_head": 5, "quarter_tail": 5,
+    "quarter_head_tail": 5, "image_random": 25, "image_head": 50, "image_tail": 25, "image_head_tail": 25,
+}  # fmt: skip
+LATE = {
+    "random": 10, "interpolate": 2, "quarter_random": 2, "quarter_head": 2, "quarter_tail": 2,
+    "quarter_head_tail": 2, "image_head": 220, "image_tail": 5, "image_head_tail": 5,
+}  # fmt: skip
+GIVEN = {"1": EARLY, "2": EARLY, "3": LATE, "demo": LATE}
+
+
+def given_frames(frames: int, kinds: dict[str, int], rng: np.random.Generator) -> np.ndarray:
+    """Which of the latent frames of a clip are to be made, bool (T,): the others are given, clean, in one of
+    `kinds` by weight (MaskGenerator, which fails on clips of 2 and 3 latent frames). At least one is made."""
     made = np.ones(frames, bool)
     if frames == 1:
         return made
-    kinds = ["image_head", "quarter_head", "quarter_tail", "interpolate", "random"]
-    how = rng.choice(kinds, p=[0.6, 0.1, 0.1, 0.1, 0.1])
-    quarter = int(rng.integers(1, max(2, frames // 4 + 1)))
-    if how == "image_head":
-        made[0] = False
-    elif how == "quarter_head":
-        made[:quarter] = False
-    elif how == "quarter_tail":
-        made[-quarter:] = False
-    elif how == "interpolate":
-        made[::2] = False
+    weights = np.array(list(kinds.values())) / sum(kinds.values())
+    kind = str(rng.choice(list(kinds), p=weights))
+    if kind == "random":
+        made = rng.random(frames) > rng.uniform(0.1, 0.9)
+    elif kind == "interpolate":
+        made[rng.integers(2) :: 2] = False
     else:
-        made = rng.random(frames) < rng.uniform(0.1, 0.9)
+        count = 1 if kind.startswith("image") else int(rng.integers(1, max(2, frames // 4 + 1)))
+        first = int(rng.integers(frames - count + 1))
+        if kind.endswith("_random"):
+            made[first : first + count] = False
+        if "head" in kind:
+            made[:count] = False
+        if "tail" in kind:
+            made[-count:] = False
     if not made.any():
         made[-1] = True
     return made
@@ -1712,44 +1922,46 @@ def sample(
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, held: Batches, cfg: Config) -> dict[str, float]:
-    """Every rank: the loss at 10 evenly spaced t with fixed noise, by bucket, and their mean, "loss"."""
-    device, batches, losses = next(model.parameters()).device, held.evaluated(), {}
-    for (place,) in rounds(len(batches), 1):
-        b = batches[place]
-        bucket, rows, spare = held.epoch(0).batch(b)
-        clips, text, rows = held.source.batch(bucket, rows, spare, 0)
-        x = latents_of(clips, held.source, b).to(device)
-        fps, predicted = held.source.table.fps[rows], np.ones((len(x), x.shape[2]), bool)
-        batch = batch_of(bucket, clips, text, fps, predicted)
-        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(cfg.seed)).to(device)
-        at_times = []
+def held_out_loss(model: nn.Module, held: HeldOut, cfg: Config) -> dict[str, float]:
+    """Every rank: the loss at 10 evenly spaced t with fixed noise, by bucket, and "loss", their mean by how
+    often training takes them (nan where no clip can be read)."""
+    device, losses = next(model.parameters()).device, {}
+    for (place,) in rounds(len(held.places), 1):
+        groups, b = held.places[place]
+        bucket, rows = groups.batch(b)
+        latents, text, rows = held.source.batch(bucket, rows, groups.others(b), 0)
+        if rows:
+            predicted = np.ones((len(rows), latents[0].shape[1]), bool)
+            batch = batch_of(bucket, latents, text, held.source.table.fps[rows], predicted)
+            x = batch["x"].to(device).float()
+            noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(cfg.seed)).to(device)
+            losses[place] = bucket.name, 0.0
         for tenth in range(10):
-            stop_if_asked()
-            t = torch.full((len(x),), (tenth + 0.5) / 10, device=device)
-            at_times.append(flow_loss(model, x, batch, t, noise).item())
-        losses[b] = bucket.name, float(np.mean(at_times))
+            stop_if_asked()  # on every rank as often
+            if rows:
+                t = torch.full((len(x),), (tenth + 0.5) / 10, device=device)
+                losses[place] = (
+                    bucket.name,
+                    losses[place][1] + flow_loss(model, x, batch, t, noise).item() / 10,
+                )
     by_name: dict[str, list[float]] = {}
     for name, loss in merged_over_ranks(losses).values():
         by_name.setdefault(name, []).append(loss)
     means = {name: float(np.mean(values)) for name, values in by_name.items()}
-    return {"loss": float(np.mean(list(means.values())))} | means
-
-
-def latents_of(clips: Tensor | list[np.ndarray], source: Source, seed: int) -> Tensor:
-    """(B, C, T, h, w) of a batch: as it came from the cache, or encoded now"""
-    return clips if isinstance(clips, Tensor) else source.encode(clips, seed)
+    shares = [held.shares[name] for name in means]
+    total = float(np.average(list(means.values()), weights=shares)) if means else math.nan
+    return {"loss": total} | means
 
 
 def sample_clips(
-    model: nn.Module, captions: list[str], bucket: Bucket, source: Source, cfg: Config, seed: int
+    model: nn.Module, captions: list[str], bucket: Bucket, codec: Any, text: Any, cfg: Config, seed: int
 ) -> np.ndarray:
     """-> uint8 (N, F, H, W, 3), in batches of the bucket's size"""
-    clips, text = [], source.text.encode(captions)
+    clips, states = [], text.encode(captions)
     for start in range(0, len(captions), bucket.batch_size):
-        part = text[start : start + bucket.batch_size]
-        x = sample(model, part, bucket, source.codec, cfg, seed_of(cfg.seed, seed, start))
-        clips.append(source.codec.decode(x, bucket.frames).cpu().numpy())
+        part = states[start : start + bucket.batch_size]
+        x = sample(model, part, bucket, codec, cfg, seed_of(cfg.seed, seed, start))
+        clips.append(codec.decode(x, bucket.frames).cpu().numpy())
     return np.concatenate(clips)
 
 
@@ -1862,7 +2074,7 @@ def plain_model(config: dict, weights: dict[str, Tensor], device: torch.device, 
 
 
 @on_rank0
-def evaluate(model: nn.Module, losses: dict[str, float], held: Batches, data: Data, cfg: Config) -> dict:
+def evaluate(model: nn.Module, losses: dict[str, float], held: HeldOut, data: Data, cfg: Config) -> dict:
     """The score of results.json. The demo: asked = made for captions never seen, for each bucket, next to the
     same clips held against each other's captions. Else: 1 - loss / power of the target on held-out clips."""
     by_bucket = {name: {"held-out loss": loss} for name, loss in losses.items() if name != "loss"}
@@ -1871,14 +2083,16 @@ def evaluate(model: nn.Module, losses: dict[str, float], held: Batches, data: Da
         trained_on = held.source.rows is data.rows
         which = "the training clips (few, or none other fits a bucket)" if trained_on else "held-out clips"
         # v = x - noise has a power of 1 + 1 where latents are normalised
+        if math.isnan(losses["loss"]):
+            return results | {"held_out_loss": None, "score": 0.0, "score_is": "no held-out clip can be read"}
         explained = max(0.0, 1 - losses["loss"] / 2)
         return results | {"score": explained, "score_is": f"share of the target explained, {which}"}
     shapes = demo_module("shapes")
     asked = shapes.held_out_captions(shapes.RFLOW_SHAPES)
     captions = [shapes.caption_of(a) for a in asked]
-    right, shuffled = {}, {}
-    for bucket in held.epoch(0).buckets:
-        clips = sample_clips(model, captions, bucket, held.source, cfg, bucket.frames)
+    right, shuffled, codec, text = {}, {}, held.source.codec, held.source.text
+    for bucket in held.shapes:
+        clips = sample_clips(model, captions, bucket, codec, text, cfg, bucket.frames)
         scores = shapes.score_and_control(clips, asked, shapes.RFLOW_SHAPES)
         right[bucket.name], shuffled[bucket.name] = scores
     count = f"{len(asked) * len(right)} clips of {len(asked)} held-out captions"
@@ -1946,13 +2160,15 @@ def plan_of(
         dataclasses.replace(layout, gpu_gb=layout.gpu_gb + besides)
         for layout in memory_layouts(trained, frozen, kept, cfg.dtype, world)
     ]
-    encoded, where = 0.0, "encoded in each step"
+    encoded, where = 0.0, "encoded a batch ahead of the step"
     if cfg.cache:
-        encoded = sum(encoded_bytes(b, data.rows[row].texts[0], codec, text) for b, row in first.clips()) / GB
+        encoded = encoded_bytes(first, data.rows, codec, text) / GB
         where = f"encoded once, with the clips, into {cfg.cache} ({encoded:.2f} GB)"
 
-    def told(clip: tuple[Bucket, int]) -> str:
-        return f"{clip[0].name}: {clean(batches.source.caption(clip[1], 0))}"
+    def told(b: int) -> str:
+        bucket, rows = first.batch(b)
+        caption = batches.source.caption(int(rows[0]), 0)
+        return f"{bucket.name}: {clean(caption) if cfg.text == 't5' else caption}"
 
     clips = f"{len(data.rows)} clips to train on, {len(data.held_rows)} to evaluate"
     used = f"{int(np.diff(first.starts)[first.order.ravel()].sum())} clips of the first epoch"
@@ -1965,7 +2181,7 @@ def plan_of(
         ("data", f"{data.source}: {clips}, {len(data.bad)} left out as bad"),
         ("buckets", f"{used} in {first.order.size} batches; {waits}\n{first.table()}"),
         ("text", f"{text.name}; {where}"),
-        *row_lines(first.clips(first.first_of_each(1)), told),
+        *row_lines(first.first_of_each(1), told),
         ("model", f"STDiT3 {cfg.model}, {counts}"),
         ("latents", f"{codec.name}; at most {tokens(largest)} tokens a micro-batch"),
         ("steps", f"{cfg.steps} of {ranks}, {epochs}; warm-up {cfg.warmup_steps}"),
@@ -1983,11 +2199,16 @@ def plan_of(
     return layout
 
 
-def encoded_bytes(bucket: Bucket, caption: str, codec: Any, text: Any) -> float:
-    """Of a clip in the cache, in 16 bits; of a caption three tokens for two words are assumed"""
-    latents = codec.channels * codec.latent_frames(bucket.frames)
-    latents *= math.prod(side // codec.space for side in bucket.size)
-    return 2 * (latents + text.width * min(text.length, 1.5 * len(caption.split()) + 1))
+def encoded_bytes(epoch: Epoch, rows: Rows, codec: Any, text: Any) -> float:
+    """Of an epoch's clips in the cache, in 16 bits; of captions three tokens for two words are assumed"""
+    some = epoch.rows[:: max(1, len(epoch.rows) // 1000)]
+    tokens = np.mean([min(text.length, 1.5 * len(rows[int(i)].texts[0].split()) + 1) for i in some])
+    numbers = text.width * tokens * len(epoch.rows)
+    for count, index in zip(np.diff(epoch.starts), epoch.bucket_of):
+        bucket = epoch.buckets[index]
+        pixels = math.prod(side // codec.space for side in bucket.size)
+        numbers += count * codec.channels * codec.latent_frames(bucket.frames) * pixels
+    return 2 * float(numbers)
 
 
 def weights_gb(module: nn.Module | None) -> float:
@@ -2042,14 +2263,16 @@ def train(cfg: Config) -> None:
     config = model.config
     table = read_buckets(cfg.buckets) if cfg.buckets else BUCKETS[cfg.stage]
     buckets = table if cfg.stage == "demo" else scaled(table, cfg.tokens_per_gpu, codec)
-    batches = Batches(cfg, Source(cfg, data.rows, data.table, codec, text), buckets, world_size())
+    batches = Batches(cfg, Source(cfg, data.rows, data.table, codec, text), buckets)
     cfg = with_steps(cfg, WARMUP, batches.length(0), cfg.accum)
     layout = plan_of(cfg, set_trained(model, cfg), config, data, batches, device)
-    held = held_out_batches(cfg, data, codec, text, keeping_all(buckets))
+    held = held_out_of(cfg, data, batches, buckets)
     if cfg.check:
         return
+    unread = unread_before(cfg.output_dir, data.bad)
     facts = {
-        "data": data.digest,
+        "unread": unread,
+        "data": data.digest(unread),
         "buckets": fingerprint(sorted((name, sorted(lengths.items())) for name, lengths in table.items())),
         "cached": bool(cfg.cache),
     }
@@ -2066,9 +2289,9 @@ def train(cfg: Config) -> None:
     if cfg.cache:
         encode_all(batches, held, cfg, data)
         move_encoders(held.source, torch.device("cpu"))
-    captions = list(dict.fromkeys(row.texts[0] for row in data.held_rows))[:4]
     # what --watch samples
-    on_rank0(write_json)(run.folder / "samples" / "captions.json", {"captions": captions})
+    captions = {"captions": first_captions(data.held_rows, 4)}
+    on_rank0(write_json)(run.folder / "samples" / "captions.json", captions)
 
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -2079,7 +2302,7 @@ def train(cfg: Config) -> None:
     if run.checkpoint:
         load_ema(engine, ema, run.checkpoint)
     with out_of_memory(f"lower --tokens_per_gpu {cfg.tokens_per_gpu}"):
-        train_steps(cfg, run, engine, ema, config, batches, held)
+        train_steps(cfg, run, engine, ema, config, batches, held, data)
     finish_run(
         run,
         export=partial(export, cfg, engine, ema, config),
@@ -2088,11 +2311,32 @@ def train(cfg: Config) -> None:
     )
 
 
-def held_out_batches(cfg: Config, data: Data, codec: Any, text: Any, buckets: Buckets) -> Batches:
+def held_out_of(cfg: Config, data: Data, batches: Batches, buckets: Buckets) -> HeldOut:
     """Of the clips that are evaluated, or of the training clips where none of those fits a bucket"""
-    fits = (assign(data.held_table, buckets, cfg.seed, 0)[0] >= 0).any()
-    rows, table = (data.held_rows, data.held_table) if fits else (data.rows, data.table)
-    return Batches(cfg, Source(cfg, rows, table, codec, text), buckets, ranks=1)
+    codec, text, epoch = batches.source.codec, batches.source.text, batches.epoch(0)
+    held = HeldOut(cfg, Source(cfg, data.held_rows, data.held_table, codec, text), buckets, epoch)
+    return held if held.places else HeldOut(cfg, batches.source, buckets, epoch)
+
+
+def first_captions(rows: Rows, count: int) -> list[str]:
+    """`count` different ones, or as many as there are"""
+    captions: dict[str, None] = {}
+    for i in range(len(rows)):
+        captions[rows[i].texts[0]] = None
+        if len(captions) == count:
+            break
+    return list(captions)
+
+
+@on_rank0
+def unread_before(folder: Path, bad: list[dict]) -> list[int]:
+    """Videos that could not be read (unread_names), by the newest checkpoint, or of a new run by its data"""
+    saved = newest_checkpoint(folder / "checkpoints") if (folder / "checkpoints").is_dir() else None
+    return read_json(saved / "checkpoint.json").get("unread", []) if saved else unread_names(bad)
+
+
+def unread_names(bad: Iterable[dict]) -> list[int]:
+    return sorted({number_of_text(os.path.basename(sample["video"])) for sample in bad if "video" in sample})
 
 
 def move_encoders(source: Source, device: torch.device) -> None:
@@ -2101,24 +2345,31 @@ def move_encoders(source: Source, device: torch.device) -> None:
         source.text.encoder.to(device)
 
 
-def encode_all(batches: Batches, held: Batches, cfg: Config, data: Data) -> None:
+def encode_all(batches: Batches, held: HeldOut, cfg: Config, data: Data) -> None:
     """Every rank: fill the cache with the first epoch's clips and those that are evaluated. Clips that cannot
     be read are left out of the batches, in which others come up, until all can be read."""
     bad: dict[str, dict] = {}
     while True:
-        count = len(bad)
-        for part, evaluated in ((batches, None), (held, held.evaluated())):
-            unread = fill_cache(part.source, part.epoch(0).clips(evaluated))
-            part.source.table.num_frames[list(unread)] = 0
-            bad |= {reason["where"]: reason for reason in unread.values()}
+        count, epoch = len(bad), batches.epoch(0)
+        for source, parts in (
+            (batches.source, [(epoch, range(len(epoch.bucket_of)))]),
+            (held.source, [(groups, [b]) for groups, b in held.places]),
+        ):
+            for groups, numbers in parts:
+                unread = fill_cache(source, groups, numbers)
+                source.table.num_frames[list(unread)] = 0
+                bad |= {reason["where"]: reason for reason in unread.values()}
         if len(bad) == count:
             break
         on_rank0(leave_out)(data.source, len(data.rows) - len(bad), [*data.bad, *bad.values()], cfg.max_bad)
         batches.forget()
         held.forget()
+    data.bad.extend(bad.values())
     if rank() == 0:
         for reason in bad.values():
             append_json(cfg.output_dir / "bad_samples.jsonl", reason)
+        filled = {"rows": data.rows.folder.name, "source": data.source}
+        write_json(cfg.cache / "rows" / "filled.json", filled)
 
 
 def clock(device: torch.device) -> Any:
@@ -2148,9 +2399,19 @@ class Window:
         self.since, self.waited, self.clips, self.tokens = time.monotonic(), 0.0, 0, 0
         self.forward: list[tuple[Any, Any]] = []
 
+    def waiting(self, batches: Iterator[list[dict]]) -> Iterator[list[dict]]:
+        """The batches, as they come"""
+        while True:
+            begun = time.monotonic()
+            batch = next(batches, None)
+            self.waited += time.monotonic() - begun
+            if batch is None:
+                return
+            yield batch
+
     def numbers(self, engine: Any) -> dict[str, float]:
-        """Every rank. straggler: the slowest rank's forward passes (and encoders) / the mean rank's; backward
-        passes wait for each other, so they cannot tell. weight_norm: data that repeat show there first."""
+        """Every rank. straggler: the slowest rank's forward passes / the mean rank's; backward passes wait
+        for each other, so they cannot tell. weight_norm: data that repeat show there first."""
         seconds, forward = time.monotonic() - self.since, seconds_in(self.forward)
         squares = 0.0
         for part in parts_of(engine):
@@ -2167,43 +2428,39 @@ class Window:
 
 
 def train_steps(
-    cfg: Config, run: Run, engine: Any, ema: list[Tensor], config: dict, batches: Batches, held: Batches
-) -> None:
-    device, source, window = engine.device, batches.source, Window()
+    cfg: Config, run: Run, engine: Any, ema: list[Tensor], config: dict, batches: Batches, held: HeldOut,
+    data: Data,
+) -> None:  # fmt: skip
+    device, codec, window = engine.device, batches.source.codec, Window()
     steps = training_steps(
         run,
         engine,
-        save=partial(save, cfg, run, engine, ema),
+        save=partial(save, cfg, run, engine, ema, batches.source, data),
         evaluate=partial(evaluate_at, cfg, engine, ema, config, held),
         numbers=partial(window.numbers, engine),
     )
-    pool = ThreadPoolExecutor(1)  # reads the next batch while the GPU works
-    ahead = pool.submit(batches, run.step * cfg.accum)
-    for step, row in steps:
+    ahead = window.waiting(batches_ahead(batches, cfg, run.step))
+    for (step, row), micro_batches in zip(steps, ahead):
         if step == run.step or step % cfg.save_every == 0 or step % cfg.eval_every == 0:
             window.restart()  # the clock is for training alone
         noise = torch.Generator(device).manual_seed(seed_of(cfg.seed, step, rank()))
         row["loss"] = torch.zeros((), device=device)
-        for micro in range(step * cfg.accum, (step + 1) * cfg.accum):
-            begun = time.monotonic()
-            batch, ahead = ahead.result(), pool.submit(batches, micro + 1)
-            window.waited += time.monotonic() - begun
-            start, bucket = clock(device), batch["bucket"]
-            x = latents_of(batch["clips"], source, seed_of(cfg.seed, micro, rank())).to(device)
-            loss = training_loss(engine, x, batch, cfg, shift_of(cfg, bucket, source.codec), noise)
+        for batch in micro_batches:
+            start, bucket, x = clock(device), batch["bucket"], batch["x"].to(device).float()
+            loss = training_loss(engine, x, batch, cfg, shift_of(cfg, bucket, codec), noise)
             window.forward.append((start, clock(device)))
             engine.backward(loss)
             engine.step()  # skips the update, on all ranks, when a gradient is not finite
             row["loss"] += loss.detach() / cfg.accum
             window.clips += len(x)
-            window.tokens += len(x) * tokens_of(source.codec)(bucket.frames, *bucket.size)
+            window.tokens += len(x) * tokens_of(codec)(bucket.frames, *bucket.size)
         if engine.was_step_applied():
             decay = min(cfg.ema, (2 + step) / (11 + step))
             torch._foreach_lerp_(ema, [part.detach() for part in parts_of(engine)], 1 - decay)
 
 
 def evaluate_at(
-    cfg: Config, engine: Any, ema: list[Tensor], config: dict, held: Batches, step: int
+    cfg: Config, engine: Any, ema: list[Tensor], config: dict, held: HeldOut, step: int
 ) -> dict[str, float]:
     """Every rank: evaluate in the middle of the run. -> what goes into metrics.jsonl"""
     model = plain_model(config, merged(averaged_weights(engine, ema), cfg), engine.device, cfg.dtype)
@@ -2213,11 +2470,16 @@ def evaluate_at(
     return {f"held_out_{name}": value for name, value in losses.items()}
 
 
-def save(cfg: Config, run: Run, engine: Any, ema: list[Tensor], step: int) -> None:
+def save(
+    cfg: Config, run: Run, engine: Any, ema: list[Tensor], source: Source, data: Data, step: int
+) -> None:
     """Every rank: checkpoints/step_000200 to resume from, with the averaged weights whole (of LoRA the
-    adapter), which --watch and another number of ranks read."""
+    adapter), which --watch and another number of ranks read. Videos that cannot be read are told of."""
     from safetensors.torch import save_file
 
+    unread = unread_names(merged_over_ranks(dict(source.bad)).values())
+    run.facts["unread"] = sorted({*run.facts["unread"], *unread})
+    run.facts["data"] = data.digest(run.facts["unread"])
     weights = averaged_weights(engine, ema)
     kept = {name: value for name, value in weights.items() if not cfg.lora_r or ".lora_" in name}
 
@@ -2243,7 +2505,7 @@ def mean_of(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def best_of(
-    cfg: Config, engine: Any, ema: list[Tensor], config: dict, held: Batches
+    cfg: Config, engine: Any, ema: list[Tensor], config: dict, held: HeldOut
 ) -> tuple[dict[str, Tensor], dict[str, float], dict[str, float]]:
     """Every rank: -> (on rank 0 the merged weights that are kept, their held-out losses by bucket, {tried:
     loss}). Without --average the average along the run is taken; with it also the last weights and the means
@@ -2305,7 +2567,7 @@ def write_model(cfg: Config, config: dict, weights: dict[str, Tensor], target: P
 
 
 def final_results(
-    cfg: Config, engine: Any, ema: list[Tensor], config: dict, held: Batches, data: Data
+    cfg: Config, engine: Any, ema: list[Tensor], config: dict, held: HeldOut, data: Data
 ) -> dict:
     """Every rank: what results.json says of the finished model; and model/samples.png, .mp4 and .gif"""
     target = cfg.output_dir / "model"
@@ -2320,9 +2582,9 @@ def final_results(
 
     @on_rank0
     def show_samples() -> None:
-        bucket = max(held.epoch(0).buckets, key=lambda b: (b.frames, math.prod(b.size)))
-        captions = list(dict.fromkeys(row.texts[0] for row in held.source.rows))[:6]
-        clips = sample_clips(model, captions, bucket, held.source, cfg, 0)
+        bucket = max(held.shapes, key=lambda b: (b.frames, math.prod(b.size)))
+        captions = first_captions(held.source.rows, 6)
+        clips = sample_clips(model, captions, bucket, held.source.codec, held.source.text, cfg, 0)
         write_samples(clips, captions, target / "samples", cfg.fps, max(1, bucket.frames // 8))
 
     show_samples()
@@ -2390,7 +2652,8 @@ def generate(
 def condition(file: Path, extend: bool, bucket: Bucket, codec: Any, seed: int) -> tuple[Tensor, Tensor]:
     """-> (latents (1, C, T, h, w) that begin with those of `file`, bool (T,): which are to be predicted). Of
     a clip the last 17 frames are given, a piece of Open-Sora's VAE, or about half of a shorter clip that is
-    predicted, as many as whole latents show. Raises BadSample."""
+    predicted, as many as whole latents show; a picture stands still for as long as the first latent lasts.
+    Raises BadSample."""
     count, *_ = probe(file)
     if extend and count == 1:
         raise BadSample("is an image; give it as --image, --extend takes a clip")
@@ -2412,7 +2675,9 @@ def condition(file: Path, extend: bool, bucket: Bucket, codec: Any, seed: int) -
         clip, _ = timed_frames(file, range(count - head, count), bucket.size)
     except BadSample:  # headers often count one too many
         clip, _ = timed_frames(file, range(max(0, count - 1 - head), count - 1), bucket.size)
-    start = codec.encode(torch.from_numpy(clip[None]), torch.Generator().manual_seed(seed))
+    if not extend and codec.name == "opensora":
+        clip = clip.repeat((min(bucket.frames, PIECE) - 1) % 4 + 1, axis=0)
+    start = codec.encode(torch.from_numpy(clip[None]), [torch.Generator().manual_seed(seed)])
     known = torch.zeros(1, codec.channels, codec.latent_frames(bucket.frames), *start.shape[3:])
     known[:, :, : start.shape[2]] = start.cpu()
     return known, torch.arange(known.shape[2]) >= start.shape[2]
@@ -2452,7 +2717,6 @@ def watch(cfg: Config) -> None:
     started = open_model(saved["model"] or PUBLISHED, run_cfg, codec, text)
     config, base = started.config, set_trained(started, run_cfg).state_dict()
     track = tracker(cfg.report_to, cfg.watch, "t2v_rflow", shared=True, primary=False)
-    source = Source(run_cfg, [], Table(*[np.zeros(0)] * 4), codec, text)
     bucket = Bucket(run_cfg.resolution, codec.whole_length(run_cfg.frames), run_cfg.ratio, len(captions))
     sampled: set[str] = set()
     while True:
@@ -2466,7 +2730,7 @@ def watch(cfg: Config) -> None:
                 log.info(f"{path} went away or is not whole yet ({brief(error)})")
                 continue
             model = plain_model(config, weights, device, pick_dtype(cfg.dtype))
-            clips = sample_clips(model, captions, bucket, source, run_cfg, 0)
+            clips = sample_clips(model, captions, bucket, codec, text, run_cfg, 0)
             target = cfg.watch / "samples" / path.name
             write_samples(clips, captions, target, run_cfg.fps, max(1, bucket.frames // 8))
             log.info(f"{target}.mp4, .gif, .png")

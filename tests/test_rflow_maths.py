@@ -4,6 +4,7 @@ Facts: Open-Sora's branch opensora/v1.2 (opensora/models/stdit/stdit3.py, schedu
 """
 
 import csv
+import dataclasses
 import itertools
 import json
 import math
@@ -477,7 +478,9 @@ def test_given_frames_come_back_bit_for_bit():
 def flow_batch(count, frames, made=None):
     states = [np.zeros((2, 3), np.float16)] * count
     made = np.ones((count, frames), bool) if made is None else made
-    return rflow.batch_of(rflow.Bucket("16p", frames, "1:1", count), None, states, np.full(count, 24.0), made)
+    return rflow.batch_of(
+        rflow.Bucket("16p", frames, "1:1", count), [np.zeros(1)] * count, states, np.full(count, 24.0), made
+    )
 
 
 @pytest.mark.parametrize("t", [0.1, 0.5, 0.9])
@@ -560,25 +563,53 @@ def test_shift_is_the_published_one():
         assert rflow.shifted(torch.linspace(0.1, 0.9, 50), r).std() > 0.2 and r > 0.6
 
 
-def test_which_frames_are_given():
-    for frames in range(1, 16):
-        rng = np.random.default_rng(frames)
-        seen = [rflow.given_frames(frames, rng) for _ in range(400)]
-        assert all(made.dtype == bool and made.shape == (frames,) and made.any() for made in seen)
-        kinds = {tuple(made.tolist()) for made in seen}
-        if frames == 1:
-            assert kinds == {(True,)}
-            continue
-        head = (False, *[True] * (frames - 1))
-        assert 0.55 < np.mean([tuple(made) == head for made in seen]) < 0.9
-        assert head[::-1] in kinds and tuple(i % 2 == 1 for i in range(frames)) in kinds
-        quarter = max(1, frames // 4)
-        assert (*[False] * quarter, *[True] * (frames - quarter)) in kinds
-        assert (*[True] * (frames - quarter), *[False] * quarter) in kinds
-        if frames > 5:
-            assert len(kinds) > 20 and any(sum(made) < frames / 3 for made in kinds), (
-                "some at random, also most of them"
-            )
+# opensora/utils/train_utils.py of branch opensora/v1.2 (MaskGenerator), read there: which latent frames are given
+MASKS = {
+    "quarter_head": lambda n, k: [i < k for i in range(n)],
+    "quarter_tail": lambda n, k: [i >= n - k for i in range(n)],
+    "quarter_head_tail": lambda n, k: [i < k or i >= n - k for i in range(n)],
+    "image_head": lambda n, k: [i == 0 for i in range(n)],
+    "image_tail": lambda n, k: [i == n - 1 for i in range(n)],
+    "image_head_tail": lambda n, k: [i in (0, n - 1) for i in range(n)],
+}
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("frames", [3, 5, 15, 60])
+def test_which_frames_are_given(kind, frames):
+    rng, quarter = np.random.default_rng(0), max(1, frames // 4)
+    seen = {tuple(rflow.given_frames(frames, {kind: 1}, rng).tolist()) for _ in range(600)}
+    sizes = range(1, quarter + 1) if kind.startswith("quarter") else [1]
+    assert seen == {tuple(not given for given in MASKS[kind](frames, k)) for k in sizes}
+
+
+def test_frames_are_given_anywhere_and_never_all():
+    rng = np.random.default_rng(0)
+    for kind, counts in {"image_random": {1}, "quarter_random": {1, 2, 3}, "interpolate": {7, 8}}.items():
+        seen = [rflow.given_frames(15, {kind: 1}, rng) for _ in range(600)]
+        assert {int((~made).sum()) for made in seen} == counts
+        assert {int(np.flatnonzero(~made)[0]) for made in seen} >= (
+            {0, 1} if kind == "interpolate" else {0, 14 - 2}
+        )
+    shares = [rflow.given_frames(60, {"random": 1}, rng).mean() for _ in range(600)]
+    assert min(shares) < 0.2 and max(shares) > 0.8 and abs(np.mean(shares) - 0.5) < 0.03
+    for frames, kind in itertools.product((1, 2), rflow.EARLY):
+        seen = [rflow.given_frames(frames, {kind: 1}, rng) for _ in range(50)]
+        assert all(made.any() and made.shape == (frames,) for made in seen)
+        assert frames > 1 or all(made.all() for made in seen)
+
+
+def test_how_often_frames_are_given_is_published():
+    """configs/opensora-v1-2/train/stage{1,2,3}.py: 20 % in the first two, an image first in 5 %; 25 and 22 % in the third"""
+    for stage, share, first in (("1", 200, 50), ("2", 200, 50), ("3", 250, 220)):
+        kinds, recipe = rflow.GIVEN[stage], rflow.RECIPES["full"][stage]
+        assert sum(kinds.values()) == share == 1000 * recipe["mask_share"] and kinds["image_head"] == first
+    rng = np.random.default_rng(0)
+    head = [
+        not made[0] and made[1:].all()
+        for made in (rflow.given_frames(15, rflow.LATE, rng) for _ in range(2000))
+    ]
+    assert 0.87 < np.mean(head) < 0.92, "22 of 25"
 
 
 # --- Buckets and plan
@@ -628,7 +659,7 @@ def test_sizes_are_the_published_ones():
     }  # fmt: skip
     assert {key: rflow.size_of(*key) for key in published} == published
     areas = {"144p": 36864, "240p": 102240, "360p": 230400, "480p": 409920, "720p": 921600, "1080p": 2073600}
-    assert {name: rflow.area_of(name) for name in rflow.SIZES} == areas
+    assert {name: rflow.area_of(name) for name in areas} == areas
     # Save for the sizes set by hand, they follow get_h_w there: even sides, the height of sqrt(area * ratio) rounded up if even.
     by_hand = [
         ("240p", "27:50"),
@@ -653,9 +684,69 @@ def test_sizes_are_the_published_ones():
         and rflow.size_of("16p", "1:1") == (16, 16)
         and rflow.ratios_of("16p") == ["1:1"]
     )
-    for wrong in (("240", "1:1"), ("0p", "1:1"), ("xp", "1:1"), ("240p", "1:3"), ("16p", "9:16")):
+    for wrong in (
+        ("240", "1:1"),
+        ("512", "9:16"),
+        ("0p", "1:1"),
+        ("xp", "1:1"),
+        ("240p", "1:3"),
+        ("16p", "9:16"),
+    ):
         with pytest.raises(ValueError):
             rflow.size_of(*wrong)
+
+
+def test_sizes_of_pixart_are_the_published_ones():
+    """aspect.py's ASPECT_RATIO_256 to _2048: keys by two digits, each pixart size a multiple of the same 40"""
+    keys = "0.25 0.26 0.27 0.28 0.32 0.33 0.35 0.40 0.42 0.48 0.50 0.52 0.57 0.60 0.68 0.72 0.78 0.82 0.88 0.94 1.00 1.07 1.13 "
+    keys += "1.21 1.29 1.38 1.46 1.67 1.75 2.00 2.09 2.40 2.50 2.89 3.00 3.11 3.62 3.75 3.88 4.00"
+    read_there = {
+        "256": {"0.25": (128, 512), "0.72": (208, 288), "1.00": (256, 256), "2.89": (416, 144)},
+        "512": {"0.26": (256, 992), "0.52": (352, 672), "1.75": (672, 384), "4.00": (1024, 256)},
+        "1024": {"0.40": (640, 1600), "0.94": (960, 1024), "1.07": (1024, 960), "3.62": (1856, 512)},
+        "2048": {"0.35": (1152, 3328), "0.82": (1792, 2176), "2.09": (2944, 1408), "3.88": (3968, 1024)},
+    }
+    for name, side in (("256", 256), ("512", 512), ("1024", 1024), ("2048", 2048)):
+        sizes = {f"{h / w:.2f}": (h, w) for h, w in rflow.SIZES[name].values()}
+        assert list(sizes) == keys.split() and rflow.area_of(name) == side**2
+        assert sizes.items() >= read_there[name].items()
+        for ratio in rflow.ratios_of(name):
+            h, w = rflow.size_of(name, ratio)
+            assert h * int(ratio.split(":")[1]) == w * int(ratio.split(":")[0])
+
+
+def test_no_call_of_the_attention_kernels_is_too_large(monkeypatch):
+    """They take 65,535 sequences at most, and an image bucket has up to 145,000 of one token along time. Shapes alone."""
+    calls, shape_of = [], F.scaled_dot_product_attention
+
+    def kernel(q, k, v, **kinds):
+        calls.append(len(q))
+        return shape_of(q, k, v, **kinds)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", kernel)
+    with torch.device("meta"):
+        model = rflow.STDiT3(depth=1, hidden_size=16, num_heads=2, caption_channels=8, model_max_length=4)
+        for lengths in itertools.chain(*(rflow.BUCKETS[stage].items() for stage in "123")):
+            for frames, (_, batch) in lengths[1].items():
+                h, w = rflow.typical_size(lengths[0])
+                x = torch.empty(batch or 1, 4, rflow.OpenSoraVAE.latent_frames(frames), h // 8, w // 8)
+                t, y = torch.empty(len(x)), torch.empty(len(x), 4, 8)
+                model(x, t, y, torch.ones(len(x), 4, dtype=torch.bool), t, 1.0)
+        assert max(calls) <= 65_535 and len(calls) > 100
+        q = torch.empty(150_000, 2, 3, 4)
+        assert rflow.attention(q, q, q).shape == q.shape and calls[-3:] == [
+            65_535,
+            65_535,
+            150_000 - 2 * 65_535,
+        ]
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_attention_in_parts_is_attention(monkeypatch, tokens):
+    q, k, v = torch.randn(3, 7, 2, tokens, 4).unbind()
+    whole = F.scaled_dot_product_attention(q, k, v)
+    monkeypatch.setattr(rflow, "MOST_SEQUENCES", 3)
+    torch.testing.assert_close(rflow.attention(q, k, v), whole)
 
 
 def test_batches_scale():
@@ -741,12 +832,17 @@ def test_borders_of_the_rules():
     assert [cells[c] if c >= 0 else None for c in cell] == [
         None, ("240p", 51, "9:16"), ("240p", 1, "9:16"), None, None, ("240p", 51, "2:3"), ("240p", 51, "16:9")
     ]  # fmt: skip
-    assert dropped == {"cannot be read": 0, "too small": 1, "too short": 2, "kept out by probability": 0}
+    assert dropped == {
+        "cannot be read": 0,
+        "too small": 1,
+        "no longer than a bucket": 2,
+        "kept out by probability": 0,
+    }
     unread = table_of([(0, 240, 426), (52, 240, 426)])  # a clip that the cache could not encode
     assert rflow.assign(unread, one, 0, 0)[2] == {
         "cannot be read": 1,
         "too small": 0,
-        "too short": 0,
+        "no longer than a bucket": 0,
         "kept out by probability": 0,
     }
     kept_out = {
@@ -809,23 +905,23 @@ def test_plan(world):
     seen = []
     for s in range(len(p.order)):
         for r in range(world):
-            bucket, rows, spare = p.batch(p.order[s, r])
+            (bucket, rows), spare = p.batch(p.order[s, r]), list(p.others(p.order[s, r]))
             assert len(rows) == bucket.batch_size <= rflow.BUCKETS["3"][bucket.resolution][bucket.frames][1]
             assert {cells[c] for c in cell[[*rows, *spare]]} == {
                 (bucket.resolution, bucket.frames, bucket.ratio)
             }
             assert not set(rows) & set(spare)
+            same = [b for b in range(len(p.bucket_of)) if p.batch(b)[0] == bucket] if s < 3 else []
+            assert not same or len(spare) + len(rows) == sum(len(p.batch(b)[1]) for b in same), "all others"
             seen += rows.tolist()
     assert len(seen) == len(set(seen)) and sum(p.dropped.values()) + len(seen) == 6000
     clips = sum(
         int(line.split()[2].replace(",", "")) for line in p.table().split("left out")[0].splitlines()[1:]
     )
     assert clips == len(seen) and f"remainder of a step {p.dropped['remainder of a step']:20,}" in p.table()
-    assert [row for _, row in p.clips()] == p.rows.tolist()
     first = p.first_of_each(1)
     names = [(p.buckets[i].resolution, p.buckets[i].frames) for i in p.bucket_of]
     assert {names[b] for b in first} == set(names) and len(first) == len(set(names)), "whatever the ratio"
-    assert len(p.clips(first)) == sum(p.starts[b + 1] - p.starts[b] for b in first)
 
 
 def test_remainders():
@@ -841,7 +937,7 @@ def test_remainders():
 def test_refusals(capsys):
     for table, buckets, world, said in (
         (table_of([(60, 100, 100)] * 9), rflow.BUCKETS["1"], 8, "too small                              9"),
-        (table_of([(20, 480, 854)] * 9), rflow.BUCKETS["1"], 8, "too short                              9"),
+        (table_of([(20, 480, 854)] * 9), rflow.BUCKETS["1"], 8, "no longer than a bucket                9"),
         (
             table_of([(60, 480, 854)] * 9),
             {"480p": {1: (1.0, 2)}},
@@ -861,8 +957,10 @@ def test_demo_buckets():
     """Each generated clip, which has its last frame twice, goes where it was made for."""
     table = table_of([(frames + 1, size, size) for size, frames in shapes.MADE] * 50)
     p = rflow.plan_epoch(table, rflow.BUCKETS["demo"], 0, 0, 2)
-    for b, row in p.clips():
-        assert (b.size, b.frames) == ((shapes.MADE[row % 4][0],) * 2, shapes.MADE[row % 4][1])
+    for b, rows in map(p.batch, range(len(p.bucket_of))):
+        assert {((b.size[0], b.frames), tuple(shapes.MADE[row % 4])) for row in rows} == {
+            ((b.size[0], b.frames),) * 2
+        }
     assert (
         len(p.buckets) == 4
         and sum(p.dropped.values()) == p.dropped["remainder of a batch"] + p.dropped["remainder of a step"]
@@ -981,8 +1079,33 @@ def test_captions():
     rng = rflow.rng_of(rflow.CAPTION, 0, 1, 2)
     assert rflow.scored_caption("a cat", ("", "", ""), rng) == "a cat"
     written = "a cat. aesthetic score: 6."
-    assert rflow.scored_caption(written, ("5.5", "", ""), rng) == written
-    assert rflow.scored_caption("a cat", ("6.5", "", ""), None) == "a cat. aesthetic score: 6.5."
+    assert rflow.scored_caption(written, ("5.5", "", ""), None) == written
+    assert rflow.scored_caption(written, ("5.5", "2.0", ""), None) == f"{written} motion score: 2.0."
+    # as append_score_to_prompts does: no full stop before it
+    assert rflow.scored_caption("a cat", ("6.5", "", ""), None) == "a cat aesthetic score: 6.5."
+
+
+# What clean_caption of opensora/models/text_encoder/t5.py makes of them, twice, run there
+CLEANED = {
+    "A dog runs. aesthetic score: 6.5.": "a dog runs. aesthetic score: 6.5.",
+    "I <3 this dog -> it runs": "i <3 this dog -> it runs",
+    "<b>A man</b> walks (slowly) on the beach #sunset": "a man walks slowly on the beach sunset",
+    "Two cats & a dog &amp; a bird, 100% real": "two cats a dog a bird, 100% real",
+    "A 红色 car drives | fast / slow": "a car drives fast slow",
+    "See https://example.com/x?y=1 for more": "see ?y=1 for more",
+    '"A quoted caption."': "a quoted caption.",
+    "this-is-my-cute-cat video.mp4": "this is my cute cat",
+    "the_man_walks_in_the_park": "the_man_walks_in_the_park".replace("_", " "),
+    "It costs $5.00 ... really!!": "it costs $5.00 really!!",
+    "<person> opens a door: he leaves": "person opens a door: he leaves",
+    "AB1234 shipped @john 1920x1080 12:30 ": "shipped 12:30",
+    "  A [robot] *dances* ~ 1.5x  ": "a robot dances 1.5x",
+    "drone-view over-the-top shot, wide-angle at sun-set": "drone view over the top shot, wide angle at sun set",
+}
+
+
+def test_captions_are_cleaned_as_upstream_cleans_them():
+    assert {caption: rflow.clean(caption) for caption in CLEANED} == CLEANED
 
 
 def test_frames():
@@ -990,7 +1113,7 @@ def test_frames():
     assert {r.start for r in starts} == set(range(9)) and {len(r) for r in starts} == {51}
     assert list(rflow.frames_of(1, 1, rflow.rng_of(rflow.FRAMES, 0, 0, 0))) == [0]
     assert rflow.frames_of(5, 5, rflow.rng_of(rflow.FRAMES, 0, 0, 0)).stop == 5
-    with pytest.raises(BadSample, match="50 frames, 51 needed"):
+    with pytest.raises(BadSample, match="50 frames, at least 51 needed"):
         rflow.frames_of(50, 51, rflow.rng_of(rflow.FRAMES, 0, 0, 0))
     uses = (rflow.KEEP, rflow.SHUFFLE, rflow.CAPTION, rflow.FRAMES, rflow.MASKS)
     assert (
@@ -1010,7 +1133,7 @@ def test_data_are_the_same_wherever_they_lie(tmp_path):
         data = rflow.load_data(cfg)
         source = rflow.Source(cfg, data.rows, data.table, PIXELS, WORDS)
         draws.append([source.frames(0, rflow.Bucket("240p", 4, "9:16", 1), epoch) for epoch in range(20)])
-        digests.append(data.digest)
+        digests.append(data.digest([]))
     assert draws[0] == draws[1] and digests[0] == digests[1] != digests[2]
 
 
@@ -1033,10 +1156,10 @@ def test_what_the_demo_trains_on_shows_its_captions(tmp_path):
     """From the files, by the way that training takes: rows, bucket, frames."""
     cfg = rflow.Config(demo=True, steps=1, cache_dir=tmp_path, vae="pixels", text="words", max_bad=0.0)
     data = rflow.load_data(cfg)
-    rows, table = data.rows + data.held_rows, [*data.table.num_frames, *data.held_table.num_frames]
+    rows, table = [*data.rows, *data.held_rows], [*data.table.num_frames, *data.held_table.num_frames]
     assert len(rows) == 192 and not data.bad and 10 < len(data.held_rows) < 50
     assert not {row.texts[0] for row in data.rows} & {row.texts[0] for row in data.held_rows}
-    assert data.digest == "", "more steps take more clips, and are the same run"
+    assert int(data.digest([]), 16) == 0, "more steps take more clips, and are the same run"
     for row, frames in zip(rows, table):
         bucket = rflow.Bucket(f"{row.height:.0f}p", int(frames) - 1, "1:1", 1)
         source = rflow.Source(cfg, [row], table_of([(frames, row.height, row.width)]), PIXELS, WORDS)
@@ -1111,7 +1234,7 @@ def test_an_extension_begins_with_the_frames_that_its_latents_show(tmp_path, mon
 
 def test_captions_are_padded():
     y, mask = rflow.padded([np.full((n, 3), n, np.float16) for n in (2, 4, 1)])
-    assert y.shape == (3, 4, 3) and y.dtype == torch.float32 and mask.dtype == torch.bool
+    assert y.shape == (3, 4, 3) and y.dtype == torch.float16 and mask.dtype == torch.bool
     assert mask.tolist() == [[i < n for i in range(4)] for n in (2, 4, 1)]
     assert all((y[i, :n] == n).all() and not y[i, n:].any() for i, n in enumerate((2, 4, 1)))
 
@@ -1119,16 +1242,21 @@ def test_captions_are_padded():
 class Named(SimpleNamespace):
     """A source whose clips are the numbers of their rows."""
 
-    def batch(self, bucket, rows, spare, epoch):
-        return torch.tensor(rows), [np.full((1, 2), epoch, np.float16) for _ in rows], rows
+    def batch(self, bucket, rows, others, epoch):
+        latents = [np.full((1, bucket.frames, 1, 1), row, np.float16) for row in rows]
+        return latents, [np.full((1, 2), epoch, np.float16) for _ in rows], rows.tolist()
+
+
+def rows_of(batch):
+    return batch["x"][:, 0, 0, 0, 0].int().tolist()
 
 
 def batches_of(cache, seed=1, mask_share=0.5):
     table = table_of([(frames + 1, size, size) for size, frames in shapes.MADE] * 30)
-    table.fps[:] = np.arange(120)
+    table.fps[:] = np.arange(120) + 0.97  # told as whole numbers
     buckets = {r: {f: (0.6, 2 if f == 4 else 3) for f in of} for r, of in rflow.BUCKETS["demo"].items()}
     cfg = rflow.Config(seed=seed, cache=cache, mask_share=mask_share)
-    return rflow.Batches(cfg, Named(table=table, codec=PIXELS), buckets, 2)
+    return rflow.Batches(cfg, Named(table=table, codec=PIXELS), buckets)
 
 
 @pytest.mark.parametrize("cache", [None, Path("latents")])
@@ -1148,10 +1276,10 @@ def test_batches_walk_whole_epochs(monkeypatch, cache):
         for rank in "01":
             monkeypatch.setenv("RANK", rank)
             parts.append(batches(i))
-        rows = [part["clips"].tolist() for part in parts]
+        rows = [rows_of(part) for part in parts]
         assert not set(rows[0]) & set(rows[1])
         for part in parts:
-            assert part["fps"].tolist() == part["clips"].tolist() and (part["y"] == places[i][0]).all()
+            assert part["fps"].tolist() == rows_of(part) and (part["y"] == places[i][0]).all()
         seen.append(rows)
     epochs = [seen[sum(lengths[:e]) : sum(lengths[: e + 1])] for e in range(3)]
     same_batches = sorted(map(str, epochs[0])) == sorted(map(str, epochs[1]))
@@ -1180,9 +1308,7 @@ def test_batches_are_a_function_of_seed_step_and_rank(monkeypatch, cache):
     ):
         monkeypatch.setenv("RANK", rank)
         batches = batches_of(cache, seed)
-        told[name] = [
-            (b["clips"].tolist(), b["predicted"].tolist(), b["fps"].tolist()) for b in map(batches, steps)
-        ]
+        told[name] = [(rows_of(b), b["predicted"].tolist(), b["fps"].tolist()) for b in map(batches, steps)]
     assert told["again"] == told["run"][30:], "resumed"
     assert all(told[name][i] != told["run"][i] for name in ("rank", "seed") for i in range(40))
     masks = [[made[i][1] for i in range(40)] for made in (told["run"], told["rank"])]
@@ -1207,22 +1333,109 @@ def test_another_clip_takes_the_place_of_one_that_cannot_be_read(tmp_path, caplo
     table.fps[:] = [row.fps for row in rows]
     cfg = rflow.Config(cache_dir=tmp_path, output_dir=tmp_path)
     source = rflow.Source(cfg, rows, table, PIXELS, WORDS)
-    batches = rflow.Batches(cfg, source, {"12p": {4: (1.0, 2)}}, ranks=1)
+    batches = rflow.Batches(cfg, source, {"12p": {4: (1.0, 2)}})
     states = {WORDS.encode([f"w{i}"])[0].tobytes(): i for i in range(6)}
     replaced = 0
     for micro in range(30):
         epoch, step = batches.place(micro)
-        _, asked, spare = batches.epoch(epoch).batch(batches.epoch(epoch).order[step, 0])
-        if 2 in asked and not len(spare):
-            continue
+        b = batches.epoch(epoch).order[step, 0]
+        asked, others = batches.epoch(epoch).batch(b)[1], batches.epoch(epoch).others(b)
         batch = batches(micro)
-        used = [states[y.numpy().astype(np.float16).tobytes()] for y in batch["y"]]
-        assert len(batch["clips"]) == 2 and 2 not in used and set(used) <= {*asked, *spare}
+        used = [states[y.numpy().tobytes()] for y in batch["y"]]
+        assert len(batch["x"]) == 2 and 2 not in used and set(used) <= {*asked, *others}
         assert batch["fps"].tolist() == [8.0 + i for i in used], (asked, used)
         replaced += 2 in asked
     assert replaced and caplog.text.count("another clip takes its place") == 1, "told once"
 
 
+def test_no_file_ends_a_run(tmp_path, caplog):
+    """All but one clip are gone: smaller batches, the next bucket's, and an end only when nothing is left."""
+    rows = [
+        Row(
+            "m:",
+            i,
+            f"{numbered_clip(tmp_path, 6, (16, 16), f'{i}.mkv')}",
+            [f"w{i}"],
+            num_frames=7 if i % 2 else 5,
+        )
+        for i in range(6)
+    ]
+    for i in (0, 2, 3, 4, 5):
+        Path(rows[i].video).unlink()
+    cfg = rflow.Config(cache_dir=tmp_path, output_dir=tmp_path, manifest=tmp_path)
+    table = table_of([(int(row.num_frames), 16, 16) for row in rows])
+    source = rflow.Source(cfg, rows, table, PIXELS, WORDS)
+    batches = rflow.Batches(cfg, source, {"16p": {4: (1.0, 3), 6: (1.0, 3)}})
+    for micro in range(6):
+        batch = batches(micro)
+        assert len(batch["x"]) == 1 and batch["bucket"].frames == 6
+        assert torch.equal(batch["y"][0], torch.from_numpy(WORDS.encode(["w1"])[0]))
+    noted = [json.loads(line)["video"] for line in (tmp_path / "bad_samples.jsonl").read_text().splitlines()]
+    assert sorted(Path(video).name for video in noted) == [f"{i}.mkv" for i in (0, 2, 3, 4, 5)], "each once"
+    held = rflow.HeldOut(cfg, source, {"16p": {4: (1.0, 3), 6: (1.0, 3)}}, batches.epoch(0))
+    losses = rflow.held_out_loss(constant(0.0), held, cfg)
+    assert set(losses) == {"loss", "16p_4", "16p_6"}, "the one clip fits both"
+    assert losses["loss"] == pytest.approx(np.mean([losses["16p_4"], losses["16p_6"]]))
+    Path(rows[1].video).unlink()
+    assert math.isnan(rflow.held_out_loss(constant(0.0), held, cfg)["loss"])
+    with pytest.raises(SystemExit, match="no clip of .* can be read any more"):
+        batches(7)
+
+
+def test_held_out_loss_looks_where_training_looks():
+    """In stage 1 clips of 1080p are trained on at 144p to 360p; all of these are looked at, and count as often."""
+    table, buckets = openvid(20_000), rflow.BUCKETS["1"]
+    epoch = rflow.plan_epoch(table, buckets, 0, 0, 8)
+    held = rflow.HeldOut(rflow.Config(), SimpleNamespace(table=openvid(300, 1)), buckets, epoch)
+    trained = [epoch.buckets[i].name for i in epoch.bucket_of[epoch.order.ravel()]]
+    assert (
+        {part.batch(b)[0].name for part, b in held.places} == set(trained) > {"144p_51", "240p_51", "360p_51"}
+    )
+    assert [b.name for b in held.shapes] == list(
+        dict.fromkeys(part.batch(b)[0].name for part, b in held.places)
+    )
+    assert held.shares == pytest.approx({name: trained.count(name) / len(trained) for name in set(trained)})
+    for part, b in held.places:
+        bucket, rows = part.batch(b)
+        assert 0 < len(rows) <= buckets[bucket.resolution][bucket.frames][1]
+        assert (held.source.table.num_frames[rows] > bucket.frames).all()
+
+
+def test_latents_are_the_same_whether_encoded_before_or_in_the_step(tmp_path):
+    """Also in another batch, and with text that another encoder has read; a full cache needs no videos."""
+    rows = [Row("m:", i, str(numbered_clip(tmp_path, 20, (32, 32), f"{i}.mkv")), [f"w{i}"]) for i in range(4)]
+    numbers = table_of([(21, 32, 32)] * 4)
+    cfg = rflow.Config(cache=tmp_path / "latents", cache_dir=tmp_path, output_dir=tmp_path)
+    torch.manual_seed(0)
+    vae = rflow.OpenSoraVAE(32, 1, (32, 32, 32, 32), 1).requires_grad_(False)
+    stored = rflow.Rows(rflow.store_rows(tmp_path, rows, numbers, np.zeros(4, bool), cfg), np.arange(4))
+    assert [dataclasses.replace(stored[i], cells=()) for i in range(4)] == rows and len(stored) == 4
+    bucket, everything = rflow.Bucket("32p", 18, "1:1", 4), list(range(4))
+
+    def encoded(which, text=WORDS, **change):
+        source = rflow.Source(dataclasses.replace(cfg, **change), stored, numbers, vae, text)
+        return source.encoded(bucket, which, 0)
+
+    step = encoded(everything, cache=None)
+    alone = {row: encoded([row], cache=None)[row] for row in everything}
+    filled, again = encoded(everything), encoded([2, 0])
+    assert not rflow.Source(cfg, stored, numbers, vae, WORDS).lacks(1, bucket)
+    for row in everything:
+        for made in (alone, filled, again):
+            if row in made:
+                np.testing.assert_allclose(made[row][0], step[row][0], atol=2e-3)
+                assert np.array_equal(made[row][1], step[row][1]) and made[row][0].dtype == np.float16
+    assert not np.allclose(step[0][0], step[1][0], atol=0.1), "each clip has noise of its own"
+    for row in rows:
+        Path(row.video).unlink()
+    other = SimpleNamespace(name="other", encode=lambda said: [np.ones((1, 2), np.float16) for _ in said])
+    told = encoded([3, 1], other)
+    assert np.array_equal(told[1][0], filled[1][0]) and told[3][1].tolist() == [[1, 1]]
+    (tmp_path / "latents" / "latents").rename(tmp_path / "gone")
+    assert encoded(everything) == {}
+
+
+# --- Text
 # --- Text
 
 
@@ -1246,7 +1459,7 @@ def test_t5_gives_the_real_tokens_alone(tmp_path):
     captions = [
         " ".join(f"w{(i * k) % 40}" for k in range(1, 3 + i)) for i in range(18)
     ]  # more than one batch of the encoder
-    captions += [" ".join(["w3"] * 400), "W1  w2\n<b>w3</b> https://a.b/c w4"]
+    captions += [" ".join(["w3"] * 400), "W1  w2\n<b>w3</b> (w4)"]
     made = text.encode(captions)
     assert [len(row) for row in made] == [3 + i for i in range(18)] + [300, 5] and text.width == made[
         0
