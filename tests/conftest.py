@@ -47,7 +47,9 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "demo: runs a demo whole; only with --demos")
+    config.addinivalue_line(
+        "markers", "demo: takes minutes, or shows again what another test does; only with --demos"
+    )
 
 
 # Files that start scripts take minutes: first, so that no process is left with the longest of them at the end.

@@ -45,6 +45,12 @@ LONG_EVALUATION = {
 each_script = pytest.mark.parametrize("script", SHORT)
 
 
+def first_on(*names):
+    """Of these scripts always; of the others, whose loop is the same, only with --demos"""
+    marks = {name: () if name in names else pytest.mark.demo for name in SHORT}
+    return pytest.mark.parametrize("script", [pytest.param(name, marks=mark) for name, mark in marks.items()])
+
+
 def flags_of(script: str, folder, cache) -> list[str]:
     common = "--demo --steps 6 --log_every 1 --save_every 2 --eval_every 4 --report_to none"
     return [*f"{common} {SHORT[script]}".split(), "--output_dir", str(folder), "--cache_dir", str(cache)]
@@ -131,7 +137,7 @@ def test_the_card_has_what_was_measured_as_the_hub_reads_it(script, unbroken):
     assert "undefined" not in card.text.lower() and "{{" not in card.text
 
 
-@each_script
+@first_on("t2v_ddpm.py", "llava_vtt.py")
 @pytest.mark.parametrize("ranks", [2, pytest.param(1, marks=pytest.mark.demo)])
 def test_killed_while_training_it_goes_on_to_the_same_weights(script, ranks, unbroken, cache, tmp_path):
     flags = flags_of(script, tmp_path / "run", cache)
@@ -142,11 +148,7 @@ def test_killed_while_training_it_goes_on_to_the_same_weights(script, ranks, unb
     assert losses(tmp_path / "run") == losses(whole)
 
 
-@pytest.mark.parametrize(
-    "script",
-    ["nllb_vtt.py", "t2v_ddpm.py", "t2v_rflow.py"]
-    + [pytest.param(name, marks=pytest.mark.demo) for name in ("llava_vtt.py", "longcat_vss.py")],
-)
+@first_on("t2v_rflow.py")
 def test_a_signal_ends_an_evaluation_that_is_made_up_for_later(script, cache, tmp_path):
     """It breaks off between two batches, a checkpoint is written, and the same command evaluates that step
     first."""
@@ -164,7 +166,7 @@ def test_a_signal_ends_an_evaluation_that_is_made_up_for_later(script, cache, tm
     assert [row["step"] for row in rows_of(tmp_path / "run") if "held_out_loss" in row] == [3, 4]
 
 
-@each_script
+@first_on("t2v_ddpm.py", "nllb_vtt.py")
 def test_flags_that_make_no_other_run_may_change(script, unbroken, cache, tmp_path):
     shutil.copytree(unbroken(script), tmp_path / "run")
     flags = flags_of(script, tmp_path / "run", cache)
@@ -177,7 +179,7 @@ def test_flags_that_make_no_other_run_may_change(script, unbroken, cache, tmp_pa
     assert [row for row in shown if row["step"] <= 5] == [row for row in before if row["step"] <= 5]
 
 
-@each_script
+@first_on("nllb_vtt.py", "t2v_rflow.py")
 def test_a_finished_run_is_pushed_by_the_same_command(script, unbroken, cache, tmp_path, hub):
     """And nothing that it leaves, prints or pushes has the token."""
     shutil.copytree(unbroken(script), tmp_path / "run")
@@ -205,7 +207,7 @@ def test_a_finished_run_is_pushed_by_the_same_command(script, unbroken, cache, t
     assert not any(WRITE.encode() in data for data in [*files, *hub.blobs.values(), output.encode()])
 
 
-@each_script
+@first_on("nllb_vtt.py")
 def test_a_second_run_into_the_folder_is_told_whom_to_stop(script, unbroken, cache, tmp_path):
     """Also when what started it is gone: its ranks train on alone."""
     shutil.copytree(unbroken(script), tmp_path / "run")

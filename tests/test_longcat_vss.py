@@ -177,6 +177,7 @@ def test_check_of_the_published_sizes_says_what_cannot_hold_them_and_what_can(tm
     )
 
 
+@pytest.mark.demo
 def test_sixty_micro_steps_of_two_ranks_with_zero3_offload_are_those_of_one(tmp_path, tiny, samples):
     more = ["--steps", 30, "--lr", 1e-3, "--lora_dropout", 0, "--eval_samples", 0]
     common = ["--model", tiny, "--data_dir", samples, *SMALL, *more]

@@ -398,7 +398,7 @@ def test_the_token_never_shows(tree, bash, stop):
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             pass
     os.kill(process.pid, stop)
-    out = process.communicate(timeout=30)[0]
+    out = process.communicate(timeout=90)[0]
     assert process.returncode == 143 and "STOPPED" in out
     assert CANARY not in out and CANARY not in tree.log()
 
@@ -467,7 +467,7 @@ def test_a_stop_in_the_first_second_is_not_lost(tree, wait, number):
     wait_for((tree.cwd / "logs/latest.log").exists)
     time.sleep(wait)
     os.kill(process.pid, number)
-    out = process.communicate(timeout=30)[0]
+    out = process.communicate(timeout=90)[0]
     assert process.returncode == 128 + number and f"STOPPED exit={128 + number} " in out.splitlines()[-1]
     assert not any(map(alive, tree.pids()))
 
@@ -497,7 +497,7 @@ def test_an_update_of_run_sh_does_not_change_the_run(tree):
     with open(tree.folder / "run.sh", "a") as file:
         file.write("echo changed; exit 5\n")
     os.kill(process.pid, signal.SIGTERM)
-    out = process.communicate(timeout=30)[0]
+    out = process.communicate(timeout=90)[0]
     assert process.returncode == 143 and "changed" not in out
 
 
@@ -672,7 +672,7 @@ def test_a_signal_ends_the_set_up_and_its_pip(bare, number, to):
         silent.accept()
         family = all_of(process)
         to(process.pid, number)
-        out = process.communicate(timeout=10)[0]
+        out = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + number and "set-up stopped; the same command again takes it up" in out
     assert len(family) > 2 and not (bare.cwd / "logs").exists()
     wait_for(lambda: not any(map(alive, family)), seconds=2)
