@@ -2405,7 +2405,7 @@ def saved_bytes(forward: Callable[[], Any], module: Any) -> int:
     fused = mock.patch.object(
         torch.nn.functional,
         "scaled_dot_product_attention",
-        lambda q, k, v, *_, **__: FusedAttention.apply(q, k, v),
+        lambda query, key, value, *_, **__: FusedAttention.apply(query, key, value),
     )
     with fused, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         forward()
@@ -3041,9 +3041,9 @@ def fetch_model(source: str, *patterns: str, flag: str = "--model") -> Path:
         refuse(f"{flag} {source}: {brief(error)}; give a folder, or a Hub id that HF_TOKEN may read")
 
 
-def check_weights(source: str) -> None:
+def check_weights(source: str, *patterns: str) -> None:
     """Exit 2 when shards are missing from a folder, or the disk has no room for what is to be downloaded from
-    the Hub."""
+    the Hub: all of it, or its files of these patterns."""
     from huggingface_hub import constants, snapshot_download
 
     folder = Path(source)
@@ -3057,7 +3057,8 @@ def check_weights(source: str) -> None:
     if offline(source):
         return
     try:
-        files = retry(lambda: snapshot_download(source, dry_run=True), f"look up {source}", attempts=2)
+        look = partial(snapshot_download, source, allow_patterns=list(patterns) or None, dry_run=True)
+        files = retry(look, f"look up {source}", attempts=2)
     except (OSError, ValueError) as error:
         refuse(f"--model {source}: {brief(error)}")
     need = sum(file.file_size for file in files if file.will_download)

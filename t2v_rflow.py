@@ -44,6 +44,7 @@ import itertools
 import json
 import math
 import os
+import re
 import threading
 import time
 import zlib
@@ -66,17 +67,18 @@ from tqdm import tqdm
 # isort: off
 from common import (
     CHECKPOINTING, GB, PICTURES, BadSample, Free, Layout, Lower, Row, Run, append_json, barrier,
-    batches_ahead, brief, check_settings, check_weights, copy_code, data_name, decoded_frames, demo_module,
-    digest_of, disk_free, epoch_order, fetch_model, fill, fingerprint, finish_run, from_all_ranks, gathered,
-    identity_of, in_threads, leave_out, local_file, local_ranks, log, made_once, memory_layouts,
-    merged_over_ranks, newest_checkpoint, number_of, numbered, on_rank0, open_engine, open_media, open_run,
-    out_of_memory, over_ranks, packet_times, part_of, pick_dtype, rank, read_data, read_flags, read_json,
-    refuse, rounds, row_lines, run, sample_path, save_array, save_run, saved_bytes, seed_of, show_plan,
-    split_clips, start_run, stop_if_asked, timed_frames, tracker, training_steps, usable_cores, weights_key,
-    with_steps, world_size, write_json, write_samples, write_whole,
+    batches_ahead, brief, check_loaded, check_settings, check_weights, copy_code, data_name, decoded_frames,
+    demo_module, digest_of, disk_free, epoch_order, fetch_model, fill, fingerprint, finish_run,
+    from_all_ranks, gathered, identity_of, in_threads, leave_out, local_file, local_ranks, log, made_once,
+    memory_layouts, merged_over_ranks, newest_checkpoint, number_of, numbered, on_rank0, open_engine,
+    open_media, open_run, out_of_memory, over_ranks, packet_times, part_of, pick_dtype, rank, read_data,
+    read_flags, read_json, refuse, rounds, row_lines, run, sample_path, save_array, save_run, saved_bytes,
+    seed_of, show_plan, split_clips, start_run, stop_if_asked, timed_frames, tracker, training_steps,
+    usable_cores, weights_key, with_steps, world_size, write_json, write_samples, write_whole,
 )  # fmt: skip
 
 PUBLISHED = "hpcai-tech/OpenSora-STDiT-v3"
+PIXART = "PixArt-alpha/PixArt-Sigma/PixArt-Sigma-XL-2-2K-MS.pth"  # a file of the Hub
 VAES = {"opensora": "hpcai-tech/OpenSora-VAE-v1.2", "wan": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"}
 WARMUP = 1000  # steps, when --warmup_steps is not given
 TIMESTEPS = 1000  # the model is told t * 1000; 1 is noise
@@ -136,7 +138,7 @@ class Config:
     lora_alpha: int = 16
     caption_dropout: float = 0.1  # share of captions left out, for guidance
     mask_share: float = 0.25  # of clips with frames that are given: image to video, extension
-    base_size: int = 512  # pixels a side that need no shift towards noise
+    base_size: int = 512  # pixels a side that need no shift towards noise; 0: --shift is that of all sizes
     shift: float = 1.0  # factor of the shift by size and length
     gradient_checkpointing: Free[Literal["auto", "on", "off"]] = "auto"  # auto: when it does not fit without
 
@@ -195,9 +197,9 @@ class Config:
     def __post_init__(self) -> None:
         check_settings(
             self,
-            at_least_1="tokens_per_gpu depth width heads base_size accum frames fps sample_steps "
+            at_least_1="tokens_per_gpu depth width heads accum frames fps sample_steps "
             "log_every eval_every save_every keep lora_alpha",
-            at_least_0="steps lora_r average warmup_steps num_workers",
+            at_least_0="steps lora_r base_size average warmup_steps num_workers",
             above_0="lr shift clip guidance eps epochs",
             shares="caption_dropout mask_share ema max_bad val_fraction",
         )
@@ -228,10 +230,10 @@ DEMO = dict(
 # Stages of two published runs; their buckets are Open-Sora's of that stage. Other flags win over these.
 RECIPES = {
     # Lambda's Open-Sora tutorial (github.com/LambdaLabsML/Open-Sora, docs/tutorial): 192 H100, 18,000 GPU
-    # hours, on OpenVid-1M, in stage 3 with MiraData; 2,210, 7,099 and 14,778 steps. Their table of buckets
-    # was not seen.
+    # hours, on OpenVid-1M, in stage 3 with MiraData; 2,210, 7,099 and 14,778 steps, from PixArt-Sigma on.
+    # Stages 2 and 3 start from the stage before: give it as --model. Their table of buckets was not seen.
     "speed": {
-        "1": dict(epochs=5.0, lr=1.6e-4, warmup_steps=400, weight_decay=0.01, mask_share=0.2),
+        "1": dict(model=PIXART, epochs=5.0, lr=1.6e-4, warmup_steps=400, weight_decay=0.01, mask_share=0.2),
         "2": dict(epochs=5.0, lr=1.6e-4, warmup_steps=400, weight_decay=0.01, mask_share=0.25),
         "3": dict(epochs=5.0, lr=2e-4, warmup_steps=1000, weight_decay=0.01, mask_share=0.25),
     },
@@ -1351,6 +1353,113 @@ class STDiT3(nn.Module):
 
 
 # ---------------------------------------------------------------------------
+# Model: Wan 2.1 and 2.2, diffusers' class as STDiT3 is called
+# ---------------------------------------------------------------------------
+
+# What training of Wan's weights differs in: --vae_model and --text_model are those beside them; times are
+# shifted alike for all sizes; no frames are given (Wan2.2-TI2V knows how; --mask_share 0.25 trains it).
+WAN = dict(vae="wan", mask_share=0.0, base_size=0, shift=3.0, lr=1e-5, resolution="480p", frames=81, fps=16,
+           guidance=5.0, sample_steps=50, aes=0.0)  # fmt: skip
+WAN_LAYERS = r"blocks\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0)|ffn\.net\.(0\.proj|2))"
+
+
+@cache
+def wan_class() -> type[nn.Module]:
+    """diffusers is imported when it is needed."""
+    from diffusers import WanTransformer3DModel
+
+    class Wan(WanTransformer3DModel):
+        """Its weights and names are diffusers'; no_caption (1, D) is added: the states of "", which stand for
+        a caption that is left out. Captions are filled with zeros, which Wan attends to."""
+
+        def forward(
+            self, x: Tensor, timesteps: Tensor, y: Tensor, mask: Tensor, fps: Tensor, pixels: float,
+            x_mask: Tensor | None = None, drop: Tensor | None = None,
+        ) -> Tensor:  # fmt: skip
+            """As STDiT3.forward; x_mask is looked at only where `gives_frames` is set"""
+            height, width = x.shape[3:]
+            y = torch.where(mask[..., None], y.to(self.dtype), 0)
+            y = F.pad(y, (0, 0, 0, self.caption_length - y.shape[1]))
+            if drop is not None:
+                none = F.pad(self.no_caption, (0, 0, 0, self.caption_length - len(self.no_caption)))
+                y = torch.where(drop[:, None, None], none.to(y), y)
+            x = F.pad(x.to(self.dtype), (0, width % 2, 0, height % 2))
+            if x_mask is not None and self.gives_frames:  # each token has its time, 0 where it is given
+                tokens = x.shape[3] * x.shape[4] // 4
+                timesteps = (timesteps[:, None] * x_mask).repeat_interleave(tokens, 1)
+            (noise_less_clip,) = super().forward(x, timesteps, y, return_dict=False)
+            return -noise_less_clip[..., :height, :width].float()  # ours is the clip less the noise
+
+        @property
+        def checkpointing(self) -> bool:
+            return self.gradient_checkpointing
+
+        @checkpointing.setter
+        def checkpointing(self, on: bool) -> None:
+            (self.enable_gradient_checkpointing if on else self.disable_gradient_checkpointing)()
+
+    return Wan
+
+
+def is_wan(config: dict) -> bool:
+    return config.get("_class_name") == "WanTransformer3DModel"
+
+
+def build(config: dict) -> nn.Module:
+    """A model of these sizes: STDiT3's, or of diffusers' Wan with caption_length and gives_frames"""
+    if not is_wan(config):
+        return STDiT3(**config)
+    model = wan_class().from_config(of_diffusers(config))
+    model.caption_length, model.gives_frames = config["caption_length"], config["gives_frames"]
+    model.register_buffer("no_caption", torch.zeros(1, config["text_dim"]))
+    with torch.device("cpu"):  # its angles are in no file
+        sizes = model.config.attention_head_dim, model.config.patch_size, model.config.rope_max_seq_len
+        model.rope = type(model.rope)(*sizes)
+    model.rope._apply = partial(moved, model.rope)  # fp32 also in a model of bf16
+    return model
+
+
+def moved(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """nn.Module._apply, of which a module's buffers take the device alone"""
+    for name, buffer in module._buffers.items():
+        module._buffers[name] = buffer.to(change(buffer).device)
+    return module
+
+
+def of_diffusers(config: dict) -> dict:
+    return {name: value for name, value in config.items() if name not in ("caption_length", "gives_frames")}
+
+
+def with_depth(config: dict, depth: int) -> dict:
+    return config | {"num_layers" if is_wan(config) else "depth": depth}
+
+
+def wan_config(source: str, cfg: Config, codec: Any, text: Any) -> dict:
+    """Of a --model in diffusers' layout, or from scratch; {} of another"""
+    own = {"_class_name": "WanTransformer3DModel", "caption_length": text.length}
+    own["gives_frames"] = cfg.mask_share > 0
+    if source == "scratch-wan":
+        sizes = dict(num_attention_heads=cfg.heads, attention_head_dim=cfg.width // cfg.heads,
+                     in_channels=codec.channels, out_channels=codec.channels, text_dim=text.width,
+                     ffn_dim=4 * cfg.width, num_layers=cfg.depth)  # fmt: skip
+        with torch.device("meta"):
+            return dict(wan_class()(**sizes).config) | own
+    file = wan_folder(source) / "config.json"
+    config = read_json(file) if file.exists() else {}
+    if config and config.get("_class_name") != own["_class_name"]:
+        refuse(f"--model {source}: its transformer is {config.get('_class_name')}; Wan's is known here")
+    return config | own if config else {}
+
+
+@cache
+def wan_folder(source: str) -> Path:
+    """Of the transformer, if --model is in diffusers' layout"""
+    if source.startswith("scratch") or Path(source).is_file() or source.count("/") == 2:
+        return Path("nowhere")
+    return fetch_model(source, "config.json", "transformer/config.json") / "transformer"
+
+
+# ---------------------------------------------------------------------------
 # Text
 # ---------------------------------------------------------------------------
 
@@ -1366,51 +1475,71 @@ class Words:
     """Instead of T5 where there is no network: each word a fixed random direction, without meaning."""
 
     name, encoder, width, length = "words", None, 64, 16
+    cleaned = staticmethod(str)
 
     def encode(self, captions: list[str]) -> list[np.ndarray]:
         """-> float16 (L, 64) of each caption, L words, at most 16"""
         states = []
         for caption in captions:
-            directions = [word_direction(word, self.width) for word in caption.lower().split()]
+            directions = [word_direction(word, self.width) for word in caption.lower().split() or [""]]
             states.append(np.stack(directions[: self.length]).astype(np.float16))
         return states
 
 
 class T5:
-    """Last hidden states of T5's encoder, as the published weights know it, of the real tokens alone."""
-
-    length = 300
+    """Last hidden states of T5's encoder, as the published weights know it, of the real tokens alone; or of
+    UMT5's, in diffusers' layout beside Wan's weights."""
 
     def __init__(self, source: str, device: torch.device, check: bool = False) -> None:
         """`check`: its sizes alone, on the meta device. ValueError without a tokenizer of its size."""
         import bs4  # noqa: F401  diffusers cleans captions with these two
         import ftfy  # noqa: F401
         import sentencepiece  # noqa: F401  transformers reads the Hub's spiece.model with it
-        from transformers import AutoConfig, AutoTokenizer, T5EncoderModel
+        from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer
 
-        weights = [] if check else ["*.safetensors", "*.bin"]
-        folder = fetch_model(source, "*.json", "*.model", *weights, flag="--text_model")
-        self.name = f"{source} {weights_key(folder)}"
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        names = ["*.json", "*.model"] if check else ["*.json", "*.model", "*.safetensors", "*.bin"]
+        # a whole pipeline's other weights are not wanted: patterns cross folders
+        below = [f"{part}/{name}" for part in ("text_encoder", "tokenizer") for name in names]
+        folder = fetch_model(source, *below, "config.json", "model_index.json", flag="--text_model")
+        self.of_wan = (folder / "text_encoder").is_dir()
+        self.length = 512 if self.of_wan else 300
+        if not self.of_wan:
+            folder = fetch_model(source, *names, flag="--text_model")
+        tokenizer, encoder = (
+            folder / part if self.of_wan else folder for part in ("tokenizer", "text_encoder")
+        )
+        self.name = f"{source} {weights_key(encoder)}"
+        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
         kind = torch.bfloat16 if device.type == "cuda" else torch.float32
         if check:
             with torch.device("meta"):
-                self.encoder = T5EncoderModel(AutoConfig.from_pretrained(folder)).to(kind)
+                config = AutoConfig.from_pretrained(encoder)
+                self.encoder = AutoModelForTextEncoding.from_config(config).to(kind)
         else:
-            encoder = T5EncoderModel.from_pretrained(folder, dtype=kind, local_files_only=True)
-            self.encoder = encoder.to(device).eval()
+            self.encoder, report = AutoModelForTextEncoding.from_pretrained(
+                encoder, dtype=kind, local_files_only=True, output_loading_info=True
+            )
+            check_loaded({**report, "unexpected_keys": []}, encoder)  # a whole T5 has a decoder
+            self.encoder = self.encoder.to(device).eval()
         self.width = self.encoder.config.d_model
         pieces, vocabulary = len(self.tokenizer), self.encoder.config.vocab_size
         # without its files there is one of special tokens alone
         if pieces < vocabulary - 256:
             raise ValueError(f"its tokenizer knows {pieces} pieces, its weights {vocabulary}")
 
+    def cleaned(self, caption: str) -> str:
+        if self.of_wan:
+            from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+            return prompt_clean(caption)
+        return clean(caption)
+
     @torch.no_grad()
     def encode(self, captions: list[str]) -> list[np.ndarray]:
-        """-> float16 (L, D) of each caption, L tokens, at most 300; D = 4096 for XXL"""
+        """-> float16 (L, D) of each caption, L tokens, at most 300, of UMT5 512; D = 4096 for XXL"""
         rows: list[np.ndarray] = []
         for start in range(0, len(captions), 16):
-            part = [clean(caption) for caption in captions[start : start + 16]]
+            part = [self.cleaned(caption) for caption in captions[start : start + 16]]
             tokens = self.tokenizer(
                 part, padding=True, truncation=True, max_length=self.length, return_tensors="pt"
             )
@@ -1841,9 +1970,10 @@ def shifted(t: Tensor, ratio: float) -> Tensor:
 
 
 def flow_shift(height: int, width: int, latent_frames: int, base: float, scale: float) -> float:
-    """sqrt(pixels / base^2) * sqrt(latent frames) * scale. Upstream counts latent frames as num_frames // 17
-    * 5, which is 0 below 17 frames: then t is always 0 and nothing is learned; here their true number."""
-    return math.sqrt(height * width) / base * math.sqrt(latent_frames) * scale
+    """sqrt(pixels / base^2) * sqrt(latent frames) * scale; without a base `scale` alone. Upstream counts
+    latent frames as num_frames // 17 * 5, which is 0 below 17 frames: then t is always 0 and nothing is
+    learned; here their true number."""
+    return math.sqrt(height * width) / base * math.sqrt(latent_frames) * scale if base else scale
 
 
 def noisy(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -2025,18 +2155,25 @@ def load_ema(engine: Any, ema: list[Tensor], checkpoint: Path) -> None:
                 safe_set_full_fp32_param(value, whole[name].to(engine.device))
 
 
-def set_trained(model: STDiT3, cfg: Config) -> nn.Module:
+def set_trained(model: nn.Module, cfg: Config) -> nn.Module:
     """What is trained: all weights but the rotation's, and of loaded ones the layers that captions enter by
     (both as upstream), or LoRA on every linear layer of the blocks."""
-    model.rope.freqs.requires_grad_(False)
-    model.y_embedder.requires_grad_(cfg.model == "scratch")
+    if isinstance(model, STDiT3):
+        model.rope.freqs.requires_grad_(False)
+        model.y_embedder.requires_grad_(cfg.model == "scratch")
     if not cfg.lora_r:
         return model
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
+
+    return get_peft_model(model, lora_config(isinstance(model, STDiT3), cfg))
+
+
+def lora_config(of_stdit: bool, cfg: Config) -> Any:
+    from peft import LoraConfig
 
     layers = r"attn\.(qkv|proj)|cross_attn\.(q_linear|kv_linear|proj)|mlp\.fc[12]"
-    where = rf"(spatial|temporal)_blocks\.\d+\.({layers})"
-    return get_peft_model(model, LoraConfig(r=cfg.lora_r, lora_alpha=cfg.lora_alpha, target_modules=where))
+    where = rf"(spatial|temporal)_blocks\.\d+\.({layers})" if of_stdit else WAN_LAYERS
+    return LoraConfig(r=cfg.lora_r, lora_alpha=cfg.lora_alpha, target_modules=where)
 
 
 def merged(weights: dict[str, Tensor], cfg: Config) -> dict[str, Tensor]:
@@ -2053,19 +2190,21 @@ def merged(weights: dict[str, Tensor], cfg: Config) -> dict[str, Tensor]:
     return whole
 
 
-def plain_model(config: dict, weights: dict[str, Tensor], device: torch.device, dtype: str) -> STDiT3:
+def plain_model(config: dict, weights: dict[str, Tensor], device: torch.device, dtype: str) -> nn.Module:
     """A model of these merged weights, which rank 0 has, to evaluate and sample: whole on each rank"""
     import torch.distributed as dist
 
     with torch.device("meta"):
-        model = STDiT3(**config)
-    model = model.to(TORCH_DTYPES[dtype]).to_empty(device=device)
+        model = build(config)
+    kind, state = TORCH_DTYPES[dtype], {}
     for name, value in model.state_dict().items():
+        state[name] = torch.empty(value.shape, dtype=kind, device=device)
         if rank() == 0:
-            value.copy_(weights[name])
+            state[name].copy_(weights[name])
         if world_size() > 1:
-            dist.broadcast(value.view(torch.uint8), 0)  # as bytes: gloo does not know every dtype
-    return model.eval()
+            dist.broadcast(state[name].view(torch.uint8), 0)  # as bytes: gloo does not know every dtype
+    model.load_state_dict(state, assign=True)
+    return model.to(device).eval()
 
 
 # ---------------------------------------------------------------------------
@@ -2123,18 +2262,24 @@ def micro_batch_bytes(
 
     def kept(depth: int) -> int:
         with torch.device("meta"):
-            twin = STDiT3(**config | {"depth": depth}).to(TORCH_DTYPES[dtype])
+            twin = build(with_depth(config, depth)).to("meta", TORCH_DTYPES[dtype])
             x, times = torch.empty(count, codec.channels, frames, height, width), torch.empty(count)
-            y = torch.empty(count, caption, config["caption_channels"])
+            y = torch.empty(count, caption, config["text_dim" if is_wan(config) else "caption_channels"])
             mask = torch.empty(count, caption, dtype=torch.bool)
             return saved_bytes(lambda: twin(x, times, y, mask, times, 1.0), twin)
 
     one, two = kept(1), kept(2)
+    if is_wan(config):
+        depth, blocks, inner = config["num_layers"], 1, config["ffn_dim"]
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+    else:
+        depth, blocks, width = config["depth"], 2, config["hidden_size"]
+        inner = config["mlp_ratio"] * width
     if not checkpointing:
-        return one + (config["depth"] - 1) * (two - one)
+        return one + (depth - 1) * (two - one)
     tokens = count * tokens_of(codec)(bucket.frames, *bucket.size)
-    numbers = (2 * (config["depth"] - 1) + config["mlp_ratio"]) * config["hidden_size"]  # of a token
-    return int(one - (two - one) / 2 + tokens * numbers * TORCH_DTYPES[dtype].itemsize)
+    numbers = blocks * (depth - 1) * width + inner  # of a token
+    return int(one - (two - one) / 2 * (blocks - 1) + tokens * numbers * TORCH_DTYPES[dtype].itemsize)
 
 
 def plan_of(
@@ -2168,7 +2313,7 @@ def plan_of(
     def told(b: int) -> str:
         bucket, rows = first.batch(b)
         caption = batches.source.caption(int(rows[0]), 0)
-        return f"{bucket.name}: {clean(caption) if cfg.text == 't5' else caption}"
+        return f"{bucket.name}: {text.cleaned(caption)}"
 
     clips = f"{len(data.rows)} clips to train on, {len(data.held_rows)} to evaluate"
     used = f"{int(np.diff(first.starts)[first.order.ravel()].sum())} clips of the first epoch"
@@ -2182,7 +2327,7 @@ def plan_of(
         ("buckets", f"{used} in {first.order.size} batches; {waits}\n{first.table()}"),
         ("text", f"{text.name}; {where}"),
         *row_lines(first.first_of_each(1), told),
-        ("model", f"STDiT3 {cfg.model}, {counts}"),
+        ("model", f"{'Wan' if is_wan(config) else 'STDiT3'} {cfg.model}, {counts}"),
         ("latents", f"{codec.name}; at most {tokens(largest)} tokens a micro-batch"),
         ("steps", f"{cfg.steps} of {ranks}, {epochs}; warm-up {cfg.warmup_steps}"),
     ]
@@ -2220,9 +2365,139 @@ def weights_gb(module: nn.Module | None) -> float:
 # ---------------------------------------------------------------------------
 
 
-def open_model(source: str, cfg: Config, codec: Any, text: Any) -> STDiT3:
-    """The published model or one that a run wrote, every weight in its place, or from scratch. Exit 2 for one
-    of another size. For --check its sizes alone, on the meta device."""
+# Where a --model that is a folder has its weights: of a model, a run, a checkpoint of ours or of upstream's
+WEIGHTS = (
+    "model.safetensors diffusion_pytorch_model.safetensors model/model.safetensors ema.safetensors ema.pt "
+    "*.index.json model/*.index.json"
+)
+FRESH = r"temporal_blocks\.|.*\.[qk]_norm\.|fps_embedder\.|rope\."  # what PixArt has not
+
+
+def read_weights(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    """-> (sizes, as XL; weights) of a file or of one of WEIGHTS in a folder; of a run that has not finished
+    the averaged weights of its newest checkpoint."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    if path.is_dir():
+        saved = [folder / "ema.safetensors" for folder in reversed(numbered(path / "checkpoints", "step_"))]
+        found = [file for pattern in WEIGHTS.split() for file in sorted(path.glob(pattern))] + saved
+        path = next((file for file in found if file.is_file()), path / WEIGHTS.split()[0])
+    told: dict = {}
+    if path.suffix == ".json":  # ColossalAI's and Hugging Face's shards
+        parts = sorted(set(read_json(path)["weight_map"].values()))
+        weights = {
+            name: value for part in parts for name, value in read_weights(path.parent / part)[1].items()
+        }
+    elif path.suffix == ".safetensors":
+        weights = load_file(path)
+        with safe_open(path, "pt") as file:  # a checkpoint of ours says it there
+            told = json.loads((file.metadata() or {}).get("config", "{}"))
+    else:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        weights = weights.get("state_dict", weights)
+    if (path.parent / "config.json").exists():
+        told = read_json(path.parent / "config.json")
+    return told, weights
+
+
+def sizes_of(weights: dict[str, Tensor]) -> dict:
+    """As XL, by the shapes of weights. KeyError for other weights."""
+    width, channels = weights["x_embedder.proj.weight"].shape[:2]
+    head = 2 * len(weights["rope.freqs"]) if "rope.freqs" in weights else 72
+    return {
+        "depth": 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("spatial_blocks.")),
+        "hidden_size": width,
+        "num_heads": width // head,
+        "mlp_ratio": len(weights["spatial_blocks.0.mlp.fc1.bias"]) / width,
+        "in_channels": channels,
+        "pred_sigma": len(weights["final_layer.linear.bias"]) == 8 * channels,
+        "caption_channels": weights["y_embedder.y_proj.fc1.weight"].shape[1],
+        "model_max_length": len(weights["y_embedder.y_embedding"]),
+    }
+
+
+def from_pixart(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """PixArt-Sigma's names -> STDiT3's spatial half (reparameter in opensora/utils/ckpt_utils.py)"""
+    named = {name.replace("blocks.", "spatial_blocks.", 1): value for name, value in weights.items()}
+    named.pop("pos_embed", None)
+    named["x_embedder.proj.weight"] = named["x_embedder.proj.weight"].unsqueeze(2)
+    rows = named["y_embedder.y_embedding"][: XL["model_max_length"]]
+    more = rows[-1:].expand(XL["model_max_length"] - len(rows), -1)
+    return named | {"y_embedder.y_embedding": torch.cat([rows, more])}
+
+
+def model_weights(source: str, check: bool) -> tuple[dict, dict[str, Tensor]]:
+    """-> (sizes, as XL; weights) of what --model names: a folder or file, OWNER/NAME of the Hub, or a file of
+    it, OWNER/NAME/FILE. For `check` no weights that would have to be read. Exit 2 when they cannot be."""
+    from pickle import UnpicklingError
+
+    from safetensors import SafetensorError
+
+    path, a_file = Path(source), source.count("/") == 2 and not source.startswith((".", "/", "~"))
+    try:
+        if not path.exists():
+            if check and a_file:
+                return {}, {}
+            repo, _, name = source.rpartition("/") if a_file else (source, "", "*.safetensors")
+            path = fetch_model(repo, "config.json", *([] if check else [name]))
+            path = path / name if a_file else path
+        if check and (path / "config.json").exists() and "depth" in read_json(path / "config.json"):
+            if not (path / "checkpoints").exists():
+                return read_json(path / "config.json"), {}
+        told, weights = read_weights(path)
+        if "blocks.0.attn.qkv.weight" in weights:
+            weights = from_pixart(weights)
+        return sizes_of(weights) | told, weights
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError, SafetensorError) as error:
+        hint = f"give {PUBLISHED}, a folder or file of such weights, PixArt-Sigma's .pth, or scratch"
+        reason = f"has no {error}" if isinstance(error, KeyError) else brief(error)
+        refuse(f"--model {source}: {reason}; {hint}")
+
+
+def open_model(source: str, cfg: Config, codec: Any, text: Any) -> tuple[nn.Module, dict]:
+    """-> (the published model or one that a run wrote, every weight in its place, PixArt-Sigma with a
+    temporal half that starts as the identity, Wan, or from scratch; its sizes for `build`). Exit 2 for one of
+    another size. For --check its sizes alone, on the meta device."""
+    if config := wan_config(source, cfg, codec, text):
+        return open_wan(source, config, cfg, codec, text), config
+    model = open_stdit(source, cfg, codec, text)
+    return model, model.config
+
+
+def open_wan(source: str, config: dict, cfg: Config, codec: Any, text: Any) -> nn.Module:
+    from safetensors import SafetensorError
+
+    if not source.startswith("scratch") and not Path(source).is_dir():
+        check_weights(source, "transformer/*")
+    check_sizes(source, config["in_channels"], config["text_dim"], cfg, codec, text)
+    with torch.device("cpu" if source.startswith("scratch") and not cfg.check else "meta"):
+        model = build(config)
+    if cfg.check:
+        return model
+    none = {"no_caption": torch.from_numpy(text.encode([""])[0]).float()}
+    if source.startswith("scratch"):
+        weights = model.state_dict()
+    else:
+        try:
+            folder = fetch_model(source, "transformer/*.json", "transformer/*.safetensors")
+            _, weights = read_weights(folder / "transformer")
+        except (OSError, KeyError, SafetensorError) as error:
+            refuse(f"--model {source}: {brief(error)}")
+    fill(model, {name: value.float() for name, value in (weights | none).items()}, f"--model {source}")
+    model.requires_grad_(True)
+    return model
+
+
+def check_sizes(source: str, channels: int, width: int, cfg: Config, codec: Any, text: Any) -> None:
+    if (channels, width) != (codec.channels, text.width):
+        refuse(
+            f"--model {source} takes latents of {channels} channels and captions of {width} numbers; "
+            f"--vae {cfg.vae} has {codec.channels}, --text {cfg.text} {text.width}"
+        )
+
+
+def open_stdit(source: str, cfg: Config, codec: Any, text: Any) -> STDiT3:
     if source == "scratch":
         with torch.device("meta" if cfg.check else "cpu"):
             return STDiT3(
@@ -2230,24 +2505,23 @@ def open_model(source: str, cfg: Config, codec: Any, text: Any) -> STDiT3:
                 pred_sigma=False, caption_channels=text.width, model_max_length=text.length,
                 input_sq_size=cfg.base_size, frame_places=cfg.frame_places,
             )  # fmt: skip
-    check_weights(source)
-    hint = f"give {PUBLISHED}, a folder that a run wrote, or scratch"
-    _, config, weights = config_and_weights(source, cfg.check, "--model", hint)
+    if not Path(source).exists() and source.count("/") == 1:
+        check_weights(source)
+    config, weights = model_weights(source, cfg.check)
     if config.get("qk_norm_legacy") or not config.get("qk_norm", True):
         refuse(
             f"--model {source}: turns queries before their norm, or has no such norm; this script knows "
             "Open-Sora 1.2's order"
         )
-    with torch.device("meta"):
+    is_image_model = weights and not any(name.startswith("temporal_blocks.") for name in weights)
+    with torch.device("cpu" if is_image_model and not cfg.check else "meta"):
         model = STDiT3(**{name: config[name] for name in XL if name in config})
-    channels, width = model.config["in_channels"], model.config["caption_channels"]
-    if (channels, width) != (codec.channels, text.width):
-        refuse(
-            f"--model {source} takes latents of {channels} channels and captions of {width} numbers; "
-            f"--vae {cfg.vae} has {codec.channels}, --text {cfg.text} {text.width}"
-        )
+    check_sizes(source, model.config["in_channels"], model.config["caption_channels"], cfg, codec, text)
     if cfg.check:
         return model
+    if is_image_model:
+        made = {name: value for name, value in model.state_dict().items() if re.match(FRESH, name)}
+        weights = made | weights
     fill(model, weights, f"--model {source}")
     return model.float()
 
@@ -2259,8 +2533,7 @@ def train(cfg: Config) -> None:
     # all checks come before the first weight is downloaded: sizes alone
     sizes = dataclasses.replace(cfg, check=True)
     codec, text = open_codec(sizes, device), open_text(sizes, device)
-    model = open_model(cfg.model, sizes, codec, text)
-    config = model.config
+    model, config = open_model(cfg.model, sizes, codec, text)
     table = read_buckets(cfg.buckets) if cfg.buckets else BUCKETS[cfg.stage]
     buckets = table if cfg.stage == "demo" else scaled(table, cfg.tokens_per_gpu, codec)
     batches = Batches(cfg, Source(cfg, data.rows, data.table, codec, text), buckets)
@@ -2281,7 +2554,7 @@ def train(cfg: Config) -> None:
     cfg = run.cfg
     codec, text = open_codec(cfg, device), open_text(cfg, device)
     torch.manual_seed(cfg.seed)  # the same weights on every rank
-    model = open_model(cfg.model, cfg, codec, text)
+    model, _ = open_model(cfg.model, cfg, codec, text)
     model.checkpointing = layout.checkpointing
     model = set_trained(model, cfg)
     for source in (batches.source, held.source):
@@ -2307,7 +2580,7 @@ def train(cfg: Config) -> None:
         run,
         export=partial(export, cfg, engine, ema, config),
         evaluate=partial(final_results, cfg, engine, ema, config, held, data),
-        card=partial(card_of, cfg, data),
+        card=partial(card_of, cfg, config, data),
     )
 
 
@@ -2435,7 +2708,7 @@ def train_steps(
     steps = training_steps(
         run,
         engine,
-        save=partial(save, cfg, run, engine, ema, batches.source, data),
+        save=partial(save, cfg, run, engine, ema, config, batches.source, data),
         evaluate=partial(evaluate_at, cfg, engine, ema, config, held),
         numbers=partial(window.numbers, engine),
     )
@@ -2471,7 +2744,7 @@ def evaluate_at(
 
 
 def save(
-    cfg: Config, run: Run, engine: Any, ema: list[Tensor], source: Source, data: Data, step: int
+    cfg: Config, run: Run, engine: Any, ema: list[Tensor], config: dict, source: Source, data: Data, step: int
 ) -> None:
     """Every rank: checkpoints/step_000200 to resume from, with the averaged weights whole (of LoRA the
     adapter), which --watch and another number of ranks read. Videos that cannot be read are told of."""
@@ -2485,7 +2758,7 @@ def save(
 
     def add_average(aside: Path) -> None:
         if rank() == 0:
-            save_file(kept, aside / "ema.safetensors")
+            save_file(kept, aside / "ema.safetensors", {"config": json.dumps(config)})
 
     save_run(run, engine, step, add_average, frozen_left_out=bool(cfg.lora_r))
 
@@ -2549,8 +2822,21 @@ def candidates(
 
 
 def export(cfg: Config, engine: Any, ema: list[Tensor], config: dict, target: Path) -> None:
-    """Every rank: model/ with the averaged weights"""
-    write_model(cfg, config, merged(averaged_weights(engine, ema), cfg), target)
+    """Every rank: model/ with the averaged weights; Wan's LoRA also as diffusers loads it"""
+    weights = averaged_weights(engine, ema)
+    write_model(cfg, config, merged(weights, cfg), target)
+
+    @on_rank0
+    def write_lora() -> None:
+        from diffusers import WanPipeline
+
+        names = {name: name.removeprefix("base_model.model.").replace(".default", "") for name in weights}
+        layers = {names[name]: value.contiguous() for name, value in weights.items() if ".lora_" in name}
+        kind = lora_config(False, cfg).to_dict()
+        WanPipeline.save_lora_weights(target, layers, transformer_lora_adapter_metadata=kind)
+
+    if cfg.lora_r and is_wan(config):
+        write_lora()
 
 
 @on_rank0
@@ -2558,10 +2844,14 @@ def write_model(cfg: Config, config: dict, weights: dict[str, Tensor], target: P
     """Under the published names"""
     from safetensors.torch import save_file
 
-    target.mkdir(exist_ok=True)
-    weights = {name: value.contiguous() for name, value in weights.items()}
-    write_whole(target / "model.safetensors", lambda aside: save_file(weights, aside))
-    write_json(target / "config.json", {"model_type": "STDiT3"} | config)
+    folder, name = target, "model.safetensors"
+    if is_wan(config):
+        folder, name = target / "transformer", "diffusion_pytorch_model.safetensors"
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.contiguous() for name, value in weights.items() if name != "no_caption"}
+    write_whole(folder / name, lambda aside: save_file(weights, aside, {"format": "pt"}))
+    told = of_diffusers(config) if is_wan(config) else {"model_type": "STDiT3"} | config
+    write_json(folder / "config.json", told)
     write_json(target / "t2v_rflow.json", {name: getattr(cfg, name) for name in (*USED, *SAMPLING)})
     copy_code(target, __file__)
 
@@ -2591,14 +2881,15 @@ def final_results(
     return results
 
 
-def card_of(cfg: Config, data: Data, results: dict) -> dict:
+def card_of(cfg: Config, config: dict, data: Data, results: dict) -> dict:
     """Rank 0: what write_card wants"""
-    scratch = cfg.model == "scratch"
+    scratch = cfg.model.startswith("scratch")
+    what = "Wan's transformer, as diffusers has it," if is_wan(config) else "Open-Sora 1.2's STDiT3"
     started = "trained from scratch" if scratch else f"fine-tuned from `{cfg.model}`"
     caption = json.dumps(data.held_rows[0].texts[0])
     return {
-        "about": f"Open-Sora 1.2's STDiT3, {started} on `{Path(data.source).name}` by `t2v_rflow.py`, which "
-        "lies in this repository; the weights have the published names.",
+        "about": f"{what} {started} on `{Path(data.source).name}` by `t2v_rflow.py`, which lies in this "
+        "repository; the weights have the published names.",
         "usage": "from common import write_video\nfrom t2v_rflow import generate\n\n"
         f'frames = generate({caption}, folder)  # uint8 (F, H, W, 3)\nwrite_video(frames, "sample")',
         "more": "![samples](samples.png)",
@@ -2606,7 +2897,7 @@ def card_of(cfg: Config, data: Data, results: dict) -> dict:
         "library_name": "pytorch",
         "pipeline_tag": "text-to-video",
         "base_model": "" if scratch or Path(cfg.model).exists() else cfg.model,
-        "tags": ["text-to-video", "open-sora", "rectified-flow", "deepspeed"],
+        "tags": ["text-to-video", "wan" if is_wan(config) else "open-sora", "rectified-flow", "deepspeed"],
     }
 
 
@@ -2639,7 +2930,7 @@ def generate(
     """
     cfg, device = settings_of(model, flags), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     codec, text = open_codec(cfg, device), open_text(cfg, device)
-    net = open_model(str(model), cfg, codec, text).to(device, TORCH_DTYPES[pick_dtype(cfg.dtype)]).eval()
+    net = open_model(str(model), cfg, codec, text)[0].to(device, TORCH_DTYPES[pick_dtype(cfg.dtype)]).eval()
     bucket = Bucket(cfg.resolution, codec.whole_length(cfg.frames), cfg.ratio, 1)
     known = predicted = None
     if file := image or extend:
@@ -2686,7 +2977,7 @@ def condition(file: Path, extend: bool, bucket: Bucket, codec: Any, seed: int) -
 def sample_prompt(cfg: Config) -> None:
     """--prompt: <output_dir>/samples/<prompt>.mp4, .gif and .png"""
     model, default = cfg.model or str(cfg.output_dir / "model"), Config()
-    names = [*SAMPLING, "vae", "vae_model", "text", "text_model"]
+    names = [*SAMPLING, *USED]
     flags = {name: getattr(cfg, name) for name in names if getattr(cfg, name) != getattr(default, name)}
     try:
         clip = generate(cfg.prompt, model, cfg.seed, cfg.image, cfg.extend, **flags)
@@ -2710,12 +3001,12 @@ def watch(cfg: Config) -> None:
             captions = read_json(cfg.watch / "samples" / "captions.json")["captions"]
     except OSError as error:
         refuse(f"--watch {cfg.watch}: {error.strerror}; give the --output_dir of a run that has begun")
-    names = [*USED, *SAMPLING, *"depth width heads frame_places lora_r lora_alpha seed".split()]
+    names = [*USED, *SAMPLING, *"depth width heads frame_places lora_r lora_alpha mask_share seed".split()]
     run_cfg = dataclasses.replace(cfg, prompt="", **{name: saved[name] for name in names})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     codec, text = open_codec(run_cfg, device), open_text(run_cfg, device)
-    started = open_model(saved["model"] or PUBLISHED, run_cfg, codec, text)
-    config, base = started.config, set_trained(started, run_cfg).state_dict()
+    started, config = open_model(saved["model"] or PUBLISHED, run_cfg, codec, text)
+    base = set_trained(started, run_cfg).state_dict()
     track = tracker(cfg.report_to, cfg.watch, "t2v_rflow", shared=True, primary=False)
     bucket = Bucket(run_cfg.resolution, codec.whole_length(run_cfg.frames), run_cfg.ratio, len(captions))
     sampled: set[str] = set()
@@ -2744,8 +3035,13 @@ def watch(cfg: Config) -> None:
 
 def main() -> None:
     cfg = read_flags(Config, __doc__, DEMO, {})
-    if cfg.recipe != "none" and not cfg.demo:
-        cfg = read_flags(Config, __doc__, DEMO, {}, preset=RECIPES[cfg.recipe].get(cfg.stage, {}))
+    preset = {} if cfg.recipe == "none" or cfg.demo else RECIPES[cfg.recipe].get(cfg.stage, {})
+    if cfg.model and not cfg.watch and (wan_folder(cfg.model) / "config.json").exists():
+        ours = wan_folder(cfg.model).parent / "t2v_rflow.json"  # a model that a run has written knows it
+        beside = {"vae_model": cfg.model, "text_model": cfg.model}
+        preset = preset | WAN | (read_json(ours) if ours.exists() else beside)
+    if preset:
+        cfg = read_flags(Config, __doc__, DEMO, {}, preset=preset)
     watch(cfg) if cfg.watch else sample_prompt(cfg) if cfg.prompt else train(cfg)
 
 

@@ -16,7 +16,6 @@ import argparse
 import statistics
 import sys
 from pathlib import Path
-from unittest.mock import MagicMock
 
 import torch
 from clock import CUDA, DEVICE, device_name, seconds
@@ -24,7 +23,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import mend_torchvision
 from t2v_ddpm import UNet3DCond
+
+mend_torchvision()  # before the peers import it
 
 
 class Ours(nn.Module):
@@ -61,9 +63,6 @@ class Diffusers(nn.Module):
 class Lucidrains(nn.Module):
     def __init__(self, size: int, cond_dim: int = 512) -> None:
         super().__init__()
-        # imported for its Trainer, not used here
-        for name in ("torchvision", "torchvision.transforms", "torchvision.utils"):
-            sys.modules.setdefault(name, MagicMock())
         from video_diffusion_pytorch import Unet3D
 
         self.net = Unet3D(dim=64, cond_dim=cond_dim, dim_mults=(1, 2, 4))

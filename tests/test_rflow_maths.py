@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -139,11 +140,101 @@ def test_what_is_not_stored_is_upstreams():
 
 def test_published_weights_are_loaded_whole(tmp_path, weights):
     folder = write_model(tmp_path / "m", weights)
-    assert same(rflow.open_model(folder, rflow.Config(), CODEC, TEXT).state_dict(), weights)
+    assert same(rflow.open_model(folder, rflow.Config(), CODEC, TEXT)[0].state_dict(), weights)
     half = write_model(tmp_path / "h", {name: value.bfloat16() for name, value in weights.items()})
     assert {
-        value.dtype for value in rflow.open_model(half, rflow.Config(), CODEC, TEXT).state_dict().values()
+        value.dtype for value in rflow.open_model(half, rflow.Config(), CODEC, TEXT)[0].state_dict().values()
     } == {torch.float32}
+
+
+def colossal(folder, weights):
+    """Shards with an index, as ColossalAI's booster writes them"""
+    (folder / "model").mkdir(parents=True)
+    names = sorted(weights)
+    parts = {f"pytorch_model-0000{i}.bin": names[i::2] for i in range(2)}
+    for file, part in parts.items():
+        torch.save({name: weights[name] for name in part}, folder / "model" / file)
+    index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
+    (folder / "model" / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def test_weights_are_taken_as_people_have_them(tmp_path, weights):
+    """A file without config.json tells its sizes by its shapes, a checkpoint of ours in its header."""
+    save_file(weights, tmp_path / "weights.safetensors")
+    torch.save(weights, tmp_path / "ema.pt")
+    torch.save({"state_dict": weights}, tmp_path / "x.pth")
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_000004"
+    checkpoint.mkdir(parents=True)
+    config = dict(SMALL, frame_places=True)
+    save_file(weights, checkpoint / "ema.safetensors", {"config": json.dumps(config)})
+    forms = ["weights.safetensors", "ema.pt", "x.pth", "run", "run/checkpoints/step_000004"]
+    for form in [
+        *forms,
+        colossal(tmp_path / "epoch0-global_step4", weights).name,
+        "epoch0-global_step4/model",
+    ]:
+        for check in (False, True):
+            cfg = rflow.Config(check=check)
+            model, sizes = rflow.open_model(str(tmp_path / form), cfg, CODEC, TEXT)
+            assert (model.final_layer.linear.weight.is_meta, sizes["frame_places"]) == (check, "run" in form)
+            assert sizes | {"frame_places": 0, "input_sq_size": 0} == rflow.XL | SMALL | dict(
+                frame_places=0, input_sq_size=0
+            )
+        assert same(
+            rflow.open_model(str(tmp_path / form), rflow.Config(), CODEC, TEXT)[0].state_dict(), weights
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("x.safetensors", b"<html>", "header"),
+        ("x.pth", b"", "EOF|end of file|read"),
+        ("y.pt", None, "has no 'x_embedder"),
+    ],
+)
+def test_files_without_weights_end_the_run(tmp_path, capsys, name, content, said):
+    (tmp_path / name).write_bytes(content or b"")
+    if content is None:
+        torch.save({"other": torch.zeros(2)}, tmp_path / name)
+    with pytest.raises(SystemExit) as stop:
+        rflow.open_model(str(tmp_path / name), rflow.Config(), CODEC, TEXT)
+    told = capsys.readouterr().err
+    assert stop.value.code == 2 and re.search(said, told) and "PixArt-Sigma's .pth" in told
+
+
+def test_pixart_becomes_the_spatial_half(tmp_path):
+    """As reparameter in opensora/utils/ckpt_utils.py names it; then the model is one of images, whatever the frames."""
+    torch.manual_seed(0)
+    sizes = dict(depth=2, hidden_size=144, num_heads=2, caption_channels=20, model_max_length=300)
+    ours = rflow.STDiT3(**sizes).requires_grad_(False)
+    for value in ours.state_dict().values():
+        value.copy_(torch.randn(value.shape) * 0.05)
+    old = {}
+    for name, value in ours.state_dict().items():
+        if not re.match(r"temporal|fps|rope|.*[qk]_norm", name):
+            old[name.replace("spatial_blocks.", "blocks.")] = value.clone()
+    old["x_embedder.proj.weight"] = old["x_embedder.proj.weight"][:, :, 0]
+    old["y_embedder.y_embedding"] = old["y_embedder.y_embedding"][:120]
+    torch.save({"state_dict": old | {"pos_embed": torch.zeros(1, 4, 144)}}, tmp_path / "PixArt-Sigma.pth")
+    model, config = rflow.open_model(str(tmp_path / "PixArt-Sigma.pth"), rflow.Config(), CODEC, TEXT)
+    assert config == rflow.XL | sizes and not any(value.is_meta for value in model.state_dict().values())
+    state = model.state_dict()
+    for name, value in ours.state_dict().items():
+        if name.replace("spatial_blocks.", "blocks.") in old and name != "y_embedder.y_embedding":
+            assert torch.equal(state[name], value), name
+    rows = state["y_embedder.y_embedding"]
+    assert torch.equal(rows[:120], old["y_embedder.y_embedding"]) and (rows[120:] == rows[119]).all()
+    x, *rest = inputs(3, 4, 4)
+    with torch.no_grad():
+        together = model(x, *rest)
+        alone = torch.cat([model(x[:, :, i : i + 1], *rest) for i in range(3)], 2)
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+    old.pop("t_block.1.bias")
+    torch.save({"state_dict": old}, tmp_path / "broken.pth")
+    with pytest.raises(SystemExit):
+        rflow.open_model(str(tmp_path / "broken.pth"), rflow.Config(), CODEC, TEXT)
 
 
 @pytest.mark.parametrize(

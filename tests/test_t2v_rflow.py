@@ -261,12 +261,13 @@ def test_one_rank_on_images_while_the_other_is_on_videos(tmp_path):
 
 def word_tokenizer(folder: Path):
     """Saved there: a token for each of these words"""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     words = "<pad> </s> <unk> a man flips pancake aesthetic score : camera motion pan left".split()
     bare = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, "<unk>"))
     bare.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    bare.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bare, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     )
