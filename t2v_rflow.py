@@ -23,10 +23,12 @@ does not say are read from the files; scores become part of the caption. Clips g
 length and aspect ratio; in one step each GPU may have another bucket, of equal cost. --recipe speed is that
 of the 18,000-hour run.
 
---model takes hpcai-tech/OpenSora-STDiT-v3, a folder that a run wrote, or scratch; the model is exported under
-the same names. --lora_r 16 trains LoRA. --vae is the published 3-D VAE, diffusers' AutoencoderKLWan for
-training from scratch, or pixels. --cache encodes captions and clips once; each clip then keeps its bucket and
-its frames in all epochs.
+--model takes hpcai-tech/OpenSora-STDiT-v3, Wan-AI/Wan2.1-T2V-1.3B-Diffusers (with its own VAE, UMT5 and
+recipe), PixArt-Sigma's .pth, a file, folder, run or checkpoint with such weights, scratch or scratch-wan; the
+model is exported under the same names, and Wan's LoRA also as diffusers loads it. --lora_r 16 trains LoRA.
+--vae is the published 3-D VAE, diffusers' AutoencoderKLWan, or pixels. --cache encodes captions and clips
+once; each clip then keeps its bucket and its frames in all epochs, and the cache is enough to train from:
+without --manifest, where the videos are not.
 
 Writes the run folder described in README.md. The same command again goes on from the newest whole checkpoint.
 
@@ -51,7 +53,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, lru_cache, partial
+from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -74,7 +76,7 @@ from common import (
     open_media, open_run, out_of_memory, over_ranks, packet_times, part_of, pick_dtype, rank, read_data,
     read_flags, read_json, refuse, rounds, row_lines, run, sample_path, save_array, save_run, saved_bytes,
     seed_of, show_plan, split_clips, start_run, stop_if_asked, timed_frames, tracker, training_steps,
-    usable_cores, weights_key, with_steps, world_size, write_json, write_samples, write_whole,
+    usable_cores, weights_key, with_steps, without_gc, world_size, write_json, write_samples, write_whole,
 )  # fmt: skip
 
 PUBLISHED = "hpcai-tech/OpenSora-STDiT-v3"
@@ -123,7 +125,8 @@ class Config:
 
     # model
 
-    # STDiT3: Hub id, folder or scratch; default: the published one, for --prompt <output_dir>/model
+    # STDiT3 or Wan: Hub id, file of the Hub, folder, file, scratch or scratch-wan; default: the published
+    # STDiT3, for --prompt <output_dir>/model
     model: str = ""
     vae: Literal["opensora", "wan", "pixels"] = "opensora"
     # Hub id or folder; default: hpcai-tech/OpenSora-VAE-v1.2, for wan Wan-AI/Wan2.1-T2V-1.3B-Diffusers
@@ -473,15 +476,17 @@ class Rows:
         return len(self.numbers)
 
     def __getitem__(self, i: int) -> Row:
-        return Row(*self.said(i)[1:])
+        (_, source, line, video, split), (texts, cells, *numbers) = self.said(i)
+        return Row(source, line, video, texts, split, *numbers, tuple(cells))
 
     def said(self, i: int) -> list:
         at = int(self.numbers[i])
-        return json.loads(self.content[int(self.ends[at - 1]) if at else 0 : int(self.ends[at])].tobytes())
+        said = self.content[int(self.ends[at - 1]) if at else 0 : int(self.ends[at])].tobytes()
+        return [json.loads(line) for line in said.splitlines()]
 
     def identity(self, i: int) -> str:
         """Of the file as it was when it was read: path, size and time of change, or URL"""
-        return self.said(i)[0]
+        return self.said(i)[0][0]
 
 
 def rng_of(use: int, *parts: int) -> np.random.Generator:
@@ -1589,15 +1594,21 @@ class Data:
     table: Table
     held_rows: Rows  # to evaluate on; the same as rows when there are fewer than 20
     held_table: Table
-    sums: np.ndarray  # uint64 (2, N) of all rows: of the video's name; of what is said of the clip
+    sums: np.ndarray  # uint64 (N,) of what is said of each clip, train and held out
     source: str  # where they come from
     bad: list[dict]  # samples that were left out, and why
 
+    @cached_property
+    def names(self) -> np.ndarray:
+        """uint64 (N,), of the videos of `sums`"""
+        rows = Rows(self.rows.folder, np.arange(len(self.sums)))
+        return np.array([name_number(rows[i].video) for i in range(len(rows))], np.uint64)
+
     def digest(self, unread: list[int]) -> str:
         """Of the rows, in any order and wherever they lie, without those of videos that are known not to be
-        readable: these may be removed or repaired later"""
-        names, sums = self.sums
-        return f"{int(sums[~np.isin(names, np.array(unread, np.uint64))].sum(dtype=np.uint64)):016x}"
+        readable (name_number): these may be removed or repaired later"""
+        sums = self.sums[~np.isin(self.names, np.array(unread, np.uint64))] if unread else self.sums
+        return f"{int(sums.sum(dtype=np.uint64)):016x}"
 
 
 def load_data(cfg: Config) -> Data:
@@ -1607,7 +1618,8 @@ def load_data(cfg: Config) -> Data:
         if rank() % local_ranks() == 0:
             stored_rows(cfg)
         barrier()
-    numbers, held, sums = (np.load(folder / f"{name}.npy") for name in ("numbers", "held", "sums"))
+    numbers, held = np.load(folder / "numbers.npy"), np.load(folder / "held.npy")
+    sums = np.load(folder / "sums.npy", mmap_mode="r")
     table = Table(*numbers[:3].astype(np.int32), numbers[3].astype(np.float32))
     train, held = np.flatnonzero(~held), np.flatnonzero(held)
     to_train = Rows(folder, train), table.part(train)
@@ -1649,23 +1661,24 @@ def held_out(rows: list[Row], cfg: Config) -> np.ndarray:
     return held
 
 
+@without_gc
 def store_rows(home: Path, rows: list[Row], table: Table, held: np.ndarray, cfg: Config) -> Path:
-    """-> a folder named by its content: rows.json, ends.npy (where each row's JSON ends), numbers.npy (as
-    Table, (4, N)), held.npy, sums.npy (as Data)"""
+    """-> a folder named by its content: rows.json (two lines of JSON each, see Rows), ends.npy (where they
+    end), numbers.npy (as Table, (4, N)), held.npy, sums.npy (as Data)"""
     numbers = np.stack([table.num_frames, table.height, table.width, table.fps]).astype(np.float64)
-    sums, content = np.zeros((2, len(rows)), np.uint64), []
-    names = [field.name for field in dataclasses.fields(Row)]
+    encode = json.JSONEncoder(default=str, ensure_ascii=False).encode
+    sums, content = np.zeros(len(rows), np.uint64), []
     for i, (row, seen) in enumerate(zip(rows, numbers.T.tolist())):
-        said = (clip_name(row), row.texts, scores_of(row), seen)
-        # the demo makes as many clips as its steps take
-        sums[:, i] = (
-            number_of_text(os.path.basename(row.video)),
-            0 if cfg.demo else number_of_text(repr(said)),
-        )
         file = ""
         with contextlib.suppress(BadSample):  # gone since it was looked at: whoever reads it says so
             file = identity_of(row.video) if cfg.cache else ""
-        content.append(json.dumps([file, *(getattr(row, name) for name in names)], default=str).encode())
+        place = encode([file, row.source, row.line, row.video, row.split])
+        clip = encode([row.texts, row.cells, row.start, row.end, *seen]).encode(errors="replace")
+        content.append(place.encode(errors="replace") + b"\n" + clip)
+        # the demo makes as many clips as its steps take
+        sums[i] = (
+            0 if cfg.demo else number_of_bytes(os.path.basename(row.video).encode(errors="replace") + clip)
+        )
     arrays = {
         "ends": np.cumsum([len(part) for part in content]),
         "numbers": numbers,
@@ -1683,9 +1696,13 @@ def store_rows(home: Path, rows: list[Row], table: Table, held: np.ndarray, cfg:
     return made_once(home / whole.hexdigest()[:32], write)
 
 
-def number_of_text(text: str) -> int:
+def number_of_bytes(content: bytes) -> int:
     """64 bits"""
-    return int.from_bytes(hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest(), "big")
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
+
+
+def name_number(video: str) -> int:
+    return number_of_bytes(os.path.basename(video).encode(errors="replace"))
 
 
 def clip_name(row: Row) -> str:
@@ -2165,10 +2182,10 @@ def set_trained(model: nn.Module, cfg: Config) -> nn.Module:
         return model
     from peft import get_peft_model
 
-    return get_peft_model(model, lora_config(isinstance(model, STDiT3), cfg))
+    return get_peft_model(model, adapter_config(isinstance(model, STDiT3), cfg))
 
 
-def lora_config(of_stdit: bool, cfg: Config) -> Any:
+def adapter_config(of_stdit: bool, cfg: Config) -> Any:
     from peft import LoraConfig
 
     layers = r"attn\.(qkv|proj)|cross_attn\.(q_linear|kv_linear|proj)|mlp\.fc[12]"
@@ -2609,7 +2626,7 @@ def unread_before(folder: Path, bad: list[dict]) -> list[int]:
 
 
 def unread_names(bad: Iterable[dict]) -> list[int]:
-    return sorted({number_of_text(os.path.basename(sample["video"])) for sample in bad if "video" in sample})
+    return sorted({name_number(sample["video"]) for sample in bad if "video" in sample})
 
 
 def move_encoders(source: Source, device: torch.device) -> None:
@@ -2832,7 +2849,7 @@ def export(cfg: Config, engine: Any, ema: list[Tensor], config: dict, target: Pa
 
         names = {name: name.removeprefix("base_model.model.").replace(".default", "") for name in weights}
         layers = {names[name]: value.contiguous() for name, value in weights.items() if ".lora_" in name}
-        kind = lora_config(False, cfg).to_dict()
+        kind = adapter_config(False, cfg).to_dict()
         WanPipeline.save_lora_weights(target, layers, transformer_lora_adapter_metadata=kind)
 
     if cfg.lora_r and is_wan(config):

@@ -42,7 +42,6 @@ import dataclasses
 import gc
 import math
 import os
-import pickle
 import statistics
 import sys
 import tempfile
@@ -429,7 +428,7 @@ def text_of(config: dict, length: int, words: list[str]) -> rflow.T5:
     torch.set_default_dtype(rflow.TORCH_DTYPES[DTYPE])
     text.encoder = T5EncoderModel(T5Config(**config, feed_forward_proj="gated-gelu", dropout_rate=0.0)).eval()
     torch.set_default_dtype(was)
-    text.width = config["d_model"]
+    text.width, text.of_wan = config["d_model"], False
     return text
 
 
@@ -523,17 +522,20 @@ def compare_with_cache(args: argparse.Namespace, frames: int, small: rflow.Bucke
         manifest = write_clips(Path(folder), 2 * bucket.batch_size, bucket, words, many)
         cfg = rflow.Config(manifest=manifest, cache_dir=Path(folder), report_to="none")
         rows, table, _ = rflow.clip_table(read_data(cfg, "caption", rflow.SCORE_COLUMNS)[0], cfg)
+        kept = dataclasses.replace(cfg, cache=Path(folder) / "cache")
+        stored = rflow.store_rows(Path(folder), rows, table, np.zeros(len(rows), bool), kept)
+        stored = rflow.Rows(stored, np.arange(len(rows)))
         sources = {
-            name: rflow.Source(dataclasses.replace(cfg, cache=cache), rows, table, codec, text)
-            for name, cache in (("encoders in the step", None), ("from the cache", Path(folder) / "cache"))
+            name: rflow.Source(one, stored, table, codec, text)
+            for name, one in (("encoders in the step", cfg), ("from the cache", kept))
         }
-        rflow.fill_cache(sources["from the cache"], [(bucket, row) for row in chosen])
+        sources["from the cache"].encoded(bucket, chosen.tolist(), 0)
 
         def step(source: rflow.Source) -> None:
-            clips, captions, *_ = source.batch(bucket, chosen, chosen + len(chosen), 0)
-            x = rflow.latents_of(clips, source, 0).to(DEVICE)
-            made = np.ones((len(x), x.shape[2]), bool)
-            batch = rflow.batch_of(bucket, clips, captions, source.table.fps[chosen], made)
+            latents, captions, rows = source.batch(bucket, chosen, iter(()), 0)
+            made = np.ones((len(rows), latents[0].shape[1]), bool)
+            batch = rflow.batch_of(bucket, latents, captions, source.table.fps[rows], made)
+            x = batch["x"].to(DEVICE).float()
             shift = rflow.shift_of(source.cfg, bucket, codec)
             rflow.training_loss(net, x, batch, source.cfg, shift, generator).backward()
             optimizer.step()
@@ -544,10 +546,11 @@ def compare_with_cache(args: argparse.Namespace, frames: int, small: rflow.Bucke
             [files.pixels(row, bucket, 0) for row in chosen],
             [files.caption(row, 0) for row in chosen],
         )
+        seeds = [torch.Generator() for _ in pixels]
         calls = {name: lambda source=source: step(source) for name, source in sources.items()} | {
             "decoding alone": lambda: [files.pixels(row, bucket, 0) for row in chosen],
             "T5 alone": lambda: text.encode(captions),
-            "VAE alone": lambda: files.encode(pixels, 0),
+            "VAE alone": lambda: codec.encode(torch.from_numpy(np.stack(pixels)), seeds),
         }
         columns = interleaved(calls, args.rounds)
     print("\n| a step | s | / the step from the cache |\n|---|---|---|")
@@ -665,10 +668,15 @@ def part_plan(args: argparse.Namespace) -> None:
         times["clip_table"] = seconds(
             lambda: found.update(zip(("rows", "table"), rflow.clip_table(found["rows"], cfg)))
         )
-        times["pickled for the other ranks"] = seconds(
-            lambda: found.update(pickled=len(pickle.dumps(found["rows"])))
+        none = np.zeros(len(found["rows"]), bool)
+        times["store_rows"] = seconds(
+            lambda: found.update(kept=rflow.store_rows(path.parent, found["rows"], found["table"], none, cfg))
         )
-        print(f"\n{len(found['rows'])} rows, CSV of {path.stat().st_size / GB:.2f} GB, {found['pickled'] / GB:.2f} GB pickled, "
+        some = np.random.default_rng(0).integers(args.clips, size=10_000)
+        rows = rflow.Rows(found["kept"], np.arange(args.clips))
+        times["10,000 of them looked up, by any rank"] = seconds(lambda: [rows[i] for i in some])
+        size = sum(file.stat().st_size for file in found["kept"].iterdir()) / GB
+        print(f"\n{args.clips} rows, CSV of {path.stat().st_size / GB:.2f} GB, {size:.2f} GB in the files that ranks map, "
               f"peak {peak_memory_gb():.1f} GB\n\n| reading | s |\n|---|---|")  # fmt: skip
     for name, spent in times.items():
         print(f"| {name} | {spent:.1f} |")

@@ -19,6 +19,7 @@ ROLES = set(
     "sample_prompt main".split()
 )
 PACKAGES = {
+    "bs4": "beautifulsoup4",
     "cv2": "opencv-python-headless",
     "PIL": "pillow",
     "rouge_score": "rouge-score",

@@ -1225,6 +1225,9 @@ def test_data_are_the_same_wherever_they_lie(tmp_path):
         source = rflow.Source(cfg, data.rows, data.table, PIXELS, WORDS)
         draws.append([source.frames(0, rflow.Bucket("240p", 4, "9:16", 1), epoch) for epoch in range(20)])
         digests.append(data.digest([]))
+    assert int(data.digest(rflow.unread_names([{"video": "elsewhere/a.mp4"}])), 16) == 0, (
+        "known not to be readable"
+    )
     assert draws[0] == draws[1] and digests[0] == digests[1] != digests[2]
 
 
@@ -1500,7 +1503,10 @@ def test_latents_are_the_same_whether_encoded_before_or_in_the_step(tmp_path):
     torch.manual_seed(0)
     vae = rflow.OpenSoraVAE(32, 1, (32, 32, 32, 32), 1).requires_grad_(False)
     stored = rflow.Rows(rflow.store_rows(tmp_path, rows, numbers, np.zeros(4, bool), cfg), np.arange(4))
-    assert [dataclasses.replace(stored[i], cells=()) for i in range(4)] == rows and len(stored) == 4
+    sizes = dict(num_frames=21.0, height=32.0, width=32.0, fps=24.0)
+    assert [stored[i] for i in range(4)] == [dataclasses.replace(row, **sizes) for row in rows] and len(
+        stored
+    ) == 4
     bucket, everything = rflow.Bucket("32p", 18, "1:1", 4), list(range(4))
 
     def encoded(which, text=WORDS, **change):

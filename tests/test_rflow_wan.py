@@ -146,10 +146,28 @@ def test_it_is_sampled_watched_and_trained_on(pipe, trained, monkeypatch):
     assert list((folder / "runs" / "t2v_rflow" / "samples").glob("*flips*.mp4"))
     rflow.watch(rflow.Config(watch=trained, report_to="none"))
     assert (trained / "samples" / "step_000004.mp4").stat().st_size > 200
-    flags = "--manifest clips.csv --buckets buckets.json --steps 1 --output_dir more".split()
-    output = run(SCRIPT, "--model", trained / "model", *flags, *SIZE, cwd=folder)
-    assert "0.05 M parameters, 0.05 M trained" in output or " M trained" in output
+    flags = "--buckets buckets.json --output_dir more --cache latents".split()
+    run(
+        SCRIPT,
+        "--model",
+        trained / "model",
+        "--manifest",
+        "clips.csv",
+        *flags,
+        *SIZE,
+        "--steps",
+        1,
+        cwd=folder,
+    )
     assert not (folder / "more" / "model" / "pytorch_lora_weights.safetensors").exists()
+    # the cache is enough: of the data neither the table nor the videos are left
+    for path in [folder / "clips.csv", *folder.glob("*.mkv")]:
+        path.unlink()
+    output = run(SCRIPT, "--model", trained / "model", *flags, *SIZE, "--steps", 2, cwd=folder)
+    assert "resumed" in output and "clips.csv: 12 clips to train on" in output
+    (folder / "latents" / "rows" / "filled.json").unlink()
+    output = run(SCRIPT, "--model", trained / "model", *flags, *SIZE, "--steps", 3, cwd=folder, expect=2)
+    assert "--manifest: a table of videos" in output and "Traceback" not in output
 
 
 def test_another_transformer_is_refused(pipe, tmp_path, capsys):
