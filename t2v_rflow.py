@@ -2182,10 +2182,10 @@ def set_trained(model: nn.Module, cfg: Config) -> nn.Module:
         return model
     from peft import get_peft_model
 
-    return get_peft_model(model, adapter_config(isinstance(model, STDiT3), cfg))
+    return get_peft_model(model, lora_of(isinstance(model, STDiT3), cfg))
 
 
-def adapter_config(of_stdit: bool, cfg: Config) -> Any:
+def lora_of(of_stdit: bool, cfg: Config) -> Any:
     from peft import LoraConfig
 
     layers = r"attn\.(qkv|proj)|cross_attn\.(q_linear|kv_linear|proj)|mlp\.fc[12]"
@@ -2849,7 +2849,7 @@ def export(cfg: Config, engine: Any, ema: list[Tensor], config: dict, target: Pa
 
         names = {name: name.removeprefix("base_model.model.").replace(".default", "") for name in weights}
         layers = {names[name]: value.contiguous() for name, value in weights.items() if ".lora_" in name}
-        kind = adapter_config(False, cfg).to_dict()
+        kind = lora_of(False, cfg).to_dict()
         WanPipeline.save_lora_weights(target, layers, transformer_lora_adapter_metadata=kind)
 
     if cfg.lora_r and is_wan(config):
