@@ -136,7 +136,8 @@ class Config:
     depth: int = 28  # of scratch: pairs of spatial and temporal blocks
     width: int = 1152  # of scratch
     heads: int = 16  # of scratch
-    frame_places: bool = False  # of scratch: tell the model the number of each frame, see STDiT3
+    frame_places: bool = False  # of scratch: tell the model the number of each frame, see STDiT3; of
+    # scratch-wan diffusers' pipeline does not
     lora_r: int = 0  # rank of LoRA on all linear layers of the blocks; 0: every weight is trained
     lora_alpha: int = 16
     caption_dropout: float = 0.1  # share of captions left out, for guidance
@@ -1249,6 +1250,13 @@ class NumberEmbedder(nn.Module):
         return self.mlp(torch.cat([angles.cos(), angles.sin()], 1).to(dtype))
 
 
+def frame_places(frames: int, width: int, device: Any) -> Tensor:
+    """Sines and cosines of each frame's number, (T, C)"""
+    rates = 10_000 ** -(torch.arange(width // 2, device=device) / (width // 2))
+    angles = torch.arange(frames, device=device)[:, None] * rates
+    return torch.cat([angles.sin(), angles.cos()], 1)
+
+
 class STDiT3(nn.Module):
     """Spatial-temporal diffusion transformer of Open-Sora 1.2, under the names of
     hpcai-tech/OpenSora-STDiT-v3.
@@ -1309,13 +1317,6 @@ class STDiT3(nn.Module):
         angles = [u.flatten()[:, None] * rates for u in torch.meshgrid(rows, columns, indexing="ij")]
         return torch.cat([angles[1].sin(), angles[1].cos(), angles[0].sin(), angles[0].cos()], 1)
 
-    def frame_places(self, frames: int, device: Any) -> Tensor:
-        """(T, 1, C)"""
-        half = self.config["hidden_size"] // 2
-        rates = 10_000 ** -(torch.arange(half, device=device) / half)
-        angles = torch.arange(frames, device=device)[:, None] * rates
-        return torch.cat([angles.sin(), angles.cos()], 1)[:, None]
-
     def forward(
         self, x: Tensor, timesteps: Tensor, y: Tensor, mask: Tensor, fps: Tensor, pixels: float,
         x_mask: Tensor | None = None, drop: Tensor | None = None,
@@ -1331,7 +1332,7 @@ class STDiT3(nn.Module):
         x = rearrange(self.x_embedder.proj(x), "b c t h w -> b t (h w) c")
         x = x + self.places(h, w, pixels, x.device).to(dtype)
         if self.config["frame_places"]:
-            x = x + self.frame_places(frames, x.device).to(dtype)
+            x = x + frame_places(frames, x.shape[-1], x.device)[:, None].to(dtype)
         # of frames that are predicted, of those that are given
         times = torch.stack([timesteps, torch.zeros_like(timesteps)])
         t = self.t_embedder(times.flatten()).unflatten(0, (2, -1)) + self.fps_embedder(fps)  # (2, B, C)
@@ -1411,11 +1412,13 @@ def is_wan(config: dict) -> bool:
 
 
 def build(config: dict) -> nn.Module:
-    """A model of these sizes: STDiT3's, or of diffusers' Wan with caption_length and gives_frames"""
+    """A model of these sizes: STDiT3's, or of diffusers' Wan with OWN"""
     if not is_wan(config):
         return STDiT3(**config)
     model = wan_class().from_config(of_diffusers(config))
     model.caption_length, model.gives_frames = config["caption_length"], config["gives_frames"]
+    if config["frame_places"]:
+        model.patch_embedding.register_forward_hook(add_frame_places)
     model.register_buffer("no_caption", torch.zeros(1, config["text_dim"]))
     with torch.device("cpu"):  # its angles are in no file
         sizes = model.config.attention_head_dim, model.config.patch_size, model.config.rope_max_seq_len
@@ -1431,8 +1434,17 @@ def moved(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool =
     return module
 
 
+OWN = ("caption_length", "gives_frames", "frame_places")  # of Wan's sizes, that diffusers' class has not
+
+
 def of_diffusers(config: dict) -> dict:
-    return {name: value for name, value in config.items() if name not in ("caption_length", "gives_frames")}
+    return {name: value for name, value in config.items() if name not in OWN}
+
+
+def add_frame_places(patches: nn.Module, inputs: tuple, tokens: Tensor) -> Tensor:
+    """A forward hook; tokens (B, C, T, h, w)"""
+    places = frame_places(tokens.shape[2], tokens.shape[1], tokens.device)
+    return tokens + places.T[:, :, None, None].to(tokens.dtype)
 
 
 def with_depth(config: dict, depth: int) -> dict:
@@ -1442,8 +1454,9 @@ def with_depth(config: dict, depth: int) -> dict:
 def wan_config(source: str, cfg: Config, codec: Any, text: Any) -> dict:
     """Of a --model in diffusers' layout, or from scratch; {} of another"""
     own = {"_class_name": "WanTransformer3DModel", "caption_length": text.length}
-    own["gives_frames"] = cfg.mask_share > 0
+    own |= {"gives_frames": cfg.mask_share > 0, "frame_places": False}
     if source == "scratch-wan":
+        own["frame_places"] = cfg.frame_places
         sizes = dict(num_attention_heads=cfg.heads, attention_head_dim=cfg.width // cfg.heads,
                      in_channels=codec.channels, out_channels=codec.channels, text_dim=text.width,
                      ffn_dim=4 * cfg.width, num_layers=cfg.depth)  # fmt: skip
