@@ -256,6 +256,32 @@ def test_one_rank_on_images_while_the_other_is_on_videos(tmp_path):
     assert same(one["weights"], two["weights"])
 
 
+def test_a_clip_that_breaks_ends_no_run_and_may_be_removed_or_repaired(tmp_path):
+    """Its row says all, so that it is opened in the step; the same command goes on without it, and with it mended."""
+    rng, lines = np.random.default_rng(0), ["path,text,num_frames,height,width,fps"]
+    for number in range(6):
+        clip = rng.integers(0, 256, (5, 12, 12, 3), dtype=np.uint8)
+        shapes.write_lossless(clip, tmp_path / f"{number}.mkv", 8)
+        lines.append(f"{number}.mkv,clip {number},6,12,12,8")
+    whole = (tmp_path / "3.mkv").read_bytes()
+    (tmp_path / "3.mkv").write_bytes(whole[:300])
+    (tmp_path / "clips.csv").write_text("\n".join(lines))
+    (tmp_path / "buckets.json").write_text(json.dumps({"12p": {"4": [1, 6]}}))
+    flags = "--model scratch --vae pixels --text words --depth 1 --width 32 --heads 2 --stage demo --sample_steps 1 "
+    flags += "--manifest clips.csv --buckets buckets.json --resolution 12p --ratio 1:1 --frames 4 --save_every 1 --steps"
+    output = run(SCRIPT, *flags.split(), 2, cwd=tmp_path)
+    assert output.count("3.mkv") >= 1 and "another clip takes its place" in output
+    marker = tmp_path / "runs" / "t2v_rflow" / "checkpoints" / "step_000002" / "checkpoint.json"
+    assert json.loads(marker.read_text())["unread"] == rflow.unread_names([{"video": "x/3.mkv"}])
+    (tmp_path / "clips.csv").write_text("\n".join(lines[:4] + lines[5:]))
+    assert "resumed" in run(SCRIPT, *flags.split(), 3, cwd=tmp_path)
+    (tmp_path / "clips.csv").write_text("\n".join(lines))
+    (tmp_path / "3.mkv").write_bytes(whole)
+    assert "resumed" in run(SCRIPT, *flags.split(), 4, cwd=tmp_path)
+    (tmp_path / "clips.csv").write_text("\n".join([*lines[:2], *lines[3:]]))
+    assert "was trained on other data" in run(SCRIPT, *flags.split(), 5, cwd=tmp_path, expect=2)
+
+
 # --- Real clips
 
 
