@@ -674,14 +674,10 @@ def assign(
     chance of the length passes it on to a shorter one, the chance of the resolution to a lower one; then the
     nearest ratio. The random numbers are other ones.
     """
-    pixels, aspect = table.height.astype(np.int64) * table.width, table.height / table.width
-    aspects, which = np.unique(aspect, return_inverse=True)  # data sets have few: no table of clips x ratios
-    cell, cells = np.full(len(pixels), -1), []
-    large, long = np.zeros(len(pixels), bool), np.zeros(len(pixels), bool)
+    pixels, cells = table.height.astype(np.int64) * table.width, []
+    cell, large, long = np.full(len(pixels), -1), np.zeros(len(pixels), bool), np.zeros(len(pixels), bool)
     for resolution in sorted(buckets, key=area_of, reverse=True):
-        ratios = ratios_of(resolution)
-        keys = [round(int(h) / int(w), 2) for h, w in (ratio.split(":") for ratio in ratios)]  # upstream's
-        nearest = np.abs(np.array(keys) - aspects[:, None]).argmin(1)[which]
+        nearest = nearest_ratio(table, resolution)
         fits = pixels >= ENOUGH * area_of(resolution)
         large |= fits
         looking = fits & (cell < 0)
@@ -695,7 +691,7 @@ def assign(
             looking &= ~here
             taken = here & (draws[:, 1] < of_resolution)
             cell[taken] = len(cells) + nearest[taken]
-            cells += [(resolution, frames, ratio) for ratio in ratios]
+            cells += [(resolution, frames, ratio) for ratio in ratios_of(resolution)]
     videos = any(frames > 1 for frames in itertools.chain.from_iterable(buckets.values()))
     readable = table.num_frames > 0
     unfit = {
@@ -705,6 +701,14 @@ def assign(
         "kept out by probability": long & (cell < 0),
     }
     return cell, cells, {reason: int(mask.sum()) for reason, mask in unfit.items()}
+
+
+def nearest_ratio(table: Table, resolution: str) -> np.ndarray:
+    """int64 (N,): which of ratios_of is each clip's, by two digits, as upstream's keys have them"""
+    aspects, which = np.unique(table.height / table.width, return_inverse=True)  # data sets have few
+    sides = (ratio.split(":") for ratio in ratios_of(resolution))
+    keys = np.array([round(int(h) / int(w), 2) for h, w in sides])
+    return np.abs(keys - aspects[:, None]).argmin(1)[which]
 
 
 def chances(resolution: str, frames: int, keep: Any, batch: int | None) -> tuple[float, float]:
@@ -800,18 +804,18 @@ def plan_epoch(
 
 
 def config_and_weights(
-    source: str, check: bool, flag: str, hint: str, file: str = "model.safetensors", below: str = ""
+    source: str, meta: bool, flag: str, hint: str, file: str = "model.safetensors", below: str = ""
 ) -> tuple[Path, dict, dict[str, Tensor]]:
-    """-> (folder, config.json, `file` or, for `check`, {}) of a folder or Hub id, where they may lie in its
+    """-> (folder, config.json, `file` or, for `meta`, {}) of a folder or Hub id, where they may lie in its
     folder `below`. Exit 2 when they cannot be read."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    names = ["config.json"] if check else ["config.json", file]
+    names = ["config.json"] if meta else ["config.json", file]
     folder = fetch_model(source, *names, *(str(Path(below, name)) for name in names), flag=flag)
     folder = folder / below if (folder / below).is_dir() else folder
     try:
-        return folder, read_json(folder / "config.json"), {} if check else load_file(folder / file)
+        return folder, read_json(folder / "config.json"), {} if meta else load_file(folder / file)
     except (OSError, SafetensorError) as error:
         refuse(f"{flag} {source}: {brief(error)}; {hint}")
 
@@ -1016,18 +1020,18 @@ class OpenSoraVAE(nn.Module):
         return torch.cat(clips, dim=1)
 
     @classmethod
-    def load(cls, source: str, check: bool = False) -> OpenSoraVAE:
+    def load(cls, source: str, meta: bool = False) -> OpenSoraVAE:
         """From a Hub id or a folder with config.json and model.safetensors; in fp32, frozen, on the CPU. Exit
-        2 unless each of the weights is there, in its shape, and nothing else. `check`: its sizes alone, on
+        2 unless each of the weights is there, in its shape, and nothing else. `meta`: its sizes alone, on
         the meta device."""
         hint = f"{VAES['opensora']} is the published VAE"
-        folder, config, weights = config_and_weights(source, check, "--vae_model", hint)
+        folder, config, weights = config_and_weights(source, meta, "--vae_model", hint)
         frames = config.get("micro_frame_size") or PIECE
         if frames != PIECE:
             refuse(f"{source}: micro_frame_size is {frames}; this script knows pieces of {PIECE} frames")
         with torch.device("meta"):  # weights are not drawn that the file replaces
             codec = cls(**config.get("sizes", {}))
-        if check:
+        if meta:
             return codec
         fill(codec, weights, f"--vae_model {source}")
         codec.key = weights_key(folder)
@@ -1088,15 +1092,15 @@ class WanVAE(nn.Module):
         return torch.cat(clips)
 
     @classmethod
-    def load(cls, source: str, check: bool = False) -> WanVAE:
+    def load(cls, source: str, meta: bool = False) -> WanVAE:
         """From a Hub id or a folder of diffusers' layout, the VAE in it or below vae/; else as above."""
         from diffusers import AutoencoderKLWan
 
         file, hint = "diffusion_pytorch_model.safetensors", f"{VAES['wan']} has a VAE that fits"
-        folder, config, weights = config_and_weights(source, check, "--vae_model", hint, file, "vae")
+        folder, config, weights = config_and_weights(source, meta, "--vae_model", hint, file, "vae")
         with torch.device("meta"):
             vae = AutoencoderKLWan.from_config(config)
-        if check:
+        if meta:
             return cls(vae)
         fill(vae, weights, f"--vae_model {source}")
         codec = cls(vae).float().eval().requires_grad_(False)
@@ -1508,14 +1512,14 @@ class T5:
     """Last hidden states of T5's encoder, as the published weights know it, of the real tokens alone; or of
     UMT5's, in diffusers' layout beside Wan's weights."""
 
-    def __init__(self, source: str, device: torch.device, check: bool = False) -> None:
-        """`check`: its sizes alone, on the meta device. ValueError without a tokenizer of its size."""
+    def __init__(self, source: str, device: torch.device, meta: bool = False) -> None:
+        """`meta`: its sizes alone, on the meta device. ValueError without a tokenizer of its size."""
         import bs4  # noqa: F401  diffusers cleans captions with these two
         import ftfy  # noqa: F401
         import sentencepiece  # noqa: F401  transformers reads the Hub's spiece.model with it
         from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer
 
-        names = ["*.json", "*.model"] if check else ["*.json", "*.model", "*.safetensors", "*.bin"]
+        names = ["*.json", "*.model"] if meta else ["*.json", "*.model", "*.safetensors", "*.bin"]
         # a whole pipeline's other weights are not wanted: patterns cross folders
         below = [f"{part}/{name}" for part in ("text_encoder", "tokenizer") for name in names]
         folder = fetch_model(source, *below, "config.json", "model_index.json", flag="--text_model")
@@ -1529,7 +1533,7 @@ class T5:
         self.name = f"{source} {weights_key(encoder)}"
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
         kind = torch.bfloat16 if device.type == "cuda" else torch.float32
-        if check:
+        if meta:
             with torch.device("meta"):
                 config = AutoConfig.from_pretrained(encoder)
                 self.encoder = AutoModelForTextEncoding.from_config(config).to(kind)
@@ -1576,24 +1580,24 @@ def clean(caption: str) -> str:
     return once(once(caption))
 
 
-def open_text(cfg: Config, device: torch.device) -> Words | T5:
-    """Exit 2 when the encoder cannot be had."""
+def open_text(cfg: Config, device: torch.device, meta: bool = False) -> Words | T5:
+    """Exit 2 when the encoder cannot be had. `meta`: its sizes alone, on that device."""
     if cfg.text == "words":
         return Words()
     try:
-        return T5(cfg.text_model, device, cfg.check)
+        return T5(cfg.text_model, device, meta)
     except (OSError, ValueError) as error:
         hint = "give a folder, or a Hub id that HF_TOKEN may read"
         refuse(f"--text_model {cfg.text_model}: {brief(error)}; {hint}")
 
 
-def open_codec(cfg: Config, device: torch.device) -> OpenSoraVAE | WanVAE | Pixels:
-    """Exit 2 when the VAE cannot be had."""
+def open_codec(cfg: Config, device: torch.device, meta: bool = False) -> OpenSoraVAE | WanVAE | Pixels:
+    """Exit 2 when the VAE cannot be had. `meta`: its sizes alone, on that device."""
     if cfg.vae == "pixels":
         return Pixels()
     kind, source = OpenSoraVAE if cfg.vae == "opensora" else WanVAE, cfg.vae_model or VAES[cfg.vae]
-    codec = kind.load(source, cfg.check).to(torch.bfloat16 if device.type == "cuda" else torch.float32)
-    return codec if cfg.check else codec.to(device)
+    codec = kind.load(source, meta).to(torch.bfloat16 if device.type == "cuda" else torch.float32)
+    return codec if meta else codec.to(device)
 
 
 # ---------------------------------------------------------------------------
@@ -2457,9 +2461,9 @@ def from_pixart(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return named | {"y_embedder.y_embedding": torch.cat([rows, more])}
 
 
-def model_weights(source: str, check: bool) -> tuple[dict, dict[str, Tensor]]:
+def model_weights(source: str, meta: bool) -> tuple[dict, dict[str, Tensor]]:
     """-> (sizes, as XL; weights) of what --model names: a folder or file, OWNER/NAME of the Hub, or a file of
-    it, OWNER/NAME/FILE. For `check` no weights that would have to be read. Exit 2 when they cannot be."""
+    it, OWNER/NAME/FILE. With `meta` no weights that would have to be read. Exit 2 when they cannot be."""
     from pickle import UnpicklingError
 
     from safetensors import SafetensorError
@@ -2467,12 +2471,12 @@ def model_weights(source: str, check: bool) -> tuple[dict, dict[str, Tensor]]:
     path, a_file = Path(source), source.count("/") == 2 and not source.startswith((".", "/", "~"))
     try:
         if not path.exists():
-            if check and a_file:
+            if meta and a_file:
                 return {}, {}
             repo, _, name = source.rpartition("/") if a_file else (source, "", "*.safetensors")
-            path = fetch_model(repo, "config.json", *([] if check else [name]))
+            path = fetch_model(repo, "config.json", *([] if meta else [name]))
             path = path / name if a_file else path
-        if check and (path / "config.json").exists() and "depth" in read_json(path / "config.json"):
+        if meta and (path / "config.json").exists() and "depth" in read_json(path / "config.json"):
             if not (path / "checkpoints").exists():
                 return read_json(path / "config.json"), {}
         told, weights = read_weights(path)
@@ -2485,25 +2489,25 @@ def model_weights(source: str, check: bool) -> tuple[dict, dict[str, Tensor]]:
         refuse(f"--model {source}: {reason}; {hint}")
 
 
-def open_model(source: str, cfg: Config, codec: Any, text: Any) -> tuple[nn.Module, dict]:
+def open_model(source: str, cfg: Config, codec: Any, text: Any, meta: bool = False) -> tuple[nn.Module, dict]:
     """-> (the published model or one that a run wrote, every weight in its place, PixArt-Sigma with a
     temporal half that starts as the identity, Wan, or from scratch; its sizes for `build`). Exit 2 for one of
-    another size. For --check its sizes alone, on the meta device."""
+    another size. `meta`: its sizes alone, on that device."""
     if config := wan_config(source, cfg, codec, text):
-        return open_wan(source, config, cfg, codec, text), config
-    model = open_stdit(source, cfg, codec, text)
+        return open_wan(source, config, cfg, codec, text, meta), config
+    model = open_stdit(source, cfg, codec, text, meta)
     return model, model.config
 
 
-def open_wan(source: str, config: dict, cfg: Config, codec: Any, text: Any) -> nn.Module:
+def open_wan(source: str, config: dict, cfg: Config, codec: Any, text: Any, meta: bool) -> nn.Module:
     from safetensors import SafetensorError
 
     if not source.startswith("scratch") and not Path(source).is_dir():
         check_weights(source, "transformer/*")
     check_sizes(source, config["in_channels"], config["text_dim"], cfg, codec, text)
-    with torch.device("cpu" if source.startswith("scratch") and not cfg.check else "meta"):
+    with torch.device("cpu" if source.startswith("scratch") and not meta else "meta"):
         model = build(config)
-    if cfg.check:
+    if meta:
         return model
     none = {"no_caption": torch.from_numpy(text.encode([""])[0]).float()}
     if source.startswith("scratch"):
@@ -2527,9 +2531,9 @@ def check_sizes(source: str, channels: int, width: int, cfg: Config, codec: Any,
         )
 
 
-def open_stdit(source: str, cfg: Config, codec: Any, text: Any) -> STDiT3:
+def open_stdit(source: str, cfg: Config, codec: Any, text: Any, meta: bool) -> STDiT3:
     if source == "scratch":
-        with torch.device("meta" if cfg.check else "cpu"):
+        with torch.device("meta" if meta else "cpu"):
             return STDiT3(
                 depth=cfg.depth, hidden_size=cfg.width, num_heads=cfg.heads, in_channels=codec.channels,
                 pred_sigma=False, caption_channels=text.width, model_max_length=text.length,
@@ -2537,17 +2541,17 @@ def open_stdit(source: str, cfg: Config, codec: Any, text: Any) -> STDiT3:
             )  # fmt: skip
     if not Path(source).exists() and source.count("/") == 1:
         check_weights(source)
-    config, weights = model_weights(source, cfg.check)
+    config, weights = model_weights(source, meta)
     if config.get("qk_norm_legacy") or not config.get("qk_norm", True):
         refuse(
             f"--model {source}: turns queries before their norm, or has no such norm; this script knows "
             "Open-Sora 1.2's order"
         )
     is_image_model = weights and not any(name.startswith("temporal_blocks.") for name in weights)
-    with torch.device("cpu" if is_image_model and not cfg.check else "meta"):
+    with torch.device("cpu" if is_image_model and not meta else "meta"):
         model = STDiT3(**{name: config[name] for name in XL if name in config})
     check_sizes(source, model.config["in_channels"], model.config["caption_channels"], cfg, codec, text)
-    if cfg.check:
+    if meta:
         return model
     if is_image_model:
         made = {name: value for name, value in model.state_dict().items() if re.match(FRESH, name)}
@@ -2561,9 +2565,8 @@ def train(cfg: Config) -> None:
     cfg = dataclasses.replace(cfg, dtype=pick_dtype(cfg.dtype), model=cfg.model or PUBLISHED)
     data = load_data(cfg)
     # all checks come before the first weight is downloaded: sizes alone
-    sizes = dataclasses.replace(cfg, check=True)
-    codec, text = open_codec(sizes, device), open_text(sizes, device)
-    model, config = open_model(cfg.model, sizes, codec, text)
+    codec, text = open_codec(cfg, device, meta=True), open_text(cfg, device, meta=True)
+    model, config = open_model(cfg.model, cfg, codec, text, meta=True)
     table = read_buckets(cfg.buckets) if cfg.buckets else BUCKETS[cfg.stage]
     buckets = table if cfg.stage == "demo" else scaled(table, cfg.tokens_per_gpu, codec)
     batches = Batches(cfg, Source(cfg, data.rows, data.table, codec, text), buckets)
@@ -2572,35 +2575,12 @@ def train(cfg: Config) -> None:
     held = held_out_of(cfg, data, batches, buckets)
     if cfg.check:
         return
-    unread = unread_before(cfg.output_dir, data.bad)
-    facts = {
-        "unread": unread,
-        "data": data.digest(unread),
-        "buckets": fingerprint(sorted((name, sorted(lengths.items())) for name, lengths in table.items())),
-        "cached": bool(cfg.cache),
-    }
+    facts = facts_of(cfg, data, table)
     loss_is = "mean squared error"
     run = start_run(from_flags, cfg, __file__, layout, data.bad, loss_is, several=True, **facts)
     cfg = run.cfg
-    codec, text = open_codec(cfg, device), open_text(cfg, device)
-    torch.manual_seed(cfg.seed)  # the same weights on every rank
-    model, _ = open_model(cfg.model, cfg, codec, text)
-    model.checkpointing = layout.checkpointing
-    model = set_trained(model, cfg)
-    for source in (batches.source, held.source):
-        source.codec, source.text = codec, text
-    if cfg.cache:
-        encode_all(batches, held, cfg, data)
-        move_encoders(held.source, torch.device("cpu"))
-    # what --watch samples
-    captions = {"captions": first_captions(data.held_rows, 4)}
-    on_rank0(write_json)(run.folder / "samples" / "captions.json", captions)
-
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained, cfg.lr, (0.9, cfg.beta2), eps=cfg.eps, weight_decay=cfg.weight_decay, fused=True
-    )
-    engine = open_engine(run, model, optimizer, frozen_left_out=bool(cfg.lora_r))
+    open_encoders(cfg, batches, held, data, device)
+    engine = engine_of(cfg, run, layout, held.source)
     ema = [part.detach().clone() for part in parts_of(engine)]
     if run.checkpoint:
         load_ema(engine, ema, run.checkpoint)
@@ -2612,6 +2592,43 @@ def train(cfg: Config) -> None:
         evaluate=partial(final_results, cfg, engine, ema, config, held, data),
         card=partial(card_of, cfg, config, data),
     )
+
+
+def facts_of(cfg: Config, data: Data, table: Buckets) -> dict:
+    """What a checkpoint must have been trained with, to be gone on from"""
+    unread = unread_before(cfg.output_dir, data.bad)
+    return {
+        "unread": unread,
+        "data": data.digest(unread),
+        "buckets": fingerprint(sorted((name, sorted(lengths.items())) for name, lengths in table.items())),
+        "cached": bool(cfg.cache),
+    }
+
+
+def open_encoders(cfg: Config, batches: Batches, held: HeldOut, data: Data, device: torch.device) -> None:
+    """Every rank: the weights of codec and text encoder; with a cache they fill it, and wait on the CPU."""
+    codec, text = open_codec(cfg, device), open_text(cfg, device)
+    for source in (batches.source, held.source):
+        source.codec, source.text = codec, text
+    if cfg.cache:
+        encode_all(batches, held, cfg, data)
+        move_encoders(held.source, torch.device("cpu"))
+    # what --watch samples
+    captions = {"captions": first_captions(data.held_rows, 4)}
+    on_rank0(write_json)(cfg.output_dir / "samples" / "captions.json", captions)
+
+
+def engine_of(cfg: Config, run: Run, layout: Layout, source: Source) -> Any:
+    """Every rank: DeepSpeed's engine around what is trained, from run.checkpoint if there is one"""
+    torch.manual_seed(cfg.seed)  # the same weights on every rank
+    model, _ = open_model(cfg.model, cfg, source.codec, source.text)
+    model.checkpointing = layout.checkpointing
+    model = set_trained(model, cfg).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trained, cfg.lr, (0.9, cfg.beta2), eps=cfg.eps, weight_decay=cfg.weight_decay, fused=True
+    )
+    return open_engine(run, model, optimizer, frozen_left_out=bool(cfg.lora_r))
 
 
 def held_out_of(cfg: Config, data: Data, batches: Batches, buckets: Buckets) -> HeldOut:

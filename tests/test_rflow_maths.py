@@ -174,10 +174,9 @@ def test_weights_are_taken_as_people_have_them(tmp_path, weights):
         colossal(tmp_path / "epoch0-global_step4", weights).name,
         "epoch0-global_step4/model",
     ]:
-        for check in (False, True):
-            cfg = rflow.Config(check=check)
-            model, sizes = rflow.open_model(str(tmp_path / form), cfg, CODEC, TEXT)
-            assert (model.final_layer.linear.weight.is_meta, sizes["frame_places"]) == (check, "run" in form)
+        for meta in (False, True):
+            model, sizes = rflow.open_model(str(tmp_path / form), rflow.Config(), CODEC, TEXT, meta)
+            assert (model.final_layer.linear.weight.is_meta, sizes["frame_places"]) == (meta, "run" in form)
             assert sizes | {"frame_places": 0, "input_sq_size": 0} == rflow.XL | SMALL | dict(
                 frame_places=0, input_sq_size=0
             )
