@@ -146,7 +146,8 @@ class Config:
 
     prompt: Free[str] = ""  # sample this caption, or each line of this .txt file, from --model and stop
     model: Free[str] = ""  # for --prompt: a run, model folder, ckpt_000200.pt or Hub id; default: output_dir
-    sampler: Free[Literal["ddim", "ddpm", "dpm", "heun"]] = "ddim"  # dpm: DPM-Solver++ 2M; ddpm wants 1000
+    # dpm: DPM-Solver++ 2M; heun wants 25 steps or more, of --spacing karras
+    sampler: Free[Literal["ddim", "ddpm", "dpm", "heun"]] = "ddim"
     spacing: Free[Literal["cosine", "karras"]] = "cosine"  # of the steps, karras for dpm and heun
     sample_steps: Free[int] = 50
     preview_steps: Free[int | None] = None  # of the pictures at each save; default: sample_steps
