@@ -43,6 +43,7 @@ import os
 import shutil
 import sys
 import time
+import types
 import warnings
 import wave
 import zlib
@@ -65,11 +66,12 @@ from tqdm import tqdm
 from common import (
     CHECKPOINTING, GB, BadSample, Free, Layout, Lower, Row, Run, barrier, brief, cached_frames, check_loaded,
     check_settings, choose_layout, copy_code, demo_module, digest_of, disk_free, ds_config, epoch_order,
-    fetch_model, fingerprint, finish_run, full_weights, gathered, identity_of, in_threads, init_distributed,
-    leave_out, log, memory_layouts, merged_over_ranks, normalized, on_rank0, open_engine, open_media,
-    open_run, out_of_memory, over_ranks, pick_dtype, rank, read_flags, read_json, refuse, rounds, row_lines,
-    run, save_array, save_run, show_plan, show_results, split_clips, split_of, start_run, steps_line,
-    tiny_model, training_steps, with_steps, world_size, write_json, write_lines, write_text, write_whole,
+    evaluating, fetch_model, fingerprint, finish_run, full_weights, gathered, identity_of, in_threads,
+    init_distributed, leave_out, log, memory_layouts, merged_over_ranks, normalized, on_rank0, open_engine,
+    open_media, open_run, out_of_memory, over_ranks, pick_dtype, rank, read_flags, read_json, refuse, rounds,
+    row_lines, run, save_array, save_run, show_plan, show_results, split_clips, split_of, start_run,
+    steps_line, tiny_model, training_steps, with_steps, world_size, write_json, write_lines, write_text,
+    write_whole,
 )  # fmt: skip
 
 BASE_MODEL = "meituan-longcat/LongCat-Flash-Omni"
@@ -225,8 +227,9 @@ ADAPT = dict(
 # ---------------------------------------------------------------------------
 
 SUFFIXES = {
+    "text": (".txt",),
     "video": (".mp4", ".mov", ".mkv", ".webm", ".avi"),
-    "speech": (".wav", ".mp3", ".flac", ".m4a", ".ogg"),
+    "speech": (".wav", ".mp3", ".flac", ".m4a", ".ogg", ".opus"),
 }
 
 
@@ -326,8 +329,8 @@ def open_clip(folder: Path, cfg: Config, base: Base) -> Clip:
     if video is None or reply is None:
         names = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
         raise BadSample(f"no {'in.mp4' if video is None else 'out.wav'}; there is {names}")
-    out_txt = folder / "out.txt"
-    text = out_txt.read_text(errors="replace").strip() if out_txt.exists() else ""
+    out_txt = member(folder, "out", "text")
+    text = read_words(out_txt) if out_txt else ""
     speech = member(folder, "in", "speech") or video
     clip = make_sample(f"{folder.parent.name}/{folder.name}", video, speech, reply, text, cfg)
     tokens = len(base.encode(text))
@@ -335,6 +338,17 @@ def open_clip(folder: Path, cfg: Config, base: Base) -> Clip:
     if tokens > rows:
         raise BadSample(f"out.txt has {tokens} tokens, {reply.name} has room for {rows}: is it its text?")
     return clip
+
+
+def read_words(path: Path) -> str:
+    """UTF-8, or UTF-16 as Windows writes it, with the mark that says so. Raises BadSample for anything
+    else."""
+    content = path.read_bytes()
+    marked = content.startswith((b"\xff\xfe", b"\xfe\xff"))
+    try:
+        return content.decode("utf-16" if marked else "utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise BadSample(f"{path.name} is not UTF-8 (byte {error.start}): save it as that") from error
 
 
 def make_sample(name: str, video: Path, speech: Path, reply: Path | None, text: str, cfg: Config) -> Clip:
@@ -512,6 +526,34 @@ class MelCodec:
         return cls(**load_file(path))
 
 
+def resample(sound: Tensor, orig_freq: int, new_freq: int) -> Tensor:
+    """(..., N) -> (..., N * new_freq / orig_freq), as torchaudio.functional has it"""
+    from scipy.signal import resample_poly
+
+    made = resample_poly(sound.cpu().numpy(), new_freq, orig_freq, axis=-1)
+    return torch.from_numpy(np.ascontiguousarray(made)).to(sound)
+
+
+@contextlib.contextmanager
+def with_torchaudio() -> Iterator[None]:
+    """Inside, `import torchaudio` works: LongCat-Audio-Codec resamples with it, its requirements do not list
+    it, and its last release refuses today's torch."""
+    try:
+        import torchaudio  # noqa: F401
+    except (ImportError, OSError, RuntimeError):
+        stand_in, functional = types.ModuleType("torchaudio"), types.ModuleType("torchaudio.functional")
+        stand_in.functional, functional.resample = functional, resample
+        mine = {"torchaudio": stand_in, "torchaudio.functional": functional}
+        sys.modules |= mine
+        try:
+            yield
+        finally:
+            for name in mine:
+                del sys.modules[name]
+    else:
+        yield
+
+
 class LongCatCodec:
     """The official LongCat-Audio-Codec by its own code: a checkout with configs/ and ckpts/. Its encoder is
     not part of LongCat-Flash-Omni's download. One semantic and three acoustic codebooks, 24 kHz out."""
@@ -529,12 +571,15 @@ class LongCatCodec:
         sys.path.insert(0, str(root))
         os.chdir(root)  # its configurations name their files from there
         try:
-            from networks.semantic_codec.model_loader import load_decoder, load_encoder
+            with with_torchaudio():
+                from networks.semantic_codec.model_loader import load_decoder, load_encoder
 
-            self.encoder = load_encoder(self.files[0], self.device)
-            self.decoder = load_decoder(self.files[1], self.device)
+                self.encoder = load_encoder(self.files[0], self.device)
+                self.decoder = load_decoder(self.files[1], self.device)
+        except ModuleNotFoundError as error:
+            refuse(f"--codec {checkout}: its code needs {error.name}: pip install {error.name}")
         except (ImportError, OSError, KeyError, RuntimeError) as error:
-            refuse(f"--codec {checkout}: {brief(error)}: install its requirements.txt, and fill its ckpts/")
+            refuse(f"--codec {checkout}: {brief(error)}: fill its ckpts/ as its README says")
         finally:
             os.chdir(here)
             sys.path.remove(str(root))
@@ -633,8 +678,11 @@ def speech_features(sound: np.ndarray, base: Base) -> np.ndarray:
         bins // 2 + 1, fbank["num_mel_bins"], fbank["low_freq"], high, SAMPLE_RATE, mel_scale="kaldi",
         triangularize_in_mel_space=True,
     )  # fmt: skip
+    loud = sound.astype(np.float64) * 32768
+    if dither := fbank.get("dither", 0):  # the official code draws anew for each window and call
+        loud = loud + dither * np.random.default_rng(zlib.crc32(sound)).standard_normal(len(loud))
     rows = spectrogram(
-        sound.astype(np.float64) * 32768, window_function(length, "povey", periodic=False), length, hop, bins,
+        loud, window_function(length, "povey", periodic=False), length, hop, bins,
         power=2.0, center=False, preemphasis=fbank["preemphasis"], mel_filters=bank, log_mel="log",
         mel_floor=float(np.finfo(np.float32).eps),
     ).T  # fmt: skip
@@ -975,7 +1023,7 @@ def longcat_class() -> type[nn.Module]:
             self.down_proj = nn.Parameter(torch.empty(shape[0], self.hidden_size, self.intermediate_size))
 
     class LongCat(stock.LongcatFlashForCausalLM):
-        """Real experts, and the routing bias in fp32 as the engines have it."""
+        """Real experts, and routers in fp32 as the engines have them."""
 
         _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
 
@@ -988,12 +1036,14 @@ def longcat_class() -> type[nn.Module]:
             self.routers = [m for m in self.modules() if isinstance(m, stock.LongcatFlashTopkRouter)]
 
         def _apply(self, fn, recurse=True):
-            """A cast, by DeepSpeed for one, moves the routing biases and leaves them in fp32: rounded, they
-            choose other experts."""
-            exact = [router.e_score_correction_bias for router in self.routers]
+            """A cast, by DeepSpeed for one, moves what the routers hold as buffers and leaves it in fp32:
+            rounded, they choose other experts."""
+            holders = [m for router in self.routers for m in (router, router.classifier)]
+            exact = [(holder, dict(holder._buffers)) for holder in holders]
             super()._apply(fn, recurse)
-            for router, bias in zip(self.routers, exact):
-                router.e_score_correction_bias = bias.to(router.e_score_correction_bias.device)
+            for holder, buffers in exact:
+                for name, buffer in buffers.items():
+                    holder._buffers[name] = buffer.to(holder._buffers[name].device)
             return self
 
     return LongCat
@@ -1015,6 +1065,13 @@ class Omni(nn.Module):
         self.audio_embedding = AudioEmbedding(base.audio_vocabulary, width)
         self.audio_heads = AudioHeads(base.audio_vocabulary, width)
         self.llm = llm or longcat_class()(base.config)
+
+    def train(self, mode: bool = True) -> Omni:
+        """The frozen audio encoder does not drop out: a tenth of what it hears would change half of what it
+        says."""
+        super().train(mode)
+        self.audio_encoder.train(mode and next(self.audio_encoder.parameters()).requires_grad)
+        return self
 
     def rows(self, ids: Tensor, streams: Tensor) -> Tensor:
         """Text ids (B, L) and codes (B, L, 4) -> (B, L, D): the sum of what is there; padding of all is the
@@ -1111,8 +1168,9 @@ class Omni(nn.Module):
                     last[b], writing[b] = token == end, token not in (end, self.special["pause"])
                 else:
                     text[b] = self.pad
-                if row[b, 0] == CODEC_EOS:
-                    done[b] = last[b] or writing[b]  # speech that ends before its text has no more to say
+                # the engines look for the end of speech once its text has ended
+                if row[b, 0] == CODEC_EOS and not writing[b]:
+                    done[b] = last[b]
                     writing[b] = first[b] = True
             spoken = torch.cat([spoken, row[:, None]], 1)
             if not (over_ranks(not all(done), "max") if together else not all(done)):
@@ -1224,6 +1282,9 @@ def open_base(source: str) -> Base:
         "vision spatial_merge_size": (vision["spatial_merge_size"], 1),
         "audio delta_order": (front.get("delta", {}).get("delta_order", 0), 0),
         "audio freq": (front["fbank"]["freq"], SAMPLE_RATE),
+        "audio left_stride": (audio.get("left_stride", 1), 1),
+        "audio right_stride": (audio.get("right_stride", 1), 1),
+        "audio activation": (audio.get("activation", "relu6"), "relu6"),
         "audio input_size": (audio["input_size"], width),
     }
     for name, (has, knows) in odd.items():
@@ -1259,9 +1320,10 @@ def part_of(net: Omni, name: str) -> nn.Module:
     return embedding
 
 
-def load_omni(base: Base, dtype: str) -> Omni:
+def load_omni(base: Base, dtype: str, routers: bool = False) -> Omni:
     """The weights of a folder; one that is missing, left over or of another shape ends the run. Under
-    ZeRO-3: a rank's part."""
+    ZeRO-3: a rank's part. `routers`: whether they are to be trained; else they are whole and exact on each
+    rank, in fp32."""
     from safetensors import safe_open
 
     folder, kind = base.folder, TORCH_DTYPES[dtype]
@@ -1276,10 +1338,17 @@ def load_omni(base: Base, dtype: str) -> Omni:
     loaded["missing_keys"] = [name for name in loaded["missing_keys"] if name != own_file]
     check_loaded(loaded, folder)
     where = read_json(folder / "model.safetensors.index.json")["weight_map"]
-    for name, buffer in llm.named_buffers():
-        if name.endswith("e_score_correction_bias"):  # exact, whatever the class has made of it
-            with safe_open(folder / where[name], "pt") as shard:
-                buffer.data = shard.get_tensor(name).to(buffer.device, torch.float32)
+    names = {module: name for name, module in llm.named_modules()}
+    for router in llm.routers:
+        for name in ("e_score_correction_bias", "classifier.weight"):
+            full = f"{names[router]}.{name}"
+            with safe_open(folder / where[full], "pt") as shard:
+                exact = shard.get_tensor(full).to(llm.device, torch.float32)
+            if name != "classifier.weight":
+                router.e_score_correction_bias.data = exact
+            elif not routers:
+                del router.classifier.weight
+                router.classifier.register_buffer("weight", exact)
     net = Omni(base, llm)
     for name in PARTS:
         part, weights = part_of(net, name), torch.load(folder / name, weights_only=True, map_location="cpu")
@@ -1339,8 +1408,12 @@ def write_omni(folder: Path, weights: dict[str, Tensor], base: Base) -> None:
     write_json(folder / "vision" / "config.json", base.vision)
     write_json(folder / "audio" / "config.json", base.audio)
     write_json(folder / "audio" / "preprocessor_config.json", base.front)
-    if base.folder and base.folder != folder:
-        shutil.copyfile(base.folder / "audio" / "global_cmvn", folder / "audio" / "global_cmvn")
+    if base.folder and base.folder != folder:  # what engines read besides: remote code, templates, the codec
+        for path in (path for pattern in SMALL for path in base.folder.glob(pattern) if path.is_file()):
+            target = folder / path.relative_to(base.folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if not target.exists() and path.name != "model.safetensors.index.json":
+                shutil.copyfile(path, target)
 
 
 def lora_names(base: Base) -> dict[str, int]:
@@ -1393,7 +1466,9 @@ def with_adapter(net: Omni, cfg: Config, base: Base) -> nn.Module:
 
     adapted = get_peft_model(net, lora_settings(cfg, base), autocast_adapter_dtype=False)
     # PEFT looks for it in a model of transformers
-    adapted.peft_config["default"].base_model_name_or_path = base.source
+    here = Path(base.source)  # a folder is found from wherever the adapter is used
+    source = str(here.resolve()) if here.is_dir() else base.source
+    adapted.peft_config["default"].base_model_name_or_path = source
     return adapted
 
 
@@ -1494,35 +1569,34 @@ def evaluate(net: nn.Module, base: Base, data: Data, cfg: Config, aloud: bool) -
     SHOWN {"loss", "cross_entropy" and "accuracy" of the text and each stream}, given the reply so far; and
     `aloud` the replies themselves, in the demo for all three: "replies" {number of the clip: (text, rows of
     codes (R, 4))}."""
-    was_training, device = net.training, next(net.parameters()).device
-    net.eval()
+    device = next(net.parameters()).device
     collate, clips = Collator(base, cfg), evenly(data.held_out, cfg.eval_samples)
     together = any(hasattr(p, "ds_id") for p in net.parameters())
     most = math.ceil(cfg.max_reply / FRAME_SECONDS)
     result: dict[str, Any] = {}
-    for shown in SHOWN:
-        scores = {}
-        for part in rounds(len(clips), 1):
-            batch = collate([clips[i] for i in part], shown)
-            losses, hits = net(**{name: value.to(device) for name, value in batch.items()})
-            scores[part[0]] = torch.cat([losses, hits]).double().cpu().numpy()
-        means = np.mean(list(merged_over_ranks(scores).values()), axis=0).tolist()
-        result[shown] = {
-            "loss": float(weighted(torch.tensor(means[:5]), cfg)),
-            "cross_entropy": dict(zip(STREAMS, means[:5])),
-            "accuracy": dict(zip(STREAMS, means[5:])),
-        }
-        if aloud and (cfg.demo or shown == SHOWN[0]):
-            replies = {}
-            # a sequence's cache of keys and values is about its training memory
-            for part in rounds(len(clips), cfg.batch_size):
-                batch = collate([clips[i] for i in part], shown, reply=False)
-                batch = {name: value.to(device) for name, value in batch.items()}
-                texts, rows = core(net).speak(batch, most, cfg.repetition_penalty, together)
-                said = [base.tokenizer.decode(text, skip_special_tokens=True).strip() for text in texts]
-                replies |= dict(zip(part, zip(said, rows)))
-            result[shown]["replies"] = merged_over_ranks(replies)
-    net.train(was_training)
+    with evaluating(net):
+        for shown in SHOWN:
+            scores = {}
+            for part in rounds(len(clips), 1):
+                batch = collate([clips[i] for i in part], shown)
+                losses, hits = net(**{name: value.to(device) for name, value in batch.items()})
+                scores[part[0]] = torch.cat([losses, hits]).double().cpu().numpy()
+            means = np.mean(list(merged_over_ranks(scores).values()), axis=0).tolist()
+            result[shown] = {
+                "loss": float(weighted(torch.tensor(means[:5]), cfg)),
+                "cross_entropy": dict(zip(STREAMS, means[:5])),
+                "accuracy": dict(zip(STREAMS, means[5:])),
+            }
+            if aloud and (cfg.demo or shown == SHOWN[0]):
+                replies = {}
+                # a sequence's cache of keys and values is about its training memory
+                for part in rounds(len(clips), cfg.batch_size):
+                    batch = collate([clips[i] for i in part], shown, reply=False)
+                    batch = {name: value.to(device) for name, value in batch.items()}
+                    texts, rows = core(net).speak(batch, most, cfg.repetition_penalty, together)
+                    said = [base.tokenizer.decode(text, skip_special_tokens=True).strip() for text in texts]
+                    replies |= dict(zip(part, zip(said, rows)))
+                result[shown]["replies"] = merged_over_ranks(replies)
     return result
 
 
@@ -1695,8 +1769,8 @@ def duration(seconds: float) -> str:
 
 def bytes_text(count: float) -> str:
     """For people: 1.1 TB, 8.4 MB"""
-    units = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1))
-    name, unit = next((name, unit) for name, unit in units if count >= unit / 2)
+    units = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6))
+    name, unit = next(((name, unit) for name, unit in units if count >= unit / 2), ("kB", 1e3))
     return f"{count / unit:.1f} {name}"
 
 
@@ -1716,6 +1790,10 @@ def storage(cfg: Config) -> list[str]:
         shards = set(listed["weight_map"].values())
         weights = listed.get("metadata", {}).get("total_size", weights)
     place, need = (folder, 0.0) if folder and not missing else (Path(constants.HF_HUB_CACHE), 1.06 * weights)
+    if need and shards:  # a download that was broken off goes on with what is not there
+        need *= len(shards & set(missing)) / len(shards)
+        blobs = folder.parent.parent / "blobs"
+        need = max(0.0, need - sum(path.stat().st_size for path in blobs.glob("*.incomplete")))
     status, free, short = "OK", disk_free(place), []
     if missing and Path(cfg.model).is_dir():
         status, need = f"{len(missing)} files missing", 0.0
@@ -1835,7 +1913,9 @@ def describe(cfg: Config, data: Data, source: Path) -> list[tuple[str, str]]:
 # ---------------------------------------------------------------------------
 
 
-def load_net(base: Base, cfg: Config, config: dict, adapt: Callable[[Omni], nn.Module]) -> nn.Module:
+def load_net(
+    base: Base, cfg: Config, config: dict, adapt: Callable[[Omni], nn.Module], train: bool = True
+) -> nn.Module:
     """Every rank: the model for a layout of memory, under ZeRO-3 each rank's part of it; `adapt` adds an
     adapter. ZeRO-3 gathers a mixture of experts whole: ranks choose different experts, and would else wait
     for each other for ever."""
@@ -1848,7 +1928,7 @@ def load_net(base: Base, cfg: Config, config: dict, adapt: Callable[[Omni], nn.M
     zero3 = config["zero_optimization"]["stage"] == 3
     # from_pretrained looks whether one that says ZeRO-3 is alive
     alive = HfDeepSpeedConfig(config) if zero3 else None
-    net = load_omni(base, cfg.dtype)
+    net = load_omni(base, cfg.dtype, routers=not cfg.lora_r and train)
     del alive
     net = adapt(net)
     if zero3:
@@ -1907,6 +1987,7 @@ def train(cfg: Config, part: Literal["", "base", "adapt"] = "") -> dict:
     cfg = run.cfg
     torch.manual_seed(cfg.seed)  # the same adapter on every rank
     net = load_net(base, cfg, run.config, partial(with_adapter, cfg=cfg, base=base))
+    net.train()  # from_pretrained leaves it in the mode of use, in which transformers keeps all activations
     if layout.checkpointing:
         core(net).llm.gradient_checkpointing_enable({"use_reentrant": False})
     trained = [p for p in net.parameters() if p.requires_grad]
@@ -2126,7 +2207,7 @@ def reply(
     layouts = layouts_of(sizes, cfg, cfg.dtype, world_size(), None, cfg.nvme_path)
     _, layout = choose_layout(layouts, cfg.deepspeed, "give more GPUs, or --nvme_path")
     config = ds_config(layout.config, "DeepSpeed's config", 1, 1, 1.0, cfg.dtype)
-    net = load_net(base, cfg, config, partial(with_finished, folder=folder)).eval()
+    net = load_net(base, cfg, config, partial(with_finished, folder=folder), train=False).eval()
     if together := config["zero_optimization"]["stage"] == 3:
         import deepspeed
 

@@ -158,7 +158,7 @@ def build_tiny(folder: Path, seed: int, script: ModuleType) -> None:
         initializer_factor=1.0, adaptor_dim=128,
     )  # fmt: skip
     audio = script.AUDIO | dict(
-        hidden_size=128, proj_size=64, vocab_size=8, nlayer=3, ndnn=1, num_right_layers=2, dropout=0.0
+        hidden_size=128, proj_size=64, vocab_size=8, nlayer=3, ndnn=1, num_right_layers=2, dropout=0.1
     )
     front = {
         "fbank": {"freq": SAMPLE_RATE, "frame_length": 25, "frame_shift": 10, "num_mel_bins": 80,

@@ -544,16 +544,16 @@ def test_the_weights_of_the_losses():
     )  # tech report, section 4.1
 
 
-def rows_fed(text: list[int], rows: np.ndarray, net) -> list[int]:
-    """What stands in the text stream beside the rows of one reply."""
-    fed, told_yet, writing = [], iter(text), True
+def rows_fed(text: list[int], rows: np.ndarray, net) -> tuple[list[int], np.ndarray]:
+    """What stands in the text stream beside the rows of one reply; which rows begin a segment."""
+    fed, begins, told_yet, writing, begun = [], [], iter(text), True, True
     for row in rows:
-        token = next(told_yet) if writing else net.pad
-        writing = row[0] == CODEC_EOS or (
-            writing and token not in (net.llm.config.eos_token_id, net.special["pause"])
-        )
-        fed.append(token)
-    return fed
+        fed.append(next(told_yet) if writing else net.pad)
+        begins.append(begun)
+        writing = writing and fed[-1] not in (net.llm.config.eos_token_id, net.special["pause"])
+        begun = row[0] == CODEC_EOS and not writing
+        writing = writing or begun
+    return fed, np.array(begins)
 
 
 @torch.no_grad()
@@ -576,7 +576,8 @@ def test_what_is_spoken_step_by_step_is_what_one_pass_over_it_would_say(net, bas
         one = collate([clip], reply=False)
         alone = net.speak(one, 24, 1.0, False)
         assert alone[0] == [text] and np.array_equal(alone[1][0], spoken)
-        fed = torch.tensor([rows_fed(text, spoken, net)])
+        fed, first = rows_fed(text, spoken, net)
+        fed = torch.tensor([fed])
         one["ids"], one["streams"] = (
             torch.cat([one["ids"], fed], 1),
             torch.cat([one["streams"], torch.from_numpy(spoken)[None]], 1),
@@ -585,7 +586,6 @@ def test_what_is_spoken_step_by_step_is_what_one_pass_over_it_would_say(net, bas
             0, -len(spoken) - 1 : -1
         ]
         known = heads_by_hand(net, hidden, torch.from_numpy(spoken))
-        first = np.array([True, *(spoken[:-1, 0] == CODEC_EOS)])
         assert [int(i) for i, token in zip(known[0].argmax(-1), fed[0]) if token != net.pad] == text
         assert (
             np.array_equal(known[1].argmax(-1).numpy(), spoken[:, 0])
@@ -667,8 +667,10 @@ def test_a_reply_ends_where_it_must(net, base, cfg, clips, monkeypatch):
     assert all(ids[0] == [3] and codes[0] == [[3, 3, 3, 3]] for ids, codes in fed[3:]), (
         "nothing is fed to what is done"
     )
-    texts, rows, _ = speak_as_told(net, base, cfg, clips, monkeypatch, [[20, 21, 22]], [[40, 41, 2, 43]])
-    assert texts == [[20, 21, 22]] and len(rows[0]) == 3, "speech that ends before its text ends the reply"
+    script = dict(texts=[[20, 21, 22, 23, 2]], semantic=[[40, 41, 2, 43, 44, 45, 2]])
+    texts, rows, _ = speak_as_told(net, base, cfg, clips, monkeypatch, **script)
+    assert texts == [[20, 21, 22, 23, 2]], "the text is said to its end, whatever the codes say of theirs"
+    assert [row[0] for row in rows[0]] == [40, 41, 2, 43, 44, 45, 2]
     texts, rows, _ = speak_as_told(net, base, cfg, clips, monkeypatch, [[20, 21, 2]], [[40, 41, 2]])
     assert texts == [[20, 21, 2]] and len(rows[0]) == 3, "both in one row"
 
@@ -795,6 +797,7 @@ def broken(tiny, tmp_path):
 
 O_PROJ = "model.layers.0.self_attn.0.o_proj.weight"
 BIAS = "model.layers.1.mlp.router.e_score_correction_bias"
+ROUTER = "model.layers.1.mlp.router.classifier.weight"
 EXPERT = "model.layers.1.mlp.experts.5.up_proj.weight"
 
 
@@ -877,6 +880,8 @@ def test_a_folder_without_a_configuration_is_refused(broken, capsys, name):
     [
         ("audio/preprocessor_config.json", lambda c: c | {"delta": {"delta_order": 2}}, "delta_order is 2"),
         ("audio/preprocessor_config.json", lambda c: c | {"splice": c["splice"] | {"left": 3}}, "input_size"),
+        ("audio/config.json", lambda c: c | {"activation": "gelu"}, "activation is gelu"),
+        ("audio/config.json", lambda c: c | {"left_stride": 2}, "left_stride is 2"),
         ("vision/config.json", lambda c: c | {"spatial_merge_size": 2}, "spatial_merge_size is 2"),
         ("config.json", lambda c: c | {"model_type": "qwen2"}, "longcat_flash"),
     ],
@@ -893,12 +898,19 @@ def test_routing_biases_stay_exact_where_the_rest_is_bf16(broken):
     folder, change = broken
     exact = torch.linspace(0.1, 0.7, 12) + 1e-4
     assert not torch.equal(exact.bfloat16().float(), exact)
+    fine = torch.randn(12, 128, generator=torch.Generator().manual_seed(0))
     for layer in (0, 1):
         change(
             name := BIAS.replace("layers.1", f"layers.{layer}"),
             lambda w, name=name, by=layer: w | {name: exact + by},
         )
+        change(
+            name := ROUTER.replace("layers.1", f"layers.{layer}"),
+            lambda w, name=name, by=layer: w | {name: fine + by},
+        )
     net = vss.load_omni(vss.open_base(str(folder)), "bf16")
+    trained = vss.load_omni(vss.open_base(str(folder)), "bf16", routers=True)
+    assert isinstance(trained.llm.model.layers[0].mlp.router.classifier.weight, torch.nn.Parameter)
     for cast in (
         lambda m: m,
         lambda m: m.bfloat16(),
@@ -908,13 +920,68 @@ def test_routing_biases_stay_exact_where_the_rest_is_bf16(broken):
     ):
         net = cast(net)
         for layer in (0, 1):
-            bias = net.llm.model.layers[layer].mlp.router.e_score_correction_bias
+            router = net.llm.model.layers[layer].mlp.router
+            bias, weight = router.e_score_correction_bias, router.classifier.weight
             assert bias.dtype == torch.float32 and torch.equal(bias, exact + layer)
+            assert weight.dtype == torch.float32 and torch.equal(weight, fine + layer)
+            assert not isinstance(weight, torch.nn.Parameter), "ZeRO-3 takes parameters of one dtype alone"
             assert (
                 net.llm.lm_head.weight.dtype
                 == net.vision_encoder.encoder.layers[0].ls1.dtype
                 != torch.float32
             )
+
+
+def test_a_layer_runs_twice_where_it_is_checkpointed_also_after_an_evaluation(net, base, cfg, clips):
+    """In the mode of use transformers keeps all activations, and from_pretrained leaves a model in that."""
+    data = vss.Data(clips, clips, [])
+    for on, calls in ((False, 1), (True, 2)):
+        adapted = vss.with_adapter(copy.deepcopy(net), dataclasses.replace(cfg, lora_r=2), base).train()
+        if on:
+            vss.core(adapted).llm.gradient_checkpointing_enable({"use_reentrant": False})
+        seen = []
+        layer = vss.core(adapted).llm.model.layers[0].self_attn[0]
+        layer.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        for again in (False, True):
+            if again:
+                vss.evaluate(adapted, base, data, dataclasses.replace(cfg, eval_samples=1), aloud=False)
+            seen.clear()
+            losses, _ = adapted(**vss.Collator(base, cfg)(clips[:1]))
+            losses.sum().backward()
+            assert len(seen) == calls, f"checkpointing {on}, after an evaluation {again}"
+            assert adapted.training and vss.core(adapted).llm.training
+
+
+def test_the_frozen_audio_encoder_drops_nothing_out(net, base, cfg, clips):
+    batch = vss.Collator(base, cfg)(clips[:1])
+    heard = batch["features"], batch["heard"]
+    assert base.audio["dropout"] > 0
+    frozen = vss.core(vss.with_adapter(copy.deepcopy(net), dataclasses.replace(cfg, lora_r=2), base).train())
+    with torch.no_grad():
+        assert torch.equal(frozen.audio_encoder(*heard), net.eval().audio_encoder(*heard))
+        trained = copy.deepcopy(net).requires_grad_(True).train()
+        assert not torch.equal(trained.audio_encoder(*heard), frozen.audio_encoder(*heard))
+
+
+def test_an_interrupted_download_goes_on(broken, monkeypatch, caplog):
+    """What is there counts: shards, and the part of the one that was being fetched."""
+    import huggingface_hub
+
+    folder, _ = broken
+    snapshot = folder.parent / "models--x--y" / "snapshots" / "1"
+    snapshot.parent.mkdir(parents=True)
+    folder.rename(snapshot)
+    (snapshot / "model-00002-of-00003.safetensors").unlink()
+    (snapshot.parent.parent / "blobs").mkdir()
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: str(snapshot / "config.json"))
+    weights = json.loads((snapshot / "model.safetensors.index.json").read_text())["metadata"]["total_size"]
+    monkeypatch.setattr(vss, "disk_free", lambda _: 0)
+    need = 1.06 * weights / 3
+    (short,) = vss.storage(Config(model="x/y"))
+    assert f"{vss.bytes_text(need)} are needed" in short
+    (snapshot.parent.parent / "blobs" / "abc.incomplete").write_bytes(b"0" * int(need / 2))
+    (short,) = vss.storage(Config(model="x/y"))
+    assert f"{vss.bytes_text(need / 2)} are needed" in short
 
 
 def what_it_reads(base) -> tuple:
@@ -1097,6 +1164,7 @@ CHECKOUT = '''
 from pathlib import Path
 
 import torch
+import torchaudio  # which is in no requirements
 
 
 def opened(config, device):
@@ -1158,6 +1226,9 @@ def test_the_official_codec_is_called_as_its_own_code_wants_it(checkout, base, m
     vss.check_codec(cfg, dataclasses.replace(base, audio_vocabulary=vss.AUDIO_VOCABULARY))
     codec = vss.open_codec(cfg, base, [])
     assert Path.cwd() == checkout.parent and sys.path == path, "as before"
+    assert "torchaudio" not in sys.modules
+    made = vss.resample(torch.randn(1, 1, 4800), orig_freq=48_000, new_freq=16_000)
+    assert made.shape == (1, 1, 1600) and made.dtype == torch.float32
     sound = np.repeat(np.linspace(-0.5, 0.5, 10), 960).astype(np.float32)
     codes = codec.encode(sound)
     assert codes.shape == (9, 4) and codes.dtype == np.int64 and codec.rate == 24_000
@@ -1185,6 +1256,14 @@ def test_an_official_codec_that_does_not_load_is_refused_and_leaves_no_trace(che
         vss.LongCatCodec(checkout)
     assert end.value.code == 2 and "LongCatAudioCodec_decoder_24k.pt" in capsys.readouterr().err
     assert Path.cwd() == here and sys.path == path
+
+
+def test_a_package_that_the_codec_needs_is_named(checkout, capsys):
+    path = checkout / "networks" / "semantic_codec" / "model_loader.py"
+    path.write_text("import no_such_package\n" + path.read_text())
+    with pytest.raises(SystemExit) as end:
+        vss.LongCatCodec(checkout)
+    assert end.value.code == 2 and "pip install no_such_package" in capsys.readouterr().err
 
 
 def test_the_published_model_asks_for_its_codec(base, capsys):
