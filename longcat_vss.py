@@ -34,6 +34,7 @@ LoRA, new words in a new voice, 1.00.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -67,11 +68,11 @@ from common import (
     CHECKPOINTING, GB, BadSample, Free, Layout, Lower, Row, Run, barrier, brief, cached_frames, check_loaded,
     check_settings, choose_layout, copy_code, demo_module, digest_of, disk_free, ds_config, epoch_order,
     evaluating, fetch_model, fingerprint, finish_run, full_weights, gathered, identity_of, in_threads,
-    init_distributed, leave_out, log, memory_layouts, merged_over_ranks, normalized, on_rank0, open_engine,
-    open_media, open_run, out_of_memory, over_ranks, pick_dtype, rank, read_flags, read_json, refuse, rounds,
-    row_lines, run, save_array, save_run, show_plan, show_results, split_clips, split_of, start_run,
-    steps_line, tiny_model, training_steps, with_steps, world_size, write_json, write_lines, write_text,
-    write_whole,
+    init_distributed, leave_out, local_ranks, log, memory_here, memory_layouts, merged_over_ranks, normalized,
+    on_rank0, open_engine, open_media, open_run, out_of_memory, over_ranks, pick_dtype, rank, read_flags,
+    read_json, refuse, rounds, row_lines, run, save_array, save_run, show_plan, show_results, split_clips,
+    split_of, start_run, steps_line, tiny_model, training_steps, with_steps, world_size, write_json,
+    write_lines, write_text, write_whole,
 )  # fmt: skip
 
 BASE_MODEL = "meituan-longcat/LongCat-Flash-Omni"
@@ -166,7 +167,9 @@ class Config:
     max_reply: Free[float] = 30.0  # longest reply, seconds
     repetition_penalty: Free[float] = 1.1  # of codes heard in the last 30 rows, as the official demo has it
     eval_samples: Free[int] = 8  # held-out clips of an evaluation; 0: none
-    speak: Free[bool] = True  # answer them aloud at the end: one pass through the model for each 60 ms
+    # answer them aloud at the end, one pass through the model for each 60 ms, where that takes a tenth of the
+    # training at most; --no_speak: never
+    speak: Free[bool] = True
 
     # watching and saving
 
@@ -1644,8 +1647,9 @@ MACHINES = {
     "8x B200 192 GB, 2 TB RAM": (8, 191.0, 8, 2000),
     "16x H200 141 GB, two machines": (16, 149.2, 8, 2000),
 }
-# Bytes a second, assumed: RAM to one GPU over PCIe 5, NVLink between GPUs, one good NVMe disk.
-HOST, LINK, DISK = 50e9, 350e9, 7e9
+# Bytes a second, assumed: RAM to one GPU over PCIe 5, NVLink between GPUs, 400 Gb/s of network for each GPU
+# between machines, one good NVMe disk.
+HOST, LINK, NETWORK, DISK = 50e9, 350e9, 50e9, 7e9
 
 
 @dataclass(frozen=True)
@@ -1657,6 +1661,7 @@ class Sizes:
     largest: int  # of the largest tensor, which is read from NVMe in one piece for each rank
     smallest_expert: int  # of the smaller of the two tensors of a mixture
     tensors: int  # of a layer of the language model that are large enough to be swapped
+    shapes: dict[int, int]  # {parameters of a tensor: how many tensors have as many}
     # {with gradient checkpointing: bytes that one micro-batch keeps for the backward pass}
     kept: dict[bool, int]
 
@@ -1670,7 +1675,9 @@ def sizes_of(base: Base, cfg: Config, dtype: str, tokens: int, supervised: int) 
     parameters = sum(p.numel() for p in net.parameters())
     first = net.llm.model.layers[0]
     fused = sorted(p.numel() for p in first.mlp.experts.parameters())
-    swapped = sum(p.numel() >= 2**20 for p in first.parameters())
+    routed = "" if not cfg.lora_r else ".router."  # beside an adapter these are buffers, see load_omni
+    moved = [(name, p.numel()) for name, p in net.named_parameters() if not (routed and routed in name)]
+    swapped = sum(count >= 2**20 for name, count in moved if name.startswith("llm.model.layers.0."))
     trained = sum(p.numel() for p in with_adapter(net, cfg, base).parameters() if p.requires_grad)
     heads, low = c.num_attention_heads, TORCH_DTYPES[dtype].itemsize
     attention = 3 * c.hidden_size + 2 * c.q_lora_rank + 2 * c.kv_lora_rank + c.qk_rope_head_dim
@@ -1684,6 +1691,7 @@ def sizes_of(base: Base, cfg: Config, dtype: str, tokens: int, supervised: int) 
     layer_by_layer = {False: c.num_layers * one, True: c.num_layers * c.hidden_size + one}
     return Sizes(
         parameters, trained, sum(fused) * c.num_layers, sum(fused), fused[-1], fused[0], swapped,
+        dict(collections.Counter(count for _, count in moved)),
         {on: rows * numbers + around for on, numbers in layer_by_layer.items()},
     )  # fmt: skip
 
@@ -1700,22 +1708,36 @@ def layouts_of(
         layouts += nvme_layouts(layouts[-1], sizes, low, devices, local or devices, nvme)
     weights, finished = low * sizes.parameters, []
     for layout in layouts:
-        gpu = layout.gpu_gb
+        gpu, host = layout.gpu_gb, layout.host_gb
+        if layout.offload == "all":
+            host += (
+                pinned_gb(sizes, low, devices, local or devices) - weights * (local or devices) / devices / GB
+            )
         if layout.stage == 3 and not layout.checkpointing:
             gpu += weights / GB  # autograd holds on to slices of what was gathered
         if layout.offload not in ("", "optimizer"):
             gpu += low * sizes.layer / devices / GB  # a rank's own part of what is gathered, on its way
         seconds = transfer_seconds(layout, weights, devices, local or devices)
         note = f"at least {duration(seconds)} a micro-step, {duration(seconds * cfg.accum)} a step"
-        finished.append(dataclasses.replace(layout, gpu_gb=gpu, note=note if seconds > 1 else ""))
+        note = note if seconds > 1 else ""
+        finished.append(dataclasses.replace(layout, gpu_gb=gpu, host_gb=host, note=note))
     return finished
+
+
+def pinned_gb(sizes: Sizes, low: int, devices: int, local: int) -> float:
+    """Of one machine's RAM for all weights: each rank's part of each tensor, of which torch's allocator of
+    pinned memory takes the next power of two"""
+    parts = ((2 ** math.ceil(math.log2(low * -(-size // devices))), n) for size, n in sizes.shapes.items())
+    return local * sum(part * count for part, count in parts) / GB
 
 
 def transfer_seconds(layout: Layout, weights: int, devices: int, local: int) -> float:
     """That a micro-step needs to bring bytes of weights to the GPUs: forward, backward and, with gradient
     checkpointing, once in between. The slowest way counts."""
     return (2 + layout.checkpointing) * max(
-        weights * (devices - 1) / devices / LINK if layout.stage == 3 else 0,
+        weights * (devices - 1) / devices / (LINK if devices <= local else NETWORK)
+        if layout.stage == 3
+        else 0,
         weights / devices / HOST if layout.offload == "all" else 0,
         weights * local / devices / DISK if "NVMe" in layout.offload else 0,
     )
@@ -1729,7 +1751,7 @@ def nvme_layouts(like: Layout, sizes: Sizes, low: int, devices: int, local: int,
     0.19.8 would ask for a tensor twice. Optimizer states stay in RAM: with LoRA they are small."""
     buffer, around = math.ceil(1.05 * sizes.largest / devices), sizes.parameters - sizes.experts
     layouts = []
-    for what, tensors, resident in (("experts", 4, around), ("weights", sizes.tensors + 1, 0)):
+    for what, tensors, resident in (("experts", 4, around), ("weights", sizes.tensors, 0)):
         zero = like.config["zero_optimization"] | {
             "offload_param": {"device": "nvme", "nvme_path": str(nvme), "buffer_count": tensors,
                               "buffer_size": buffer, "pin_memory": True},
@@ -1818,7 +1840,8 @@ def storage(cfg: Config) -> list[str]:
 def machine_table(sizes: Sizes, cfg: Config) -> tuple[str, str]:
     """-> (what holds the model and what each step then takes at least, by arithmetic; the first machine that
     needs no NVMe)"""
-    assumed = f"{HOST / 1e9:.0f} GB/s RAM, {LINK / 1e9:.0f} GB/s NVLink, {DISK / 1e9:.0f} GB/s NVMe"
+    ways = {"RAM": HOST, "NVLink": LINK, "network": NETWORK, "NVMe": DISK}
+    assumed = ", ".join(f"{rate / 1e9:.0f} GB/s {name}" for name, rate in ways.items())
     lines = [f"machines estimated for bf16, one clip a GPU; transfer alone, at assumed {assumed}"]
     nearest = ""
     for machine, (devices, gpu, local, ram) in MACHINES.items():
@@ -1836,8 +1859,11 @@ def machine_table(sizes: Sizes, cfg: Config) -> tuple[str, str]:
     return "\n".join(lines), nearest or "none of those listed"
 
 
-def plan_of(cfg: Config, base: Base, data: Data | None, source: Path, device: torch.device) -> Layout:
-    """Print what this run is going to do, and check that it fits. -> the layout of memory that is taken"""
+def plan_of(
+    cfg: Config, base: Base, data: Data | None, source: Path, device: torch.device
+) -> tuple[Layout, bool]:
+    """Print what this run is going to do, and check that it fits. -> (the layout of memory that is taken,
+    whether held-out clips are answered aloud)"""
     low = TORCH_DTYPES[cfg.dtype].itemsize
     tokens, supervised = 1650, 168
     lines = [("data", "none yet: the plan is for clips of 10 s with replies of 10 s")]
@@ -1871,8 +1897,39 @@ def plan_of(cfg: Config, base: Base, data: Data | None, source: Path, device: to
     ]
     whole = sizes.trained if cfg.lora_r else sizes.parameters
     disk = (cfg.keep + 1) * sizes.trained * (12 + low) + whole * low
-    move = f"the nearest machine that would do: {nearest}; or give --nvme_path, a folder on a fast disk"
-    return show_plan(cfg, device, lines, layouts, move, disk)
+    move = f"the nearest machine that would do: {nearest}"
+    with_nvme = layouts_of(sizes, cfg, cfg.dtype, world_size(), None, cfg.nvme_path or Path("nvme"))
+    here = memory_here()
+    if not cfg.nvme_path and any("NVMe" in x.offload and x.fits(*here, world_size()) for x in with_nvme):
+        move += "; or give --nvme_path, a folder on a fast disk"
+    layout = show_plan(cfg, device, lines, layouts, move, disk)
+    aloud, told = speaks(cfg, layout, low * sizes.parameters)
+    log.info(f"evaluate {told}")
+    return layout, aloud
+
+
+def speaking_seconds(cfg: Config, layout: Layout, weights: int, devices: int, local: int) -> float:
+    """At least, for the replies of an evaluation: each row of codes is a pass through all weights"""
+    passes = -(-cfg.eval_samples // (cfg.batch_size * devices)) * cfg.max_reply / FRAME_SECONDS
+    return (
+        passes
+        * transfer_seconds(dataclasses.replace(layout, checkpointing=False), weights, devices, local)
+        / 2
+    )
+
+
+def speaks(cfg: Config, layout: Layout, weights: int) -> tuple[bool, str]:
+    """-> (whether replies are spoken at the end, what the plan says of it)"""
+    devices, local = world_size(), local_ranks()
+    spoken = speaking_seconds(cfg, layout, weights, devices, local)
+    training = cfg.steps * cfg.accum * transfer_seconds(layout, weights, devices, local)
+    aloud = cfg.speak and (spoken < 60 or spoken < 0.1 * training)
+    told = "spoken at the end" if aloud else "not spoken"
+    if spoken > 1:
+        told += f" ({duration(spoken)} of speaking at least, {duration(training)} of training)"
+    if cfg.speak and not aloud:
+        told += ": lower --eval_samples or --max_reply, or train longer"
+    return aloud, f"{cfg.eval_samples} held-out clips, {told}"
 
 
 def describe(cfg: Config, data: Data, source: Path) -> list[tuple[str, str]]:
@@ -1978,7 +2035,8 @@ def train(cfg: Config, part: Literal["", "base", "adapt"] = "") -> dict:
     base = open_base(cfg.model)
     data, codec = prepare(cfg, base, source)
     cfg = with_steps(cfg, WARMUP, len(data.train), cfg.batch_size * cfg.accum * world_size())
-    layout = plan_of(cfg, base, data, source, device)
+    layout, aloud = plan_of(cfg, base, data, source, device)
+    cfg = dataclasses.replace(cfg, speak=aloud)
     if cfg.check:
         return {}
     # the demo makes as many clips as its steps take, and its models lie in folders of its own
