@@ -2476,9 +2476,9 @@ def model_weights(source: str, meta: bool) -> tuple[dict, dict[str, Tensor]]:
             repo, _, name = source.rpartition("/") if a_file else (source, "", "*.safetensors")
             path = fetch_model(repo, "config.json", *([] if meta else [name]))
             path = path / name if a_file else path
-        if meta and (path / "config.json").exists() and "depth" in read_json(path / "config.json"):
-            if not (path / "checkpoints").exists():
-                return read_json(path / "config.json"), {}
+        a_run = (path / "checkpoints").exists()  # whose config.json has its flags
+        if meta and (path / "config.json").exists() and not a_run:
+            return read_json(path / "config.json"), {}
         told, weights = read_weights(path)
         if "blocks.0.attn.qkv.weight" in weights:
             weights = from_pixart(weights)
