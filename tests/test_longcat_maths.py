@@ -998,7 +998,13 @@ def what_it_reads(base) -> tuple:
 
 
 def test_a_written_model_is_the_same_when_it_is_read(net, base, tmp_path):
+    (base.folder / "generation_config.json").write_text("{}")
+    (base.folder / "modeling_longcat_flash.py").write_text("# remote code")
     vss.write_omni(tmp_path / "again", dict(net.state_dict()), base)
+    for name in ("generation_config.json", "modeling_longcat_flash.py", "audio/global_cmvn"):
+        assert (tmp_path / "again" / name).read_bytes() == (base.folder / name).read_bytes(), (
+            "engines read it"
+        )
     again = vss.open_base(str(tmp_path / "again"))
     assert what_it_reads(again) == what_it_reads(base)
     for (name, a), (_, b) in zip(vss.load_omni(again, "fp32").state_dict().items(), net.state_dict().items()):
@@ -1313,7 +1319,12 @@ def loudness(path: Path) -> float:
 
 @pytest.mark.parametrize(
     ("suffix", "codec", "rate"),
-    [(".mp3", "mp3", 44_100), (".flac", "flac", 8_000), (".WAV", "pcm_s16le", 48_000)],
+    [
+        (".mp3", "mp3", 44_100),
+        (".flac", "flac", 8_000),
+        (".WAV", "pcm_s16le", 48_000),
+        (".opus", "libopus", 48_000),
+    ],
 )
 def test_other_containers_and_rates_are_read(sample, cfg, base, suffix, codec, rate):
     (sample / "in.mp4").rename(sample / "IN.MOV")
@@ -1327,6 +1338,19 @@ def test_other_containers_and_rates_are_read(sample, cfg, base, suffix, codec, r
     )
     assert np.load(clip.frames).shape == (4, 56, 56, 3)
     assert vss.open_clip(sample, cfg, base) == clip, "from the cache"
+
+
+@pytest.mark.parametrize("written", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le with its mark"])
+def test_what_is_said_may_be_written_as_windows_does(sample, cfg, base, written):
+    (sample / "out.txt").unlink()
+    content = (
+        "Grüße\n".encode(written) if "mark" not in written else b"\xff\xfe" + "Grüße\n".encode("utf-16-le")
+    )
+    (sample / "OUT.TXT").write_bytes(content)
+    assert vss.open_clip(sample, cfg, base).text == "Grüße"
+    (sample / "OUT.TXT").write_bytes("Grüße".encode("latin-1"))
+    with pytest.raises(BadSample, match=r"OUT.TXT is not UTF-8 \(byte 2\)"):
+        vss.open_clip(sample, cfg, base)
 
 
 def test_the_sound_track_is_the_question_where_there_is_no_other(sample, cfg, base):
