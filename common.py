@@ -1837,18 +1837,24 @@ def part_of(times: list[float], start: float, end: float) -> range:
     return range(first, max(first, after))
 
 
-def chosen_frames(times: list[float], frames: int | range | Pace, start: float, end: float) -> list[int]:
-    """The numbers of those frames of a part to take: so many, evenly spaced, or a range of them. Raises
-    BadSample when there are too few."""
+NUMBERS = range, tuple  # of frames, in order
+
+
+def chosen_frames(
+    times: list[float], frames: int | range | tuple | Pace, start: float, end: float
+) -> list[int]:
+    """The numbers of those frames of a part to take: so many, evenly spaced, or these. Raises BadSample when
+    there are too few."""
     part = part_of(times, start, end)
     if isinstance(frames, Pace):
         seconds = times[part[-1]] - times[part[0]] if part else 0
         frames = max(1, min(frames.most, len(part), int(seconds * frames.fps) + 1))
     where = f" from {start:g} s" + (f" to {end:g} s" if end < math.inf else "")
     try:
-        if isinstance(frames, range) and len(part) <= frames[-1]:
+        if isinstance(frames, NUMBERS) and len(part) <= frames[-1]:
             raise BadSample(f"ends after {len(part)} frames, {frames[-1] + 1} needed")
-        return [part[i] for i in (frames if isinstance(frames, range) else frame_indices(len(part), frames))]
+        numbers = frames if isinstance(frames, NUMBERS) else frame_indices(len(part), frames)
+        return [part[i] for i in numbers]
     except BadSample as error:
         raise BadSample(f"{error}{where if len(part) < len(times) else ''}") from None
 
@@ -1885,7 +1891,7 @@ def sought_frames(
 
 def timed_frames(
     path: str | Path,
-    frames: int | range | Pace,
+    frames: int | range | tuple | Pace,
     size: tuple[int, int] | AtMost | None = None,
     crop: bool = True,
     start: float = 0.0,
@@ -1894,17 +1900,17 @@ def timed_frames(
     """Frames of a video file -> ((K, H, W, 3) RGB uint8, upright, exact on the frames that decode; when each
     is shown, (K,) seconds after the first of the part).
 
-    frames: K, evenly spaced, K by a pace, or a range of numbers; of those shown from `start` until before
-    `end`, in seconds after the first. size (h, w) scales the short side and crops the centre, or squeezes
-    without `crop`, as each frame is decoded. One thread: loaders have theirs. Raises BadSample with the
-    reason, ValueError for K < 1; no frame is repeated or dropped.
+    frames: K, evenly spaced, K by a pace, or numbers in order, a range or a tuple; of those shown from
+    `start` until before `end`, in seconds after the first. size (h, w) scales the short side and crops the
+    centre, or squeezes without `crop`, as each frame is decoded. One thread: loaders have theirs. Raises
+    BadSample with the reason, ValueError for K < 1; no frame is dropped, or repeated unless its number is.
     """
     # wrong numbers are the caller's fault, not the clip's
     if isinstance(frames, Pace):
         frame_indices(frames.most, frames.most)
-    elif not isinstance(frames, range):
+    elif not isinstance(frames, NUMBERS):
         frame_indices(frames, frames)
-    elif not frames or min(frames) < 0 or frames.step < 0:
+    elif not frames or min(frames) < 0 or list(frames) != sorted(frames):
         raise ValueError(f"{frames}: needs numbers from 0 up, in order")
     choose = partial(chosen_frames, frames=frames, start=start, end=end)
     picture_of, pictures = picture_maker(threading.get_ident()), {}
@@ -1928,7 +1934,7 @@ def timed_frames(
         wanted = []
     # MPEG-4 in the wild marks every packet as a keyframe
     if wanted and may_seek and None not in pts and len(set(pts)) == len(pts) > len(keys) > 0:
-        last = wanted[-1] if isinstance(frames, range) else len(times) - 1
+        last = wanted[-1] if isinstance(frames, NUMBERS) else len(times) - 1
         needed = sorted({0, *wanted, last})  # with both ends, or the count is not proven
         if sought_frames(path, pts, keys, needed, take):
             return together()
@@ -1939,7 +1945,7 @@ def timed_frames(
             for number, frame in enumerate(decoded_frames(container, stream)):
                 take(number, frame)
                 times.append(number / rate if frame.pts is None else frame.time)
-                if isinstance(frames, range) and wanted and number == wanted[-1]:
+                if isinstance(frames, NUMBERS) and wanted and number == wanted[-1]:
                     break  # nothing after it matters
         if not times:
             raise BadSample("no frame decodes")
@@ -1992,19 +1998,21 @@ def identity_of(video: str) -> str:
     return f"{os.path.realpath(video)}|{stat.st_size}|{stat.st_mtime_ns}"
 
 
-def frames_file(row: Row, frames: int | Pace, size: int | AtMost, cfg: Any, crop: bool = True) -> Path:
+def frames_file(row: Row, frames: Any, size: Any, cfg: Any, crop: bool = True) -> Path:
     """Where the cache has these frames. Raises BadSample for a file that is not there."""
     # 3: version of the reader
     digest = digest_of(f"{identity_of(row.video)}|{row.start}|{row.end}|{frames}|{size}|{crop}|3")
     return cfg.cache_dir / "frames" / digest[:2] / f"{digest}.npy"
 
 
-def cached_frames(row: Row, frames: int | Pace, size: int | AtMost, cfg: Any, crop: bool = True) -> Path:
-    """Decode once: a .npy file of uint8 (F, size, size, 3) frames, cropped or squeezed, and after it their
-    times, a second array. Raises BadSample."""
+def cached_frames(
+    row: Row, frames: int | tuple | Pace, size: int | tuple[int, int] | AtMost, cfg: Any, crop: bool = True
+) -> Path:
+    """Decode once: a .npy file of uint8 (F, H, W, 3) frames, cropped or squeezed, and after it their times, a
+    second array. Raises BadSample."""
     target = frames_file(row, frames, size, cfg, crop)
     if not target.exists():
-        shape = size if isinstance(size, AtMost) else (size, size)
+        shape = (size, size) if isinstance(size, int) else size
         with local_file(row.video, cfg) as path:
             save_array(target, *timed_frames(path, frames, shape, crop, row.start, row.end))
     return target

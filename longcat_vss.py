@@ -66,13 +66,13 @@ from tqdm import tqdm
 # isort: off
 from common import (
     CHECKPOINTING, GB, BadSample, Free, Layout, Lower, Row, Run, barrier, brief, cached_frames, check_loaded,
-    check_settings, choose_layout, copy_code, demo_module, digest_of, disk_free, ds_config, epoch_order,
-    evaluating, fetch_model, fingerprint, finish_run, full_weights, gathered, identity_of, in_threads,
-    init_distributed, leave_out, local_ranks, log, memory_here, memory_layouts, merged_over_ranks, normalized,
-    on_rank0, open_engine, open_media, open_run, out_of_memory, over_ranks, pick_dtype, rank, read_flags,
-    read_json, refuse, rounds, row_lines, run, save_array, save_run, show_plan, show_results, split_clips,
-    split_of, start_run, steps_line, tiny_model, training_steps, with_steps, world_size, write_json,
-    write_lines, write_text, write_whole,
+    check_settings, choose_layout, copy_code, decoded_frames, demo_module, digest_of, disk_free, ds_config,
+    epoch_order, evaluating, fetch_model, fingerprint, finish_run, full_weights, gathered, identity_of,
+    in_threads, init_distributed, leave_out, local_ranks, log, memory_here, memory_layouts, merged_over_ranks,
+    normalized, on_rank0, open_engine, open_media, open_run, out_of_memory, over_ranks, packet_times,
+    pick_dtype, rank, read_flags, read_json, refuse, rounds, row_lines, run, save_array, save_run, show_plan,
+    show_results, split_clips, split_of, start_run, steps_line, tiny_model, training_steps, with_steps,
+    world_size, write_json, write_lines, write_text, write_whole,
 )  # fmt: skip
 
 BASE_MODEL = "meituan-longcat/LongCat-Flash-Omni"
@@ -116,7 +116,7 @@ class Config:
     # train/01/{in.mp4,in.wav,out.wav,out.txt}, ... and, if there, test/ beside it
     data_dir: Free[Path] = Path("data")
     frames: int = 64  # most frames of a clip; two a second are taken
-    size: int = 224  # height and width, pixels; a multiple of 28
+    size: int = 224  # pictures have at most size x size pixels, in their own proportions; a multiple of 28
     max_seconds: float = 120.0  # longest in.wav and out.wav
     val_fraction: float = 0.1  # share of the clips held out when there is no test/
     max_bad: Free[float] = 0.05  # share of unusable samples above which the run refuses
@@ -241,7 +241,8 @@ class Clip:
     """One sample, decoded."""
 
     name: str  # of its folder, as train/01
-    frames: Path  # .npy of uint8 (F, S, S, 3), two a second
+    frames: Path  # .npy of uint8 (F, H, W, 3), two a second
+    size: tuple[int, int]  # H, W
     seconds: tuple[float, ...]  # when each pair of frames is seen
     spread: bool  # pairs are further apart than a second, for the clip is longer than --frames take
     speech: Path  # .npy of float32 (N,), 16 kHz, in [-1, 1]
@@ -267,23 +268,52 @@ def opened(path: Path, kind: Literal["video", "audio"]) -> Iterator[tuple[Any, A
         raise BadSample(f"{path.name}: {error}") from error
 
 
-def video_times(path: Path, most: int) -> tuple[int, tuple[float, ...], bool]:
-    """(how many frames to take: two for each second begun, `most` at most; when each pair is seen, in
-    seconds; whether pairs are further apart than a second).
+def video_times(path: Path, most: int) -> tuple[tuple[int, ...], tuple[float, ...], bool, tuple[int, int]]:
+    """(the numbers of the frames to take: two for each second begun, `most` at most; when each pair is seen,
+    in seconds; whether pairs are further apart than a second; height and width of the upright picture).
 
-    Of whole seconds the official loader takes the same frames to within one; of others it repeats the last
-    frame, here they are spread evenly and the prompt says when each is seen.
+    As the official loader takes them (data/utils.py): evenly to the end of the last second begun, frames
+    that are not there being the last one again.
     """
     with opened(path, "video") as (container, stream):
-        length = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / 1e6
-        last = float(length) - (1 / float(stream.average_rate) if stream.average_rate else 0)
-        frames = stream.frames or round(float(length) * float(stream.average_rate or 0))
-    if not length > 0:
-        raise BadSample(f"{path.name} does not say how long it is")
-    count = 2 * math.ceil(round(float(length), 2))
-    taken = min(count, most, max(2, frames // 2 * 2))  # of a slideshow, what there is
-    seconds = tuple(max(0.0, last) * i / (taken - 1) for i in range(0, taken, 2))
-    return taken, seconds, taken < count
+        rate, frame = float(stream.average_rate or 0), next(decoded_frames(container, stream), None)
+    if frame is None or not rate:
+        raise BadSample(f"{path.name}: {'no frame decodes' if rate else 'does not say how long it is'}")
+    with opened(path, "video") as (container, stream):
+        total = len(packet_times(container, stream)[1])
+    seconds = math.ceil(total / rate)
+    spread = 2 * seconds > most
+    places = np.linspace(0, total - 1, most) if spread else np.linspace(0, seconds * rate, 2 * seconds)
+    numbers = np.minimum(np.rint(places).astype(int), total - 1).tolist()
+    turned = frame.rotation % 180
+    shape = (frame.width, frame.height) if turned else (frame.height, frame.width)
+    return tuple(numbers), tuple(number / rate for number in numbers[::2]), spread, shape
+
+
+def picture_size(height: int, width: int, cap: int, pairs: int, vision: dict) -> tuple[int, int]:
+    """Height and width that the ViT sees, in the picture's proportions: multiples of 14 and 28, at most
+    cap x cap pixels and what vision/config.json allows (smart_resize of encoders/utils.py)"""
+    patch = vision["patch_size"]
+    factor = patch * vision["spatial_merge_size"] * vision.get("resize_factor", 2)
+    limits = (vision.get("max_tokens"), vision.get("max_tokens_video_vit", 0) // pairs)
+    most = min([cap**2, *(tokens * patch**2 for tokens in limits if tokens)])
+    least = vision.get("min_tokens_video_vit", vision.get("min_tokens", 0)) * patch**2
+    if height < factor:
+        height, width = factor, int(factor / height * width) + 1
+    if width < factor:
+        height, width = int(factor / width * height) + 1, factor
+    rows, columns = (round(side / factor) * factor for side in (height, width))
+    if rows * columns > most:
+        shrink = math.sqrt(height * width / most)
+        rows, columns = (math.floor(side / shrink / factor) * factor for side in (height, width))
+    elif rows * columns < least:
+        grow = math.sqrt(least / (height * width))
+        rows, columns = (math.ceil(side * grow / factor) * factor for side in (height, width))
+    if rows < factor:  # a very wide one
+        rows, columns = factor, most // factor
+    if columns < factor:
+        rows, columns = most // factor, factor
+    return rows // 14 * 14, columns // 28 * 28
 
 
 def read_speech(path: Path) -> tuple[np.ndarray, int]:
@@ -335,7 +365,8 @@ def open_clip(folder: Path, cfg: Config, base: Base) -> Clip:
     out_txt = member(folder, "out", "text")
     text = read_words(out_txt) if out_txt else ""
     speech = member(folder, "in", "speech") or video
-    clip = make_sample(f"{folder.parent.name}/{folder.name}", video, speech, reply, text, cfg)
+    name = f"{folder.parent.name}/{folder.name}"
+    clip = make_sample(name, video, speech, reply, text, cfg, base.vision)
     tokens = len(base.encode(text))
     rows = int(np.load(clip.reply, mmap_mode="r").size / SAMPLE_RATE / FRAME_SECONDS) - 1
     if tokens > rows:
@@ -354,15 +385,18 @@ def read_words(path: Path) -> str:
         raise BadSample(f"{path.name} is not UTF-8 (byte {error.start}): save it as that") from error
 
 
-def make_sample(name: str, video: Path, speech: Path, reply: Path | None, text: str, cfg: Config) -> Clip:
-    count, seconds, spread = video_times(video, cfg.frames)
-    frames = cached_frames(Row(name, 0, str(video)), count, cfg.size, cfg, crop=False)
+def make_sample(
+    name: str, video: Path, speech: Path, reply: Path | None, text: str, cfg: Config, vision: dict
+) -> Clip:
+    numbers, seconds, spread, shape = video_times(video, cfg.frames)
+    size = picture_size(*shape, cfg.size, len(seconds), vision)
+    frames = cached_frames(Row(name, 0, str(video)), numbers, size, cfg, crop=False)
     heard, *rates = cached_speech(speech, cfg)
     said = None
     if reply:
         said, rate = cached_speech(reply, cfg)
         rates.append(rate)
-    return Clip(name, frames, seconds, spread, heard, said, text, tuple(rates))
+    return Clip(name, frames, size, seconds, spread, heard, said, text, tuple(rates))
 
 
 def sample_folders(source: Path) -> dict[str, list[Path]]:
@@ -697,8 +731,8 @@ def speech_features(sound: np.ndarray, base: Base) -> np.ndarray:
 
 
 def patches(frames: np.ndarray, base: Base) -> Tensor:
-    """uint8 (F, S, S, 3), F even -> (F/2, h * w, 3 * 2 * 14 * 14), h = w = S/14: pairs of frames, normalised
-    as the ViT wants"""
+    """uint8 (F, H, W, 3), F even -> (F/2, H/14 * W/14, 3 * 2 * 14 * 14): pairs of frames, normalised as the
+    ViT wants"""
     mean, std = (torch.tensor(base.vision[name]) for name in ("image_mean", "image_std"))
     pixels = (torch.from_numpy(frames).float() / 255 - mean) / std
     size = base.vision["patch_size"]
@@ -750,8 +784,9 @@ class Collator:
     reply.
 
     ids (B, L) text; streams (B, L, 4) codes; text_labels (B, L) and code_labels (B, L, 4), -100 outside the
-    reply; mask (B, L) bool; pixels (all pairs, h * w, 1176); features (B, T, 1200) of the speech and heard
-    (B, T), which rows are real.
+    reply; mask (B, L) bool; pixels (all pairs, T, 1176), those of the larger pictures, and grids (all
+    pairs, 2), rows and columns of patches; features (B, T, 1200) of the speech and heard (B, T), which rows
+    are real.
     """
 
     def __init__(self, base: Base, cfg: Config) -> None:
@@ -761,12 +796,17 @@ class Collator:
         self.patches = lambda path: patches(np.load(path), base)
         if cfg.size <= 56:
             self.patches = cached(self.patches)
-        self.tokens_per_pair = (cfg.size // base.vision["patch_size"]) ** 2 // 2
+
+    def grid(self, clip: Clip) -> tuple[int, int]:
+        """Rows and columns of patches of a picture"""
+        rows, columns = (side // self.base.vision["patch_size"] for side in clip.size)
+        return rows, columns
 
     def sequence(self, clip: Clip, reply: bool) -> tuple[list[int], np.ndarray, int]:
         """(ids, streams, where the reply starts)"""
         sounds = len(self.features(clip.speech))
-        prompt = prompt_ids(clip.seconds, clip.spread, self.tokens_per_pair, sounds, self.base)
+        tokens = math.prod(self.grid(clip)) // 2
+        prompt = prompt_ids(clip.seconds, clip.spread, tokens, sounds, self.base)
         ids, streams = [], np.zeros((0, CODEBOOKS), np.int64)
         if reply:
             ids, streams = reply_rows(np.load(clip.codes), self.base.encode(clip.text), self.base)
@@ -788,18 +828,22 @@ class Collator:
             if reply:
                 text_labels[i, body] = torch.where(ids[i, body] == self.base.pad, -100, ids[i, body])
                 code_labels[i, body] = torch.where(streams[i, body] == CODEC_PAD, -100, streams[i, body])
-        pixels = torch.cat([self.patches(clip.frames) for clip in clips])
+        pixels = [self.patches(clip.frames) for clip in clips]
         rows = [self.features(clip.speech) for clip in clips]
         if shown == "video blanked":
-            pixels = torch.cat([patches(np.zeros_like(np.load(clip.frames)), self.base) for clip in clips])
+            pixels = [patches(np.zeros_like(np.load(clip.frames)), self.base) for clip in clips]
         elif shown == "audio silenced":
             rows = [speech_features(np.zeros_like(np.load(clip.speech)), self.base) for clip in clips]
         features = torch.nn.utils.rnn.pad_sequence(list(map(torch.from_numpy, rows)), batch_first=True)
         heard = torch.arange(features.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+        largest = max(part.shape[1] for part in pixels)
+        pixels = torch.cat([F.pad(part, (0, 0, 0, largest - part.shape[1])) for part in pixels])
+        grids = torch.tensor([self.grid(clip) for clip in clips for _ in clip.seconds])
         dtype = TORCH_DTYPES[self.cfg.dtype]
         return {
             "ids": ids, "streams": streams, "text_labels": text_labels, "code_labels": code_labels,
-            "mask": mask, "pixels": pixels.to(dtype), "features": features.to(dtype), "heard": heard,
+            "mask": mask, "pixels": pixels.to(dtype), "grids": grids, "features": features.to(dtype),
+            "heard": heard,
         }  # fmt: skip
 
 
@@ -836,18 +880,19 @@ class ViTAttention(nn.Module):
         else:
             self.q_norm = self.k_norm = nn.Identity()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x (N, T, D), one row an image; cos, sin (T, D / heads). The norm runs over all heads, after the
-        rotation."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+        """x (N, T, D), one row an image; cos, sin (N, T, D / heads); mask (N, T), which are patches. The norm
+        runs over all heads, after the rotation."""
         q, k, v = rearrange(self.qkv(x), "n t (three h d) -> three n t h d", three=3, h=self.heads)
 
         def turn(u: Tensor) -> Tensor:
             a, b = u.float().chunk(2, -1)
-            return (u.float() * cos[:, None] + torch.cat([-b, a], -1) * sin[:, None]).to(u.dtype)
+            return (u.float() * cos[:, :, None] + torch.cat([-b, a], -1) * sin[:, :, None]).to(u.dtype)
 
         q, k = self.q_norm(turn(q).flatten(2)), self.k_norm(turn(k).flatten(2))
         q, k, v = (rearrange(u, "n t (h d) -> n h t d", h=self.heads) for u in (q, k, v.flatten(2)))
-        return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "n h t d -> n t (h d)"))
+        heads = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
+        return self.proj(rearrange(heads, "n h t d -> n t (h d)"))
 
 
 class SwiGLU(nn.Module):
@@ -870,8 +915,8 @@ class ViTLayer(nn.Module):
         self.norm1, self.norm2 = RMSNorm(width, eps), RMSNorm(width, eps)
         self.ls1, self.ls2 = (nn.Parameter(c["initializer_factor"] * torch.ones(width)) for _ in range(2))
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x), cos, sin) * self.ls1
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x), cos, sin, mask) * self.ls1
         return x + self.mlp(self.norm2(x)) * self.ls2
 
 
@@ -888,17 +933,20 @@ class VisionEncoder(nn.Module):
         self.embeddings.patch_embedding = nn.Conv3d(3, self.width, kernel, stride=kernel, bias=bias)
         self.encoder.layers = nn.ModuleList(ViTLayer(c) for _ in range(c["num_hidden_layers"]))
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """pixels (N, T, 3 * 2 * 14 * 14) of square pictures -> (N, T, D)"""
-        convolution, side = self.embeddings.patch_embedding, math.isqrt(pixels.shape[1])
-        x = convolution(pixels.view(-1, 3, *convolution.kernel_size)).view(-1, side * side, self.width)
-        half = self.head // 2
+    def forward(self, pixels: Tensor, grids: Tensor) -> tuple[Tensor, Tensor]:
+        """pixels (N, T, 3 * 2 * 14 * 14) of pictures with `grids` (N, 2) rows and columns of patches, row
+        after row, padded to T -> (N, T, D); (N, T), which are patches"""
+        convolution = self.embeddings.patch_embedding
+        places = torch.arange(pixels.shape[1], device=pixels.device)
+        x = convolution(pixels.reshape(-1, 3, *convolution.kernel_size)).view(*pixels.shape[:2], self.width)
+        half, columns = self.head // 2, grids[:, 1:]
         rates = self.theta ** -(torch.arange(0, half, 2, device=x.device).float() / half)
-        rows, columns = torch.meshgrid(*[torch.arange(side, device=x.device).float()] * 2, indexing="ij")
-        angles = torch.cat([place.flatten()[:, None] * rates for place in (rows, columns)], 1).repeat(1, 2)
+        where = torch.stack([places // columns, places % columns], -1)  # (N, T, 2), row and column
+        angles = (where[..., None] * rates).flatten(2).repeat(1, 1, 2)
+        mask = places < grids.prod(1, keepdim=True)
         for layer in self.encoder.layers:
-            x = layer(x, angles.cos(), angles.sin())
-        return x
+            x = layer(x, angles.cos(), angles.sin(), mask)
+        return x, mask
 
 
 class VisionProjector(nn.Module):
@@ -911,8 +959,8 @@ class VisionProjector(nn.Module):
         self.proj = nn.Linear(adaptor, out)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (N, T, D) -> (N * T/2, out): neighbours in a row are one token"""
-        return self.proj(self.p0(rearrange(x, "n (t two) d -> (n t) (two d)", two=2)))
+        """x (N, T, D) -> (N, T/2, out): neighbours in a row are one token"""
+        return self.proj(self.p0(rearrange(x, "n (t two) d -> n t (two d)", two=2)))
 
 
 class MemoryLayer(nn.Module):
@@ -1084,12 +1132,14 @@ class Omni(nn.Module):
         return torch.where(is_pad & ~silent, 0, text) + self.audio_embedding(streams)
 
     def embed(
-        self, ids: Tensor, streams: Tensor, pixels: Tensor, features: Tensor, heard: Tensor, **_: Tensor
-    ) -> Tensor:
+        self, ids: Tensor, streams: Tensor, pixels: Tensor, grids: Tensor, features: Tensor, heard: Tensor,
+        **_: Tensor,
+    ) -> Tensor:  # fmt: skip
         """A batch as the Collator makes it -> (B, L, D)"""
         trained = torch.is_grad_enabled() and next(self.vision_projector.parameters()).requires_grad
         with torch.set_grad_enabled(trained):  # frozen encoders keep nothing for a backward pass
-            seen = self.vision_projector(self.vision_encoder(pixels))
+            pictures, real = self.vision_encoder(pixels, grids)
+            seen = self.vision_projector(pictures)[real[:, ::2]]
             sounds = self.audio_projector(self.audio_encoder(features, heard))[heard]
         x = self.rows(ids, streams)
         x = x.masked_scatter((ids == self.special["image_pad"])[..., None], seen.to(x.dtype))
@@ -1938,6 +1988,8 @@ def describe(cfg: Config, data: Data, source: Path) -> list[tuple[str, str]]:
     heard = [np.load(clip.speech, mmap_mode="r").size / SAMPLE_RATE for clip in clips]
     said = [np.load(clip.reply, mmap_mode="r").size / SAMPLE_RATE for clip in clips]
     pairs = [len(clip.seconds) for clip in clips]
+    areas = sorted({clip.size for clip in clips}, key=math.prod)
+    sizes = " to ".join(dict.fromkeys(f"{h}x{w}" for h, w in (areas[0], areas[-1])))
     narrow = [clip.name for clip in clips if min(clip.rates) < SAMPLE_RATE]
     same = " (the same: there is one clip)" if data.held_out is data.train else ""
     written, without = sum(bool(clip.text) for clip in clips), ""
@@ -1954,7 +2006,7 @@ def describe(cfg: Config, data: Data, source: Path) -> list[tuple[str, str]]:
             f"{source}: {len(data.train)} clips to train on, {len(data.held_out)} held out{same}, "
             f"{len(data.bad)} left out as bad",
         ),
-        ("frames", f"{2 * min(pairs)} to {2 * max(pairs)}, two a second, {cfg.size}x{cfg.size}"),
+        ("frames", f"{2 * min(pairs)} to {2 * max(pairs)}, two a second, {sizes} (height x width)"),
         ("speech", f"in {min(heard):.1f} to {max(heard):.1f} s, out {min(said):.1f} to {max(said):.1f} s"),
         ("text", f"{written} of {len(clips)} clips have an out.txt{without}"),
         *row_lines(list(zip(data.train, heard, said)), told),
@@ -2256,8 +2308,8 @@ def reply(
         saved["dtype"] = "fp32"
     cfg = Config(report_to="none", lora_r=0, codec=Path(codec) if codec else None, **{**saved, **flags})
     cfg = dataclasses.replace(cfg, dtype=pick_dtype(cfg.dtype))
-    clip = on_rank0(make_sample)("predict", Path(video), Path(speech), None, "", cfg)
     base = open_base(below)
+    clip = on_rank0(make_sample)("predict", Path(video), Path(speech), None, "", cfg, base.vision)
     check_codec(cfg, base)
     inside = folder / "audio_codec" / "mel_codec.safetensors"
     spoken = MelCodec.load(inside) if inside.exists() else open_codec(cfg, base, [])

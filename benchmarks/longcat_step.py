@@ -91,7 +91,7 @@ def batch_of(base: Base, length: int, replied: int = 40, seed: int = 0) -> dict[
     made = {
         "ids": ids, "streams": streams, "text_labels": text_labels, "code_labels": code_labels,
         "mask": torch.ones(1, length, dtype=torch.bool),
-        "pixels": torch.randn(2, 16, 1176, generator=rng).to(kind),
+        "pixels": torch.randn(2, 16, 1176, generator=rng).to(kind), "grids": torch.full((2, 2), 4),
         "features": torch.randn(1, 25, 1200, generator=rng).to(kind),
         "heard": torch.ones(1, 25, dtype=torch.bool),
     }  # fmt: skip

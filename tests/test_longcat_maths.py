@@ -174,8 +174,16 @@ def test_vision_is_the_official_code(net, base):
     pixels = torch.randn(2, 16, 1176, generator=torch.Generator().manual_seed(3))
     wanted = [picture_by_hand(picture, numbers(encoder), base.vision) for picture in pixels.double().numpy()]
     with torch.no_grad():
-        seen = encoder(pixels)
-        tokens = projector(seen)
+        seen, real = encoder(pixels, torch.full((2, 2), 4))
+        tokens = projector(seen).flatten(0, 1)
+        # beside a larger picture, padded, they are the same
+        small = F.pad(pixels[:, :8], (0, 0, 0, 8))
+        mixed, which = encoder(torch.cat([pixels[:1], small]), torch.tensor([[4, 4], [2, 4], [4, 2]]))
+        for i, grid in enumerate(([2, 4], [4, 2])):
+            alone, _ = encoder(pixels[i : i + 1, :8], torch.tensor([grid]))
+            torch.testing.assert_close(mixed[i + 1, :8], alone[0], atol=1e-5, rtol=1e-5)
+    assert real.all() and which.sum(1).tolist() == [16, 8, 8]
+    np.testing.assert_allclose(mixed[0].numpy(), wanted[0], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(seen.numpy(), np.stack(wanted), rtol=1e-5, atol=1e-5)
     w, by_hand = numbers(projector), []
     for picture in wanted:
@@ -190,6 +198,8 @@ def test_pictures_are_cut_as_the_official_convolution_wants_them(base):
     frames = np.random.default_rng(0).integers(0, 256, (4, 28, 28, 3), dtype=np.uint8)
     cut = vss.patches(frames, base)
     assert cut.shape == (2, 4, 1176)
+    wide = vss.patches(np.arange(2 * 14 * 56 * 3, dtype=np.uint8).reshape(2, 14, 56, 3), base)
+    assert wide.shape == (1, 4, 1176), "row after row"
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
     at = 0
     for channel in range(3):  # pair 1, lower left patch
@@ -436,8 +446,10 @@ def test_rows_are_summed_as_the_official_demo_does(net, base):
 def test_pictures_and_sounds_stand_where_the_prompt_has_room_for_them(net, base, cfg, clips):
     batch = vss.Collator(base, cfg)(clips[:2])
     with torch.no_grad():
-        whole = net.embed(**{name: batch[name] for name in ("ids", "streams", "pixels", "features", "heard")})
-        seen = net.vision_projector(net.vision_encoder(batch["pixels"])).view(2, -1, 128)
+        whole = net.embed(
+            **{name: batch[name] for name in ("ids", "streams", "pixels", "grids", "features", "heard")}
+        )
+        seen = net.vision_projector(net.vision_encoder(batch["pixels"], batch["grids"])[0]).view(2, -1, 128)
         for b in range(2):
             features = batch["features"][b : b + 1, : int(batch["heard"][b].sum())]
             sounds = net.audio_projector(net.audio_encoder(features, torch.ones(features.shape[:2]).bool()))[
@@ -455,7 +467,7 @@ def test_pictures_and_sounds_stand_where_the_prompt_has_room_for_them(net, base,
 
 
 def without_labels(batch: dict) -> dict:
-    return {name: batch[name] for name in ("ids", "streams", "pixels", "features", "heard")}
+    return {name: batch[name] for name in ("ids", "streams", "pixels", "grids", "features", "heard")}
 
 
 def loud(net: torch.nn.Module) -> torch.nn.Module:
@@ -566,10 +578,9 @@ def test_what_is_spoken_step_by_step_is_what_one_pass_over_it_would_say(net, bas
     # From now on the fourth word of one reply is a pause, the sixth of the other the end, and then a code
     # ends the segment.
     net.special["pause"], net.llm.config.eos_token_id = texts[0][3], texts[1][5]
-    semantic, code = (
-        net.audio_heads.audio_output_layers[0].weight,
-        int(net.speak(batch, 24, 1.0, False)[1][0][7, 0]),
-    )
+    said, other = (row[:, 0].tolist() for row in net.speak(batch, 24, 1.0, False)[1])
+    code = next(code for code in said[4:10] if code not in other[:6])
+    semantic = net.audio_heads.audio_output_layers[0].weight
     semantic[[code, CODEC_EOS]] = semantic[[CODEC_EOS, code]]
     texts, rows = net.speak(batch, 24, 1.0, False)
     for clip, text, spoken in zip(clips, texts, rows):
@@ -1458,32 +1469,71 @@ def test_data_are_split_as_their_folders_are_and_dull_speech_is_named(tmp_path, 
     assert "(the same: there is one clip)" in vss.describe(cfg, data, tmp_path)[0][1]
 
 
-@pytest.mark.parametrize(("fps", "total"), [(2, 4), (8, 8), (8, 28), (25, 50), (25, 87)])
-def test_times_are_those_of_the_frames_that_are_taken(tmp_path, fps, total):
-    common.write_mp4(np.full((total, 56, 56, 3), 99, np.uint8), tmp_path / "in.mp4", fps)
-    count, times, spread = vss.video_times(tmp_path / "in.mp4", 64)
-    assert count == 2 * math.ceil(total / fps) and len(times) == count // 2 and not spread
-    for second, frame in zip(times, common.frame_indices(total, count)[::2]):
-        assert 0 <= second - frame / fps < 1 / fps, "while that frame is shown"
+def official_frames(fps: float, total: int, most: int) -> list[int]:
+    """_load_and_sample_video_track of data/utils.py, a pair for each second"""
+    seconds = math.ceil(total / fps)
+    if 2 * seconds > most:
+        return torch.linspace(0, total - 1, most).round().long().tolist()
+    places = torch.linspace(0, seconds * fps, 2 * seconds).round()
+    places[places > total - 1] = total - 1
+    return places.long().tolist()
 
 
-@pytest.mark.parametrize(("fps", "total"), [(2, 7), (1, 5)])
-def test_a_clip_of_few_frames_is_no_bad_sample(sample, cfg, base, fps, total):
-    """3.5 s at 2 a second, 5 s at 1 a second: the official loader takes the last frame, or each, twice."""
-    common.write_mp4(np.full((total, 56, 56, 3), 99, np.uint8), sample / "in.mp4", fps)
+@pytest.mark.parametrize("most", [64, 4])
+@pytest.mark.parametrize(("fps", "total"), [(2, 4), (8, 8), (8, 28), (25, 50), (25, 87), (2, 7), (1, 5)])
+def test_frames_and_their_times_are_the_official_ones(tmp_path, fps, total, most):
+    """Also of 3.5 s, and of fewer frames than two a second: some are taken twice."""
+    common.write_mp4(np.full((total, 30, 56, 3), 99, np.uint8), tmp_path / "in.mp4", fps)
+    numbers, times, spread, shape = vss.video_times(tmp_path / "in.mp4", most)
+    wanted = official_frames(fps, total, most)
+    assert list(numbers) == wanted and times == tuple(number / fps for number in wanted[::2])
+    assert spread == (2 * math.ceil(total / fps) > most) and shape == (30, 56)
+
+
+def test_a_clip_of_few_frames_is_no_bad_sample(sample, cfg, base):
+    pictures = np.stack([np.full((56, 56, 3), 40 * i, np.uint8) for i in range(5)])
+    common.write_mp4(pictures, sample / "in.mp4", 1)
     clip = vss.open_clip(sample, cfg, base)
-    assert len(np.load(clip.frames)) == 2 * len(clip.seconds)
+    frames = np.load(clip.frames)
+    assert len(frames) == 2 * len(clip.seconds) == 10
+    assert [round(float(frame.mean()) / 40) for frame in frames] == official_frames(1, 5, 64)
 
 
-def test_two_seconds_are_four_frames_and_long_clips_are_spread(tmp_path):
-    common.write_mp4(np.full((16, 56, 56, 3), 99, np.uint8), tmp_path / "in.mp4", 8)
-    assert vss.video_times(tmp_path / "in.mp4", 64) == (
-        4,
-        (0.0, pytest.approx(1.25)),
-        False,
-    )  # of 16 frames the 0th and 10th
-    assert vss.video_times(tmp_path / "in.mp4", 4)[2] is False
-    assert vss.video_times(tmp_path / "in.mp4", 2) == (2, (0.0,), True)
+@pytest.mark.parametrize(
+    ("height", "width", "cap", "wanted"),
+    [
+        (360, 640, 224, (168, 280)), (640, 360, 224, (280, 168)), (480, 480, 224, (224, 224)), (56, 56, 56, (56, 56)),
+        (20, 30, 224, (28, 56)), (100, 2000, 224, (28, 980)), (30, 900, 56, (28, 112)), (1080, 1920, 448, (336, 588)),
+    ],
+)  # fmt: skip
+def test_pictures_keep_their_proportions(base, height, width, cap, wanted):
+    rows, columns = vss.picture_size(height, width, cap, 4, base.vision)
+    assert (rows, columns) == wanted and rows % 14 == columns % 28 == 0 and rows * columns <= cap**2
+    tight = base.vision | {"max_tokens": 60, "max_tokens_video_vit": 120, "min_tokens": 4}
+    small = math.prod(vss.picture_size(height, width, cap, 4, tight))
+    assert small <= 30 * 14 * 14, "120 patches of 4 pairs"
+    large = vss.picture_size(28, 28, cap, 4, base.vision | {"min_tokens_video_vit": 16})
+    assert math.prod(large) >= min(16 * 14 * 14, cap**2)
+
+
+def test_clips_of_different_proportions_share_a_batch(sample, cfg, base, net):
+    common.write_mp4(np.full((8, 30, 120, 3), 99, np.uint8), sample / "in.mp4", 4)
+    wide = vss.open_clip(sample, cfg, base)
+    wide = dataclasses.replace(wide, codes=None)
+    common.write_mp4(np.full((8, 120, 60, 3), 99, np.uint8), sample / "in.mp4", 4)
+    tall = dataclasses.replace(vss.open_clip(sample, cfg, base), codes=None)
+    assert wide.size == (28, 112) and tall.size == (56, 28)
+    collate = vss.Collator(base, cfg)
+    batch = collate([wide, tall], reply=False)
+    assert batch["grids"].tolist() == [[2, 8]] * 2 + [[4, 2]] * 2 and batch["pixels"].shape[:2] == (4, 16)
+    with torch.no_grad():
+        together = net.eval().embed(**without_labels(batch))
+        for i, clip in enumerate((wide, tall)):
+            alone = collate([clip], reply=False)
+            length = int(alone["mask"].sum())
+            torch.testing.assert_close(
+                together[i, -length:], net.embed(**without_labels(alone))[0], atol=1e-5, rtol=1e-4
+            )
 
 
 # --- Evaluation
