@@ -306,6 +306,7 @@ exit_code() {  # sets code: 2, 3 or 4 if rank 0 wrote that, else that of the fir
   if [[ -n $hostfile ]]; then code=${word:-$code}; fi  # the launcher makes 1 of 143
   for rc in "${codes[@]}"; do if ((code == 0)); then code=$rc; fi; done
   code=${first:-$code}
+  if ((code == 1 && asked)) && [[ -z $word ]]; then code=$((128 + $(kill -l "$signal"))); fi  # Python was still starting
   if [[ $word == [234] ]]; then code=$word; fi
   if [[ -n $hostfile ]] && ((code > 192)); then code=$((384 - code)); fi  # and 256 - n, not 128 + n, of signal n
   if [[ $code == 0 && $word != 0 ]]; then code=1; note "no rank failed, and yet rank 0 did not report success"; fi

@@ -43,6 +43,12 @@ def save():
     print(f"rank {rank} saved")
     end(128 + signals[0])
 
+if "--imports" in do:
+    try:
+        Path(f"waits_{rank}").touch()
+        time.sleep(100)
+    except KeyboardInterrupt:
+        raise ImportError("as libraries do")
 print("SIGINT ignored:", signal.getsignal(signal.SIGINT) == signal.SIG_IGN)
 for s in (signal.SIGINT, signal.SIGTERM):
     signal.signal(s, signal.SIG_IGN if "--deaf" in do else lambda n, frame: signals.append(n))
@@ -85,6 +91,12 @@ def write_program(path: Path, text: str) -> None:
     path.chmod(0o755)
 
 
+def hear_signals() -> None:
+    """CI's shells hand down a deaf ear to SIGINT, nohup one to SIGHUP."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Tree:
     """A copy of the repository in small, and a clean environment to start its run.sh in."""
 
@@ -122,9 +134,7 @@ class Tree:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=lambda: signal.signal(
-                signal.SIGINT, signal.default_int_handler
-            ),  # CI shells hand down SIG_IGN
+            preexec_fn=hear_signals,
         )
 
     def run(self, *args: str, **kw) -> tuple[int, str]:
@@ -470,6 +480,14 @@ def test_a_stop_in_the_first_second_is_not_lost(tree, wait, number):
     out = process.communicate(timeout=90)[0]
     assert process.returncode == 128 + number and f"STOPPED exit={128 + number} " in out.splitlines()[-1]
     assert not any(map(alive, tree.pids()))
+
+
+def test_a_stop_during_the_imports_is_a_stop(tree):
+    process = tree.start("toy_run.py", "--demo", "--imports")
+    wait_for((tree.cwd / "waits_0").exists)
+    os.kill(process.pid, signal.SIGINT)
+    out = process.communicate(timeout=90)[0]
+    assert process.returncode == 130 and "ImportError" in out and "STOPPED" in out.splitlines()[-1]
 
 
 @two_cores
