@@ -241,9 +241,7 @@ def init_distributed(timeout_minutes: float = 30):
         os.environ.update(alone, MASTER_PORT=str(port))
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-    import deepspeed.ops
-
+    deepspeed = import_deepspeed()
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -254,6 +252,21 @@ def init_distributed(timeout_minutes: float = 30):
     deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), verbose=False)
     control_group()
     return device
+
+
+def import_deepspeed() -> Any:
+    """Without the second of each start in which its Muon, which no script takes, goes to torch.compile"""
+    import torch
+
+    compiler, torch.compile = torch.compile, lambda function: function
+    try:
+        import deepspeed.ops
+
+        with contextlib.suppress(ImportError):  # of another version
+            import deepspeed.runtime.zero.muon.muon_optimizer
+    finally:
+        torch.compile = compiler
+    return deepspeed
 
 
 @functools.cache
@@ -2138,21 +2151,24 @@ def write_video(clip: np.ndarray, path: Path | str, fps: float = 8) -> None:
 
 def write_grid(clips: np.ndarray, captions: list[str], path: Path) -> None:
     """One row a clip, its caption above it, one column a frame: uint8 (N, F, H, W, 3) -> a png"""
-    from matplotlib.figure import Figure
+    import matplotlib
+    from PIL import Image, ImageDraw, ImageFont
 
-    rows, columns = clips.shape[:2]
-    figure = Figure(figsize=(1.2 * columns, 1.45 * rows), layout="constrained")
-    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - 0.15 / rows))  # room for the first caption
-    for axes_row, clip, caption in zip(figure.subplots(rows, columns, squeeze=False), clips, captions):
-        shown = caption if len(caption) < 18 * columns else caption[: 18 * columns] + "..."
-        # runs over all columns
-        axes_row[0].text(0, 1.06, shown, transform=axes_row[0].transAxes, fontsize=9, in_layout=False)
-        for axes, picture in zip(axes_row, clip):
-            axes.imshow(picture, interpolation="nearest")
-            axes.set_axis_off()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # of a script that the font lacks
-        figure.savefig(path, dpi=100)
+    (rows, columns, height, width), gap, head, high = clips.shape[:4], 6, 20, 112
+    wide = max(1, round(width * high / height))
+    how = Image.Resampling.NEAREST if height < high else Image.Resampling.BOX
+    page = Image.new("RGB", (columns * (wide + gap) + gap, rows * (high + head + gap)), "white")
+    pen, fonts = ImageDraw.Draw(page), Path(matplotlib.get_data_path(), "fonts", "ttf")
+    pen.font = ImageFont.truetype(str(fonts / "DejaVuSans.ttf"), 12)
+    for row, (clip, caption) in enumerate(zip(clips, captions)):
+        top, shown = row * (high + head + gap) + head, " ".join(caption.split())
+        while pen.textlength(shown) > page.width - 2 * gap:
+            shown = shown[: -4 if shown.endswith("...") else -1] + "..."
+        pen.text((gap, top - 3), shown, "black", anchor="ls")
+        for column, picture in enumerate(clip):
+            image = Image.fromarray(picture).resize((wide, high), how)
+            page.paste(image, (gap + column * (wide + gap), top))
+    page.save(path)
 
 
 def sample_path(cfg: Any, prompt: str) -> Path:

@@ -813,15 +813,14 @@ def to_pixels(clips: Tensor) -> np.ndarray:
 
 def scheduler_of(cfg: Config) -> Any:
     """diffusers' scheduler on the schedule of the training, which is given x_0"""
-    from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler
+    import diffusers
 
     a = cosine_alpha_bar(cfg.shift).double()
     betas = 1 - a / torch.cat([torch.ones(1).double(), a[:-1]])
-    kinds = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}
-    kinds |= {"dpm": DPMSolverMultistepScheduler, "heun": HeunDiscreteScheduler}
+    kinds = {"ddim": "DDIM", "ddpm": "DDPM", "dpm": "DPMSolverMultistep", "heun": "HeunDiscrete"}
     own = {"clip_sample": False} if cfg.sampler in ("ddim", "ddpm") else {}
     own |= {"use_karras_sigmas": True} if cfg.spacing == "karras" else {}
-    scheduler = kinds[cfg.sampler](
+    scheduler = getattr(diffusers, f"{kinds[cfg.sampler]}Scheduler")(  # the others' imports take a second
         trained_betas=betas.numpy(), prediction_type="sample", timestep_spacing="trailing", **own
     )
     scheduler.set_timesteps(cfg.sample_steps)

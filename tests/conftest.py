@@ -62,6 +62,8 @@ SLOW = (
     "test_run_sh.py",
     "test_hub.py",
     "test_nllb_vtt.py",
+    "test_vlms.py",
+    "test_rflow_wan.py",
 )
 
 

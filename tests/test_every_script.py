@@ -137,7 +137,7 @@ def test_the_card_has_what_was_measured_as_the_hub_reads_it(script, unbroken):
     assert "undefined" not in card.text.lower() and "{{" not in card.text
 
 
-@first_on("t2v_ddpm.py", "llava_vtt.py")
+@first_on("t2v_ddpm.py")
 @pytest.mark.parametrize("ranks", [2, pytest.param(1, marks=pytest.mark.demo)])
 def test_killed_while_training_it_goes_on_to_the_same_weights(script, ranks, unbroken, cache, tmp_path):
     flags = flags_of(script, tmp_path / "run", cache)
@@ -166,7 +166,7 @@ def test_a_signal_ends_an_evaluation_that_is_made_up_for_later(script, cache, tm
     assert [row["step"] for row in rows_of(tmp_path / "run") if "held_out_loss" in row] == [3, 4]
 
 
-@first_on("t2v_ddpm.py", "nllb_vtt.py")
+@first_on("t2v_ddpm.py")
 def test_flags_that_make_no_other_run_may_change(script, unbroken, cache, tmp_path):
     shutil.copytree(unbroken(script), tmp_path / "run")
     flags = flags_of(script, tmp_path / "run", cache)
@@ -179,7 +179,7 @@ def test_flags_that_make_no_other_run_may_change(script, unbroken, cache, tmp_pa
     assert [row for row in shown if row["step"] <= 5] == [row for row in before if row["step"] <= 5]
 
 
-@first_on("nllb_vtt.py", "t2v_rflow.py")
+@first_on("nllb_vtt.py")
 def test_a_finished_run_is_pushed_by_the_same_command(script, unbroken, cache, tmp_path, hub):
     """And nothing that it leaves, prints or pushes has the token."""
     shutil.copytree(unbroken(script), tmp_path / "run")

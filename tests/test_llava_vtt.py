@@ -441,6 +441,7 @@ def test_two_ranks_with_zero3_offload_and_accumulation_give_the_losses_of_one_ba
     assert a.keys() == b.keys() and all(torch.allclose(a[name], b[name], atol=1e-3) for name in a)
 
 
+@pytest.mark.demo
 def test_sigterm_saves_and_another_number_of_ranks_goes_on(tmp_path, small, videos):
     flags = [
         "--model",

@@ -261,6 +261,7 @@ def test_run_folder_and_output(unbroken):
     assert (folder / "SUCCESS").exists() and "| source_copied |" in read(folder / "model" / "README.md")
 
 
+@pytest.mark.demo
 def test_two_ranks_with_lora_and_zero3_give_the_losses_of_one(tmp_path, tiny, manifest):
     flags = [
         "--model",
@@ -368,6 +369,7 @@ def test_what_lora_exports_answers_in_its_language_in_a_fresh_process(tmp_path, 
     assert f"is a LoRA adapter of {tiny}" in run(SCRIPT, *again, cwd=tmp_path, expect=2)
 
 
+@pytest.mark.demo
 def test_the_whole_pipeline_pushes_data_and_model_and_takes_them_back(tmp_path, tiny, manifest, hub):
     variables = hub_variables(hub, tmp_path)
     run(

@@ -494,7 +494,7 @@ def test_what_makes_another_run_is_refused(tmp_path, unbroken, flags, said):
 
 def test_a_signal_ends_the_filling_of_the_cache_which_goes_on(tmp_path):
     """Within seconds, and what was encoded before is not encoded again."""
-    flags = [*TINY, "--steps", 100, "--num_workers", 1, "--output_dir", tmp_path / "run"]
+    flags = [*TINY, "--steps", 30, "--num_workers", 1, "--output_dir", tmp_path / "run"]
     encoded = tmp_path / "cache" / "t2v_rflow_demo_latents" / "latents"
     process = start(command(SCRIPT, *flags), tmp_path)
     wait_for(lambda: len(list(encoded.rglob("*.npy"))) > 5 or process.poll() is not None, what="5 clips")
