@@ -713,6 +713,7 @@ def test_four_public_samples_without_any_data_flag(tmp_path, small, videos, hub)
 # --- The demo
 
 
+@pytest.mark.demo
 def test_the_demo_made_short(tmp_path):
     flags = "--demo --steps 3 --batch_size 4 --eval_questions 8 --log_every 1".split()
     run(SCRIPT, *flags, cwd=tmp_path)

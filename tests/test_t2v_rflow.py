@@ -140,28 +140,17 @@ def test_lora_on_a_model_of_a_run(tmp_path, unbroken):
         "--warmup_steps",
         0,
     ]
-    done = {}
-    for steps in ((4,), (2, 4)):
-        folder = tmp_path / str(len(steps))
-        for count in steps:
-            output = run(
-                SCRIPT,
-                *TINY,
-                *flags,
-                "--no_lr_decay",
-                "--steps",
-                count,
-                "--output_dir",
-                folder / "run",
-                cwd=tmp_path,
-            )
-        done[steps] = weights(folder / "run")
-    assert "resumed" in output
-    kept = load_file(folder / "run" / "checkpoints" / "step_000004" / "ema.safetensors")
-    assert kept and all(".lora_" in name for name in kept)
+    flags += ["--no_lr_decay", "--output_dir", "run"]
+    done = []
+    for steps in (4, 4):
+        output = run(SCRIPT, *TINY, *flags, "--steps", steps, cwd=tmp_path)
+        done.append(weights(tmp_path / "run"))
+        shutil.rmtree(tmp_path / "run" / "model")
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_000004", ignore_errors=True)
+    assert "step_000002" in output and "step 000003 | loss" in output, "gone on with from there"
     base = weights(unbroken(1))
-    assert done[(4,)].keys() == base.keys() and same(*done.values())
-    changed = {name for name in base if not torch.equal(base[name], done[(4,)][name])}
+    assert done[0].keys() == base.keys() and same(*done)
+    changed = {name for name in base if not torch.equal(base[name], done[0][name])}
     assert changed and all("blocks" in name and name.endswith("weight") for name in changed)
 
 
@@ -190,6 +179,7 @@ def test_another_number_of_ranks_goes_on_with_weights_and_averages(tmp_path, unb
     assert all(torch.allclose(old[name], new[name], atol=1e-6) for name in old)
 
 
+@pytest.mark.demo
 def test_bf16_under_zero3_with_offload_and_accumulation(tmp_path):
     flags = [
         *TINY,
@@ -303,7 +293,8 @@ def word_tokenizer(folder: Path):
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
-    """Tiny T5 and VAE in the published files, and a CSV with what people's have: no sizes, scores, a file that is no video."""
+    """Tiny T5 and VAE in the published files, and a CSV with what people's have: no sizes, scores, a file that is no video; a
+    table of short buckets."""
     folder = tmp_path_factory.mktemp("real")
     from transformers import T5Config, T5EncoderModel
 
@@ -329,6 +320,8 @@ def real(tmp_path_factory):
     ]
     (folder / "page.mp4").write_text("<html>404</html>")
     rows.append((folder / "page.mp4", "a cat", 4.0, ""))
+    buckets = {"64p": {"1": [1.0, 99], "51": [1.0, 9]}}
+    (folder / "buckets.json").write_text(json.dumps(buckets))
     with (folder / "clips.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("path", "text", "aes", "cmotion"), *rows])
     return folder
@@ -336,20 +329,18 @@ def real(tmp_path_factory):
 
 @pytest.mark.skipif(not CLIPS.is_dir(), reason="no real clips here")
 def test_real_clips_through_csv_buckets_and_cache(tmp_path, real):
-    flags = f"--manifest {real / 'clips.csv'} --model scratch --depth 1 --width 32 --heads 2 --stage 1 --tokens_per_gpu 2500 "
+    flags = f"--manifest {real / 'clips.csv'} --model scratch --depth 1 --width 32 --heads 2 --buckets {real / 'buckets.json'} --tokens_per_gpu 2500 "
     flags += f"--vae_model {real / 'vae'} --text_model {real / 't5'} --cache latents --max_bad 0.4 --steps 2 --sample_steps 1 "
-    flags += "--resolution 144p --frames 17 --gradient_checkpointing off --log_every 1"
+    flags += "--resolution 64p --ratio 1:1 --frames 17 --gradient_checkpointing off --log_every 1"
     checked = run(SCRIPT, *flags.split(), "--check", cwd=tmp_path)
-    assert "auto takes this" in checked and re.search(r"^144p +51 ", checked, re.M)
+    assert "auto takes this" in checked and re.search(r"^64p +51 ", checked, re.M)
     assert not (tmp_path / "runs").exists() and not (tmp_path / "latents").exists()
     output = run(SCRIPT, *flags.split(), cwd=tmp_path)
     folder = tmp_path / "runs" / "t2v_rflow"
     (bad,) = [json.loads(line) for line in (folder / "bad_samples.jsonl").read_text().splitlines()]
     assert "page.mp4" in bad["video"] and "page.mp4" in output
     latents = [np.load(path) for path in (tmp_path / "latents").rglob("latents/*/*.npy")]
-    assert latents and all(x.shape[:2] in {(4, 15), (4, 30), (4, 60)} for x in latents), (
-        "51, 102 or 204 frames"
-    )
+    assert latents and all(x.shape[:2] == (4, 15) for x in latents), "51 frames"
     assert (folder / "model" / "samples.mp4").stat().st_size > 200
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "latents").rglob("*.npy")}
     run(SCRIPT, *flags.split(), "--output_dir", "again", cwd=tmp_path)

@@ -477,7 +477,7 @@ def test_a_run_on_kept_features_is_the_run_on_live_ones(models, manifest, tmp_pa
 
 LAYOUTS = list(itertools.product((1, 2), (2, 3), (0, 4)))  # ranks, ZeRO stage, LoRA's r
 # of each class one, and of all together each; the others with --demos
-SHORT = dict(zip(tiny_vlms.KINDS, ((1, 2, 4), (2, 3, 4), (1, 3, 0), (2, 2, 4), (2, 3, 0))))
+SHORT = dict(zip(tiny_vlms.KINDS, ((1, 2, 4), (1, 3, 4), (1, 3, 0), (2, 2, 4), (2, 3, 0))))
 MATRIX = [
     pytest.param(kind, *layout, marks=[] if layout == SHORT[kind] else [pytest.mark.demo])
     for kind in tiny_vlms.KINDS
