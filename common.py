@@ -258,7 +258,7 @@ def import_deepspeed() -> Any:
     """Without the second of each start in which its Muon, which no script takes, goes to torch.compile"""
     import torch
 
-    compiler, torch.compile = torch.compile, lambda function: function
+    compiler, torch.compile = torch.compile, lambda plain=None, **_: plain or (lambda plain: plain)
     try:
         import deepspeed.ops
 
@@ -1999,16 +1999,22 @@ def local_file(video: str, cfg: Any) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+real_folder = functools.lru_cache(maxsize=1 << 12)(os.path.realpath)  # looks at each folder above
+
+
 def identity_of(video: str) -> str:
     """What a video's files in the cache go by: a file that was changed is another one, a URL is what it is.
     Raises BadSample for a file that is not there."""
     if is_url(video):
         return video
+    path = video.partition(CELL)[0]
     try:
-        stat = os.stat(video.partition(CELL)[0])
+        stat = os.stat(path)
     except OSError as error:
         raise BadSample(error.strerror) from error
-    return f"{os.path.realpath(video)}|{stat.st_size}|{stat.st_mtime_ns}"
+    folder, name = os.path.split(os.path.abspath(video))
+    real = os.path.realpath(video) if os.path.islink(path) else os.path.join(real_folder(folder), name)
+    return f"{real}|{stat.st_size}|{stat.st_mtime_ns}"
 
 
 def frames_file(row: Row, frames: Any, size: Any, cfg: Any, crop: bool = True) -> Path:

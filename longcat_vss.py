@@ -49,7 +49,6 @@ import warnings
 import wave
 import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -65,14 +64,14 @@ from tqdm import tqdm
 
 # isort: off
 from common import (
-    CHECKPOINTING, GB, BadSample, Free, Layout, Lower, Row, Run, barrier, brief, cached_frames, check_loaded,
-    check_settings, choose_layout, copy_code, decoded_frames, demo_module, digest_of, disk_free, ds_config,
-    epoch_order, evaluating, fetch_model, fingerprint, finish_run, full_weights, gathered, identity_of,
-    in_threads, init_distributed, leave_out, local_ranks, log, memory_here, memory_layouts, merged_over_ranks,
-    normalized, on_rank0, open_engine, open_media, open_run, out_of_memory, over_ranks, packet_times,
-    pick_dtype, rank, read_flags, read_json, refuse, rounds, row_lines, run, save_array, save_run, show_plan,
-    show_results, split_clips, split_of, start_run, steps_line, tiny_model, training_steps, with_steps,
-    world_size, write_json, write_lines, write_text, write_whole,
+    CHECKPOINTING, GB, BadSample, Free, Layout, Lower, Row, Run, barrier, batches_ahead, brief, cached_frames,
+    check_loaded, check_settings, choose_layout, copy_code, decoded_frames, demo_module, digest_of, disk_free,
+    ds_config, epoch_order, evaluating, fetch_model, fingerprint, finish_run, full_weights, gathered,
+    identity_of, in_threads, init_distributed, leave_out, local_ranks, log, memory_here, memory_layouts,
+    merged_over_ranks, normalized, on_rank0, open_engine, open_media, open_run, out_of_memory, over_ranks,
+    packet_times, pick_dtype, rank, read_flags, read_json, refuse, rounds, row_lines, run, save_array,
+    save_run, show_plan, show_results, split_clips, split_of, start_run, steps_line, tiny_model,
+    training_steps, with_steps, world_size, write_json, write_lines, write_text, write_whole,
 )  # fmt: skip
 
 BASE_MODEL = "meituan-longcat/LongCat-Flash-Omni"
@@ -2126,14 +2125,11 @@ def train_steps(cfg: Config, run: Run, engine: Any, base: Base, data: Data) -> N
     save = partial(save_run, run, engine, frozen_left_out=True)
     evaluation = partial(evaluate_at, cfg, engine.module, base, data) if cfg.eval_samples else None
     names = [f"{stream}_{what}" for what in ("loss", "accuracy") for stream in STREAMS]
-    pool = ThreadPoolExecutor(1)  # reads the next batch while the GPU works
-    ahead = pool.submit(get_batch, data.train, collate, cfg, run.step * cfg.accum)
-    for step, row in training_steps(run, engine, save, evaluation):
+    ahead = batches_ahead(partial(get_batch, data.train, collate, cfg), cfg, run.step)
+    for (_, row), batches in zip(training_steps(run, engine, save, evaluation), ahead):
         means = torch.zeros(10, device=device)
-        for micro in range(step * cfg.accum, (step + 1) * cfg.accum):
-            batch = {name: value.to(device) for name, value in ahead.result().items()}
-            ahead = pool.submit(get_batch, data.train, collate, cfg, micro + 1)
-            losses, hits = engine(**batch)
+        for batch in batches:
+            losses, hits = engine(**{name: value.to(device) for name, value in batch.items()})
             engine.backward(weighted(losses, cfg))
             engine.step()  # skips the update, on all ranks, when a gradient is not finite
             means += torch.cat([losses, hits]).detach() / cfg.accum

@@ -47,6 +47,7 @@ import json
 import math
 import os
 import re
+import tempfile
 import threading
 import time
 import zlib
@@ -969,8 +970,6 @@ class OpenSoraVAE(nn.Module):
         from diffusers import AutoencoderKL
 
         super().__init__()
-        self.sizes = {"filters": filters, "blocks": blocks}
-        self.sizes |= {"image_filters": image_filters, "image_blocks": image_blocks}
         levels = len(image_filters)
         image = AutoencoderKL(
             block_out_channels=tuple(image_filters), layers_per_block=image_blocks, latent_channels=4,
@@ -1030,23 +1029,12 @@ class OpenSoraVAE(nn.Module):
         if frames != PIECE:
             refuse(f"{source}: micro_frame_size is {frames}; this script knows pieces of {PIECE} frames")
         with torch.device("meta"):  # weights are not drawn that the file replaces
-            codec = cls(**config.get("sizes", {}))
+            codec = cls(**config.get("sizes", {}))  # the published file has none
         if meta:
             return codec
         fill(codec, weights, f"--vae_model {source}")
         codec.key = weights_key(folder)
         return codec.float().eval().requires_grad_(False)
-
-    def save(self, folder: Path) -> None:
-        """What `load` reads, in the published layout."""
-        from safetensors.torch import save_file
-
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: value.cpu().contiguous() for name, value in self.state_dict().items()}
-        write_whole(folder / "model.safetensors", lambda aside: save_file(weights, aside, {"format": "pt"}))
-        config = {"model_type": "VideoAutoencoderPipeline", "micro_frame_size": PIECE, "sizes": self.sizes}
-        config |= {key: getattr(self, key).flatten().tolist() for key in ("shift", "scale")}
-        write_json(folder / "config.json", config)
 
 
 class WanVAE(nn.Module):
@@ -1684,33 +1672,32 @@ def store_rows(home: Path, rows: list[Row], table: Table, held: np.ndarray, cfg:
     end), numbers.npy (as Table, (4, N)), held.npy, sums.npy (as Data)"""
     numbers = np.stack([table.num_frames, table.height, table.width, table.fps]).astype(np.float64)
     encode = json.JSONEncoder(default=str, ensure_ascii=False).encode
-    sums, content = np.zeros(len(rows), np.uint64), []
-    for i, (row, seen) in enumerate(zip(rows, numbers.T.tolist())):
-        file = ""
-        with contextlib.suppress(BadSample):  # gone since it was looked at: whoever reads it says so
-            file = identity_of(row.video) if cfg.cache else ""
-        place = encode([file, row.source, row.line, row.video, row.split])
-        clip = encode([row.texts, row.cells, row.start, row.end, *seen]).encode(errors="replace")
-        content.append(place.encode(errors="replace") + b"\n" + clip)
-        # the demo makes as many clips as its steps take
-        sums[i] = (
-            0 if cfg.demo else number_of_bytes(os.path.basename(row.video).encode(errors="replace") + clip)
-        )
-    arrays = {
-        "ends": np.cumsum([len(part) for part in content]),
-        "numbers": numbers,
-        "held": held,
-        "sums": sums,
-    }
-    together = b"".join(content)
-
-    def write(folder: Path) -> None:
-        (folder / "rows.json").write_bytes(together)
+    sums, lengths = np.zeros(len(rows), np.uint64), np.zeros(len(rows), np.int64)
+    home.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=home) as temporary:
+        aside, whole = Path(temporary), hashlib.sha256()
+        with (aside / "rows.json").open("wb") as file:
+            for i, (row, *seen) in enumerate(zip(rows, *numbers.tolist())):
+                identity = ""
+                with contextlib.suppress(BadSample):  # gone since it was looked at: whoever reads it says so
+                    identity = identity_of(row.video) if cfg.cache else ""
+                place = encode([identity, row.source, row.line, row.video, row.split])
+                clip = encode([row.texts, row.cells, row.start, row.end, *seen]).encode(errors="replace")
+                if not cfg.demo:  # which makes as many clips as its steps take
+                    sums[i] = number_of_bytes(os.path.basename(row.video).encode(errors="replace") + clip)
+                said = place.encode(errors="replace") + b"\n" + clip
+                lengths[i] = file.write(said)
+                whole.update(said)
+        arrays = {"ends": lengths.cumsum(), "numbers": numbers, "held": held, "sums": sums}
         for name, array in arrays.items():
-            np.save(folder / f"{name}.npy", array)
+            np.save(aside / f"{name}.npy", array)
+            whole.update(array)
 
-    whole = hashlib.sha256(together + b"".join(array.tobytes() for array in arrays.values()))
-    return made_once(home / whole.hexdigest()[:32], write)
+        def write(folder: Path) -> None:
+            for file in aside.iterdir():
+                file.rename(folder / file.name)
+
+        return made_once(home / whole.hexdigest()[:32], write)
 
 
 def number_of_bytes(content: bytes) -> int:

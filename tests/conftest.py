@@ -224,3 +224,19 @@ def hub():
 
 def hub_variables(hub, tmp_path, token=WRITE):
     return hub.environment(token) | {"HF_HOME": tmp_path / "home", "HF_USER_ID": "tester"}
+
+
+# --- An Open-Sora VAE as it is published, of another size
+
+TINY_VAE = dict(filters=32, blocks=1, image_filters=(32, 32, 32, 32), image_blocks=1)
+
+
+def save_vae(vae, folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {name: value.contiguous() for name, value in vae.state_dict().items()}, folder / "model.safetensors"
+    )
+    config = {"model_type": "VideoAutoencoderPipeline", "micro_frame_size": 17, "sizes": TINY_VAE}
+    (folder / "config.json").write_text(json.dumps(config))

@@ -11,12 +11,11 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import TINY_VAE, save_vae
 from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
 
 from t2v_rflow import OpenSoraVAE, Pixels, WanVAE, draw, weights_key
-
-TINY = dict(filters=32, blocks=1, image_filters=(32, 32, 32, 32), image_blocks=1)
 
 
 def movie(frames, size=(16, 24), clips=1, seed=0):
@@ -36,7 +35,7 @@ def spread(module):
 @pytest.fixture(scope="module")
 def vae():
     torch.manual_seed(0)
-    return spread(OpenSoraVAE(**TINY)).eval().requires_grad_(False)
+    return spread(OpenSoraVAE(**TINY_VAE)).eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +99,7 @@ def test_a_piece_of_17_frames_is_encoded_and_decoded_by_itself(vae):
 
 def test_inside_a_piece_a_latent_sees_no_later_frame(vae):
     """But for the norms, which span the piece: without them latent i of 17 frames sees frames 0 to 4i (3 zeros come first)."""
-    net = OpenSoraVAE(**TINY).temporal_vae.requires_grad_(False)
+    net = OpenSoraVAE(**TINY_VAE).temporal_vae.requires_grad_(False)
     net.load_state_dict(vae.temporal_vae.state_dict())
     x = torch.randn(1, 4, 17, 2, 3)
 
@@ -333,7 +332,7 @@ def test_names_and_shapes_are_those_of_the_published_file():
 
 
 def test_a_saved_codec_is_loaded_as_it_was(vae, tmp_path):
-    vae.save(tmp_path / "codec")
+    save_vae(vae, tmp_path / "codec")
     assert sorted(path.name for path in (tmp_path / "codec").iterdir()) == [
         "config.json",
         "model.safetensors",
@@ -353,7 +352,7 @@ def test_other_weights_have_another_key(vae, tmp_path):
         (tmp_path / folder / "model.safetensors").symlink_to(tmp_path / folder / "blobs" / "abc")
         os.utime(tmp_path / folder / "blobs" / "abc", (7, 7 if folder == "one" else 8))
     assert weights_key(tmp_path / "one") == weights_key(tmp_path / "two")
-    vae.save(tmp_path / "codec")
+    save_vae(vae, tmp_path / "codec")
     first = OpenSoraVAE.load(str(tmp_path / "codec")).key
     assert first == weights_key(tmp_path / "codec") != weights_key(tmp_path / "one")
     os.utime(tmp_path / "codec" / "model.safetensors", (1, 1))
@@ -386,7 +385,7 @@ def other_pieces(weights, config):
     ],
 )
 def test_a_file_that_does_not_fit_ends_the_run(vae, tmp_path, capsys, damage, said):
-    vae.save(tmp_path)
+    save_vae(vae, tmp_path)
     weights, config = (
         load_file(tmp_path / "model.safetensors"),
         json.loads((tmp_path / "config.json").read_text()),
@@ -401,7 +400,7 @@ def test_a_file_that_does_not_fit_ends_the_run(vae, tmp_path, capsys, damage, sa
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_a_folder_without_one_of_the_files_ends_the_run(vae, tmp_path, capsys, name):
-    vae.save(tmp_path)
+    save_vae(vae, tmp_path)
     for broken in (lambda: (tmp_path / name).write_text("{"), (tmp_path / name).unlink):
         broken()
         with pytest.raises(SystemExit) as stop:
@@ -472,7 +471,7 @@ def test_a_codec_keeps_no_gradient(vae, wan):
 
 
 def test_bf16_weights_take_and_give_the_same_types(vae):
-    half = OpenSoraVAE(**TINY).to(torch.bfloat16)
+    half = OpenSoraVAE(**TINY_VAE).to(torch.bfloat16)
     half.load_state_dict(vae.state_dict())
     latents, exact = half.encode(movie(5)), vae.encode(movie(5))
     assert (

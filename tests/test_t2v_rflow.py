@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import (
     ROOT,
+    TINY_VAE,
     command,
     environment,
     finish,
@@ -26,6 +27,7 @@ from conftest import (
     losses,
     run,
     same,
+    save_vae,
     start,
     unbroken_runs,
     wait_for,
@@ -310,9 +312,7 @@ def real(tmp_path_factory):
         feed_forward_proj="gated-gelu",
     )
     T5EncoderModel(T5Config(**sizes)).save_pretrained(folder / "t5")
-    rflow.OpenSoraVAE(filters=32, blocks=1, image_filters=(32, 32, 32, 32), image_blocks=1).save(
-        folder / "vae"
-    )
+    save_vae(rflow.OpenSoraVAE(**TINY_VAE), folder / "vae")
     rows = [
         (path.resolve(), "a man flips a pancake", 5.5, "pan_left")
         for path in sorted(CLIPS.iterdir())
