@@ -38,7 +38,7 @@ SHORT = {
 LONG_EVALUATION = {
     "t2v_ddpm.py": "--base 64",
     "t2v_rflow.py": "--width 128 --depth 4",
-    "nllb_vtt.py": "--eval_questions 200 --max_new_tokens 100",
+    "nllb_vtt.py": "--eval_questions 100 --max_new_tokens 60",
     "llava_vtt.py": "--eval_questions 200",
     "longcat_vss.py": "--eval_samples 24",
 }
@@ -148,7 +148,7 @@ def test_killed_while_training_it_goes_on_to_the_same_weights(script, ranks, unb
     assert losses(tmp_path / "run") == losses(whole)
 
 
-@first_on("t2v_rflow.py")
+@first_on("nllb_vtt.py")
 def test_a_signal_ends_an_evaluation_that_is_made_up_for_later(script, cache, tmp_path):
     """It breaks off between two batches, a checkpoint is written, and the same command evaluates that step
     first."""
