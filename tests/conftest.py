@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+# Before torch is imported: several processes test at once, and threads that wait for each other's cores spin.
+os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
