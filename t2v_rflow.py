@@ -677,8 +677,9 @@ def assign(
     """
     pixels, cells = table.height.astype(np.int64) * table.width, []
     cell, large, long = np.full(len(pixels), -1), np.zeros(len(pixels), bool), np.zeros(len(pixels), bool)
+    aspects, which = np.unique(table.height / table.width, return_inverse=True)  # data sets have few
     for resolution in sorted(buckets, key=area_of, reverse=True):
-        nearest = nearest_ratio(table, resolution)
+        nearest = nearest_ratio(aspects, resolution)[which]
         fits = pixels >= ENOUGH * area_of(resolution)
         large |= fits
         looking = fits & (cell < 0)
@@ -687,7 +688,8 @@ def assign(
             enough = fits & (table.num_frames == 1 if frames == 1 else table.num_frames > frames)
             long |= enough
             # One line a clip: its draw depends neither on the clips that follow nor on the other buckets.
-            draws = rng_of(KEEP, seed, epoch, area_of(resolution), frames).random((len(pixels), 2))
+            rng = rng_of(KEEP, seed, epoch, area_of(resolution), frames)
+            draws = rng.random((len(pixels), 2), np.float32)
             here = looking & enough & (draws[:, 0] < of_length)
             looking &= ~here
             taken = here & (draws[:, 1] < of_resolution)
@@ -704,12 +706,12 @@ def assign(
     return cell, cells, {reason: int(mask.sum()) for reason, mask in unfit.items()}
 
 
-def nearest_ratio(table: Table, resolution: str) -> np.ndarray:
-    """int64 (N,): which of ratios_of is each clip's, by two digits, as upstream's keys have them"""
-    aspects, which = np.unique(table.height / table.width, return_inverse=True)  # data sets have few
+def nearest_ratio(aspects: np.ndarray, resolution: str) -> np.ndarray:
+    """Heights / widths -> which of ratios_of is nearest to each, by two digits, as upstream's keys have
+    them"""
     sides = (ratio.split(":") for ratio in ratios_of(resolution))
     keys = np.array([round(int(h) / int(w), 2) for h, w in sides])
-    return np.abs(keys - aspects[:, None]).argmin(1)[which]
+    return np.abs(keys - aspects[:, None]).argmin(1)
 
 
 def chances(resolution: str, frames: int, keep: Any, batch: int | None) -> tuple[float, float]:

@@ -864,7 +864,7 @@ def assign_slowly(table, buckets, seed, epoch):
     """Upstream's rules, one clip after the other."""
     n = len(table.num_frames)
     draws = {
-        (r, f): rflow.rng_of(rflow.KEEP, seed, epoch, rflow.area_of(r), f).random((n, 2))
+        (r, f): rflow.rng_of(rflow.KEEP, seed, epoch, rflow.area_of(r), f).random((n, 2), np.float32)
         for r, lengths in buckets.items()
         for f in lengths
     }
