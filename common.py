@@ -1484,6 +1484,18 @@ def segments_of(row: dict, columns: dict[str, list[str]], texts: int) -> list[tu
 # All of them
 
 
+real_folder = functools.lru_cache(maxsize=1 << 16)(os.path.realpath)
+
+
+def real_path(path: str, is_link: bool) -> str:
+    """os.path.realpath of an absolute path, which looks at each folder above: here once for a folder"""
+    if is_link:
+        return os.path.realpath(path)
+    folder, name = os.path.split(path)
+    real = real_folder(folder)
+    return path if real == folder else os.path.join(real, name)
+
+
 class Finder:
     """Where the videos that a table names lie: below `folders`, under that path; where the table has names or
     numbers alone, or `everywhere`, under that name. Folders are listed once: a file system over the network
@@ -1491,7 +1503,7 @@ class Finder:
 
     def __init__(self, folders: list[Path], everywhere: bool) -> None:
         self.folders, self.everywhere = [str(folder.absolute()) for folder in folders], everywhere
-        self.entries, self.real = functools.cache(self.entries_of), functools.cache(os.path.realpath)
+        self.entries = functools.cache(self.entries_of)
 
     @staticmethod
     def entries_of(folder: str) -> dict[str, bool]:
@@ -1525,8 +1537,7 @@ class Finder:
             for ending in ("",) if has_ending else ("", *VIDEO_SUFFIXES):
                 if (is_link := self.entries(folder).get(file + ending)) is not None:
                     path += ending
-                    is_real = not is_link and self.real(folder) == folder
-                    return path, path if is_real else os.path.realpath(path)
+                    return path, real_path(path, is_link)
         if self.everywhere or not (has_ending or has_url):
             found = self.by_name.get(os.path.basename(name), [])
             if len(found) == 1:
@@ -1999,9 +2010,6 @@ def local_file(video: str, cfg: Any) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-real_folder = functools.lru_cache(maxsize=1 << 12)(os.path.realpath)  # looks at each folder above
-
-
 def identity_of(video: str) -> str:
     """What a video's files in the cache go by: a file that was changed is another one, a URL is what it is.
     Raises BadSample for a file that is not there."""
@@ -2012,8 +2020,7 @@ def identity_of(video: str) -> str:
         stat = os.stat(path)
     except OSError as error:
         raise BadSample(error.strerror) from error
-    folder, name = os.path.split(os.path.abspath(video))
-    real = os.path.realpath(video) if os.path.islink(path) else os.path.join(real_folder(folder), name)
+    real = real_path(os.path.join(os.getcwd(), video), os.path.islink(path))
     return f"{real}|{stat.st_size}|{stat.st_mtime_ns}"
 
 
@@ -2167,7 +2174,7 @@ def write_grid(clips: np.ndarray, captions: list[str], path: Path) -> None:
     pen, fonts = ImageDraw.Draw(page), Path(matplotlib.get_data_path(), "fonts", "ttf")
     pen.font = ImageFont.truetype(str(fonts / "DejaVuSans.ttf"), 12)
     for row, (clip, caption) in enumerate(zip(clips, captions)):
-        top, shown = row * (high + head + gap) + head, " ".join(caption.split())
+        top, shown = row * (high + head + gap) + head, " ".join(caption.split())[: page.width]
         while pen.textlength(shown) > page.width - 2 * gap:
             shown = shown[: -4 if shown.endswith("...") else -1] + "..."
         pen.text((gap, top - 3), shown, "black", anchor="ls")

@@ -81,7 +81,6 @@ def environment(**variables) -> dict[str, str]:
     """This process's environment without what would change a run, plus `variables`."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(OURS)}
     clean |= {
-        "OMP_NUM_THREADS": "1",
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "PATH": scripts_path(),
